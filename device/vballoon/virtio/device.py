@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a virtio device is to a transport, and what a transport is to a device.
+
+A device knows features, configuration space and queues; it knows no socket, no eventfd and no
+message.  A transport (vhost-user, virtio-pci over vfio-user, a test) drives it through
+:class:`VirtioDevice` and serves it through :class:`Transport`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from vballoon.errors import MemoryFault, QueueError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    from vballoon.memory import GuestMemory
+    from vballoon.virtqueue import ChainBatch, Virtqueue
+
+__all__ = ("DeviceQueue", "Transport", "VirtioDevice")
+
+log = logging.getLogger(__name__)
+
+
+class DeviceQueue:
+    """A started virtqueue as the device sees it: take, give, and the notification is seen to."""
+
+    def __init__(
+        self,
+        index: int,
+        ring: Virtqueue,
+        *,
+        notify: Callable[[], None],
+        on_broken: Callable[[DeviceQueue, QueueError], None],
+    ) -> None:
+        self.index = index
+        self.ring = ring
+        self.broken: QueueError | None = None
+        self.taken = self.given = self.notified = self.kicked = 0
+        """Counters, in buffers and notifications, since the ring was started."""
+        self._notify = notify
+        self._on_broken = on_broken
+
+    def take(self, limit: int | None = None) -> ChainBatch | None:
+        """The next batch, or None when there is nothing to take (or the queue is broken)."""
+        if self.broken is not None:
+            return None
+        try:
+            batch = self.ring.take(limit)
+        except QueueError as error:
+            self.fail(error)
+            return None
+        self.taken += len(batch)
+        return batch if len(batch) else None
+
+    def give(self, ids: NDArray[np.uint16], written: NDArray[np.uint32] | int = 0) -> None:
+        """Return buffers to the driver and notify it if it asked for that."""
+        if np.ndim(written) == 0:
+            written = np.full(ids.size, written, dtype=np.uint32)
+        self.ring.give(ids, np.asarray(written, dtype=np.uint32))
+        self.given += int(ids.size)
+        if self.ring.should_notify():
+            self.notified += 1
+            self._notify()
+
+    def fail(self, error: QueueError | MemoryFault) -> None:
+        """Stop this queue for good (until the driver resets it): one line in the log, one event."""
+        if self.broken is None:
+            broken = (
+                error if isinstance(error, QueueError) else QueueError(error.rule, error.detail)
+            )
+            self.broken = broken
+            log.error("queue %d stopped: %s", self.index, broken)
+            self._on_broken(self, broken)
+
+
+class Transport(Protocol):
+    """What a device may ask of whatever carries it."""
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest memory as it is now."""
+
+    @property
+    def features(self) -> int:
+        """The negotiated 64-bit feature word."""
+
+    @property
+    def queues(self) -> Mapping[int, DeviceQueue]:
+        """The rings that the driver has set up and that are started and enabled, by index."""
+
+    def config_changed(self) -> None:
+        """Send the guest a configuration change notification."""
+
+
+class VirtioDevice(ABC):
+    """A virtio device without its transport.
+
+    Life: ``attach`` (a transport is there) → ``start`` (driver ready, queues may be used; called
+    again whenever the set of started queues changes) → ``process`` for each kick → ``stop`` →
+    ``reset`` → … → ``detach``.  All calls come from one thread.
+    """
+
+    device_id: int
+    """Virtio device ID (virtio: *Device Types*)."""
+    num_queues: int
+    """How many virtqueues the device can have."""
+    queue_size_max: int = 1024
+    pci_class: int = 0xFF0000
+    """PCI class code, 24 bits, for transports that show one."""
+
+    @property
+    @abstractmethod
+    def device_features(self) -> int:
+        """Device-specific feature bits offered (ring and transport bits are the transport's)."""
+
+    @abstractmethod
+    def read_config(self) -> bytes:
+        """The whole device configuration space, little-endian, as the driver sees it now."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote *data* at *offset*; read-only fields are left as they are."""
+
+    def attach(self, transport: Transport) -> None:
+        """A transport now carries the device."""
+
+    def start(self) -> None:
+        """The driver is ready: features are settled and ``transport.queues`` are usable."""
+
+    @abstractmethod
+    def process(self, queue: DeviceQueue) -> bool:
+        """Handle what is available on *queue*, a bounded amount; True when more is left."""
+
+    def stop(self) -> None:
+        """The queues are about to go away: give back every buffer that is still held."""
+
+    def reset(self) -> None:
+        """Device reset: as after power-on, apart from what the operator has set."""
+
+    def memory_changed(self) -> None:
+        """The guest memory table is another one than before."""
+
+    def detach(self) -> None:
+        """The transport has gone (front-end disconnected)."""
+
+    def save(self) -> bytes:
+        """Device state for migration (empty: stateless)."""
+        return b""
+
+    def load(self, state: bytes) -> None:
+        """Take over device state; raises :class:`~vballoon.errors.ProtocolError` if malformed."""

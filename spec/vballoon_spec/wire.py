@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a wire format is declared, once, and everything that is derived from the declaration.
+
+A format is a class with a construct layout::
+
+    class VirtqDesc(WireStruct):
+        addr: int
+        len: int
+        flags: int
+        next: int
+
+        SUBCON = c.Struct(
+            "addr" / c.Int64ul, "len" / c.Int32ul, "flags" / c.Int16ul, "next" / c.Int16ul
+        )
+
+From it come the parser and the builder (:meth:`WireStruct.parse`, :meth:`WireStruct.build`), the
+NumPy dtype with which the hot path views the same bytes (:meth:`WireStruct.dtype`), and the C
+declaration of the guest module (:func:`c_struct`).  None of them is ever typed a second time.
+
+Enumerations and flags stay plain integers on the wire: a value that the declaration does not know
+survives a round trip unchanged, and the code that handles the field decides what it means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+from typing import Any, ClassVar, Self, dataclass_transform
+
+import construct as c
+import numpy as np
+
+__all__ = ("WireError", "WireStruct", "c_struct", "dtype_of", "struct_format")
+
+Buffer = bytes | bytearray | memoryview
+
+
+class WireError(ValueError):
+    """Bytes that are not what the format declares: too short, too long, or a field out of range."""
+
+
+def dtype_of(con: c.Construct) -> np.dtype[Any]:
+    """The NumPy dtype that reads the same bytes as the fixed-size construct *con*.
+
+    Raises :class:`TypeError` for a layout whose size or meaning depends on its contents.
+    """
+    while isinstance(con, c.Renamed):
+        con = con.subcon
+    if isinstance(con, c.FormatField):
+        order, letter = con.fmtstr[0], con.fmtstr[1]
+        kind = "f" if letter in "efd" else "u" if letter.isupper() else "i"
+        return np.dtype(f"{order}{kind}{con.length}")
+    if isinstance(con, c.Struct):
+        fields = [(sub.name or f"_pad{i}", dtype_of(sub)) for i, sub in enumerate(con.subcons)]
+        return np.dtype(fields)
+    if isinstance(con, c.Array) and isinstance(con.count, int):
+        return np.dtype((dtype_of(con.subcon), (con.count,)))
+    if isinstance(con, c.BytesInteger) and isinstance(con.length, int):
+        raise TypeError("an integer of odd width has no NumPy type")
+    if isinstance(con, c.Bytes | c.Padded) and isinstance(con.length, int):
+        return np.dtype((np.uint8, (con.length,)))
+    raise TypeError(f"no fixed NumPy type for {con!r}")
+
+
+def struct_format(con: c.Struct) -> str | None:
+    """The :mod:`struct` format of a flat layout, or None where there is no single one."""
+    formats: list[str] = []
+    for sub in con.subcons:
+        while isinstance(sub, c.Renamed):
+            sub = sub.subcon
+        if not isinstance(sub, c.FormatField):
+            return None
+        formats.append(sub.fmtstr)
+    orders = {f[0] for f in formats if f[1:] not in ("B", "b")}
+    if len(orders) > 1:
+        return None
+    return (orders.pop() if orders else "<") + "".join(f[1:] for f in formats)
+
+
+@dataclass_transform(kw_only_default=True)
+class WireStruct:
+    """A wire format: typed fields, and the layout of the same fields as ``SUBCON``.
+
+    Subclasses become keyword-only dataclasses.  A field whose value is another
+    :class:`WireStruct` is declared in the layout by that class's own ``SUBCON``.
+    """
+
+    SUBCON: ClassVar[c.Struct]
+    SIZE: ClassVar[int]
+    """Size in bytes of a fixed-size format; -1 where the contents decide it."""
+    _flat: ClassVar[struct.Struct | None]
+    _names: ClassVar[tuple[str, ...]]
+    _dtype: ClassVar[np.dtype[Any]]
+
+    def __init_subclass__(cls) -> None:
+        """Check that annotations and layout name the same fields in the same order."""
+        dataclasses.dataclass(kw_only=True)(cls)
+        cls._names = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+        declared = tuple(sub.name for sub in cls.SUBCON.subcons if sub.name)
+        if declared != cls._names:
+            raise TypeError(f"{cls.__name__}: fields {cls._names} but layout {declared}")
+        try:
+            cls.SIZE = cls.SUBCON.sizeof()
+        except c.SizeofError:
+            cls.SIZE = -1
+        fmt = struct_format(cls.SUBCON) if len(declared) == len(cls.SUBCON.subcons) else None
+        cls._flat = struct.Struct(fmt) if fmt else None
+
+    @classmethod
+    def parse(cls, data: Buffer) -> Self:
+        """Read exactly one structure; surplus or missing bytes raise :class:`WireError`."""
+        if cls.SIZE >= 0 and len(data) != cls.SIZE:
+            raise WireError(f"{cls.__name__}: {len(data)} bytes where {cls.SIZE} are due")
+        if cls._flat is not None:
+            return cls(**dict(zip(cls._names, cls._flat.unpack(data), strict=True)))
+        try:
+            found = _terminated(cls.SUBCON).parse(bytes(data))
+        except c.ConstructError as error:
+            raise WireError(f"{cls.__name__}: {_first_line(error)}") from None
+        return cls._from_container(found)
+
+    @classmethod
+    def _from_container(cls, found: Any) -> Self:
+        values = {name: _plain(found[name]) for name in cls._names}
+        return cls(**values)
+
+    def build(self) -> bytes:
+        """The bytes of this structure; a value that does not fit raises :class:`WireError`."""
+        try:
+            if self._flat is not None:
+                return self._flat.pack(*(getattr(self, name) for name in self._names))
+            values = {name: _wire(getattr(self, name)) for name in self._names}
+            return bytes(self.SUBCON.build(values))
+                self.SUBCON.build({name: _wire(getattr(self, name)) for name in self._names})
+            )
+        except (c.ConstructError, struct.error) as error:
+            raise WireError(f"{type(self).__name__}: {_first_line(error)}") from None
+
+    @classmethod
+    def dtype(cls) -> np.dtype[Any]:
+        """The NumPy dtype that views the same bytes (derived, cached)."""
+        if "_dtype" not in cls.__dict__:
+            cls._dtype = dtype_of(cls.SUBCON)
+        return cls._dtype
+
+
+@functools.cache
+def _terminated(con: c.Struct) -> c.Construct:
+    return c.FocusedSeq("body", "body" / con, c.Terminated)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _plain(value: Any) -> Any:
+    """Construct's containers as plain dicts and lists, without its bookkeeping entry."""
+    if isinstance(value, c.ListContainer):
+        return [_plain(item) for item in value]
+    if isinstance(value, c.Container):
+        return {k: _plain(v) for k, v in value.items() if k != "_io"}
+    return value
+
+
+def _wire(value: Any) -> Any:
+    if isinstance(value, WireStruct):
+        return {name: _wire(getattr(value, name)) for name in value._names}
+    if isinstance(value, list | tuple):
+        return [_wire(item) for item in value]
+    return value
+
+
+_C_TYPES = {
+    "<B": "__u8", "<H": "__le16", "<L": "__le32", "<I": "__le32", "<Q": "__le64",
+    ">B": "__u8", "=B": "__u8",
+}  # fmt: skip
+
+
+def c_struct(cls: type[WireStruct], name: str) -> str:
+    """The C declaration (``struct name { … } __packed;``) of the same little-endian layout."""
+    lines = []
+    for sub in cls.SUBCON.subcons:
+        inner, suffix = sub, ""
+        while isinstance(inner, c.Renamed):
+            inner = inner.subcon
+        if isinstance(inner, c.Array):
+            suffix, inner = f"[{inner.count}]", inner.subcon
+        elif isinstance(inner, c.Bytes):
+            suffix, inner = f"[{inner.length}]", c.Int8ul
+        if not isinstance(inner, c.FormatField):
+            raise TypeError(f"{cls.__name__}.{sub.name}: no C type")
+        lines.append(f"\t{_C_TYPES[inner.fmtstr]} {sub.name}{suffix};")
+    return f"struct {name} {{\n" + "\n".join(lines) + "\n} __packed;\n"

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Debian packages into a folder: the host's apt resolves, downloads and verifies; ``dpkg-deb`` unpacks.
+
+Nothing is installed and no maintainer script runs, which takes seconds where a bootstrap takes minutes.
+apt is given a state of its own (lists, cache, an empty dpkg status), so the host's stays untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab.cache import LabError, cache_dir, say
+from tests.lab.sources import debian_mirror, keyring
+
+ARCHITECTURE = "amd64"
+MERGED = ("bin", "sbin", "lib", "lib64")  # since bookworm these are links into usr/
+
+
+def run(command: list[str], **kwargs: object) -> str:
+    """Run a tool and give its standard output; :class:`LabError` with its own words if it fails."""
+    done = subprocess.run(  # type: ignore[call-overload]
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False, **kwargs
+    )
+    if done.returncode:
+        words = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+        raise LabError(f"{' '.join(command[:4])} ... failed ({done.returncode}):\n{words}")
+    return str(done.stdout)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A Debian release seen through an apt of its own."""
+
+    name: str
+    suites: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Lists, archives and configuration of this apt."""
+        return cache_dir() / "apt" / self.name
+
+    def apt(self, *words: str, target: str | None = None) -> str:
+        """Run ``apt-get`` or ``apt-cache`` (first word) on this release; ``target`` is a default suite."""
+        option = ["-o", f"APT::Default-Release={target}"] if target else []
+        environment = {**os.environ, "APT_CONFIG": str(self.folder / "apt.conf"), "LC_ALL": "C"}
+        return run([words[0], *option, *words[1:]], env=environment)
+
+    def update(self) -> None:
+        """Write the configuration and fetch the package lists."""
+        for part in ("lists/partial", "archives/partial", "etc/preferences.d"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        (self.folder / "status").touch()
+        mirror, keys = debian_mirror(), keyring()
+        lines = [f"deb [signed-by={keys}] {mirror} {suite} main\n" for suite in self.suites]
+        (self.folder / "sources.list").write_text("".join(lines))
+        (self.folder / "apt.conf").write_text(self._configuration())
+        say(f"{self.name}: package lists")
+        self.apt("apt-get", "-q", "update")
+
+    def _configuration(self) -> str:
+        here = self.folder
+        settings = {
+            "Dir::Etc": here / "etc",
+            "Dir::Etc::sourcelist": here / "sources.list",
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Dir::State": here,
+            "Dir::State::status": here / "status",
+            "Dir::Cache": here,
+            "APT::Architecture": ARCHITECTURE,
+            "APT::Architectures": ARCHITECTURE,
+            "APT::Install-Recommends": "false",
+            "APT::Sandbox::User": "root",
+            "Acquire::Languages": "none",
+            "Acquire::Retries": "3",
+        }
+        return "".join(f'{name} "{value}";\n' for name, value in settings.items())
+
+    def depends(self, package: str, target: str | None = None) -> list[str]:
+        """The direct dependencies of a package, by name."""
+        text = self.apt("apt-cache", "depends", "--important", package, target=target)
+        return [line.split()[-1] for line in text.splitlines() if line.strip().startswith("Depends:")]
+
+    def closure(self, packages: list[str], target: str | None = None) -> list[str]:
+        """File names of the packages and of everything they depend on."""
+        text = self.apt("apt-get", "install", "-y", "-q", "--print-uris", *packages, target=target)
+        return [line.split()[1] for line in text.splitlines() if line.startswith("'")]
+
+    def fetch_closure(self, packages: list[str], target: str | None = None) -> list[Path]:
+        """Download packages with their dependencies; paths of the ``.deb`` files."""
+        names = self.closure(packages, target)
+        self.apt("apt-get", "install", "-y", "-q", "--download-only", *packages, target=target)
+        return [self.folder / "archives" / name for name in names]
+
+    def fetch(self, packages: list[str], target: str | None = None) -> list[Path]:
+        """Download exactly these packages, without dependencies."""
+        text = self.apt("apt-get", "download", "-q", "--print-uris", *packages, target=target)
+        names = [line.split()[1] for line in text.splitlines() if line.startswith("'")]
+        environment = {**os.environ, "APT_CONFIG": str(self.folder / "apt.conf"), "LC_ALL": "C"}
+        option = ["-o", f"APT::Default-Release={target}"] if target else []
+        where = self.folder / "archives"
+        run(["apt-get", *option, "download", "-q", *packages], env=environment, cwd=where)
+        return [where / name for name in names]
+
+
+def unpack(debs: list[Path], root: Path) -> None:
+    """Unpack packages into ``root``, whose ``/bin``, ``/lib`` ... are links into ``/usr``."""
+    for name in MERGED:
+        (root / "usr" / name).mkdir(parents=True, exist_ok=True)
+        if not (root / name).is_symlink():
+            (root / name).symlink_to(f"usr/{name}")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda deb: _unpack_one(deb, root), debs))
+
+
+def _unpack_one(deb: Path, root: Path) -> None:
+    # Through tar, because dpkg-deb -x would replace the link /bin by a directory of an older package.
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as reader:
+        run(["tar", "-x", "--keep-directory-symlink", "-C", str(root), "-f", "-"], stdin=reader.stdout)
+    if reader.returncode:
+        raise LabError(f"{deb.name} could not be unpacked")
