@@ -132,8 +132,6 @@ class WireStruct:
                 return self._flat.pack(*(getattr(self, name) for name in self._names))
             values = {name: _wire(getattr(self, name)) for name in self._names}
             return bytes(self.SUBCON.build(values))
-                self.SUBCON.build({name: _wire(getattr(self, name)) for name in self._names})
-            )
         except (c.ConstructError, struct.error) as error:
             raise WireError(f"{type(self).__name__}: {_first_line(error)}") from None
 
