@@ -28,6 +28,10 @@ __all__ = ("DeviceQueue", "Transport", "VirtioDevice")
 
 log = logging.getLogger(__name__)
 
+BATCHES_PER_KICK = 16
+"""Rings' worth of buffers handled before the loop looks at anything else: the guest decides how
+much it makes available, but not how long the other queues and the control socket wait."""
+
 
 class DeviceQueue:
     """A started virtqueue as the device sees it: take, give, and the notification is seen to."""
@@ -128,15 +132,40 @@ class VirtioDevice(ABC):
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote *data* at *offset*; read-only fields are left as they are."""
 
+    transport: Transport | None = None
+    """What carries the device now; None while nothing does."""
+
     def attach(self, transport: Transport) -> None:
         """A transport now carries the device."""
+        self.transport = transport
 
     def start(self) -> None:
         """The driver is ready: features are settled and ``transport.queues`` are usable."""
 
     @abstractmethod
+    def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
+        """Serve a batch: give every buffer of it back now, or hold it and give it back later."""
+
     def process(self, queue: DeviceQueue) -> bool:
-        """Handle what is available on *queue*, a bounded amount; True when more is left."""
+        """Handle what is available on *queue*, a bounded amount; True when more is left.
+
+        The driver is asked not to kick while its buffers are being taken anyway.
+        """
+        queue.kicked += 1
+        queue.ring.disable_kicks()
+        for _ in range(BATCHES_PER_KICK):
+            batch = queue.take()
+            if batch is not None:
+                self._handle(queue, batch)
+            elif queue.broken is not None or not queue.ring.enable_kicks():
+                return False
+        return queue.broken is None
+
+    def _handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
+        try:
+            self.handle(queue, batch)
+        except (QueueError, MemoryFault) as error:
+            queue.fail(error)
 
     def stop(self) -> None:
         """The queues are about to go away: give back every buffer that is still held."""
@@ -149,6 +178,7 @@ class VirtioDevice(ABC):
 
     def detach(self) -> None:
         """The transport has gone (front-end disconnected)."""
+        self.transport = None
 
     def save(self) -> bytes:
         """Device state for migration (empty: stateless)."""

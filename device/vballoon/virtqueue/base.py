@@ -71,13 +71,19 @@ class ChainBatch:
         """How many buffers."""
         return int(self.ids.size)
 
-    def readable(self, i: int) -> bytes:
-        """The device-readable bytes of buffer *i*, in order (copied once, so read once)."""
-        return b"".join(
-            self.memory.read(int(self.addr[j]), int(self.len[j]))
-            for j in range(int(self.first[i]), int(self.first[i + 1]))
-            if not self.writable[j]
-        )
+    def readable(self, i: int, limit: int) -> bytes:
+        """The first *limit* device-readable bytes of buffer *i* (copied once, so read once).
+
+        There is always a limit: the guest chooses how long a buffer is, the device how much of
+        it is worth reading.
+        """
+        parts: list[bytes] = []
+        for j in range(int(self.first[i]), int(self.first[i + 1])):
+            if self.writable[j] or limit <= 0:
+                break
+            parts.append(self.memory.read(int(self.addr[j]), min(int(self.len[j]), limit)))
+            limit -= len(parts[-1])
+        return b"".join(parts)
 
     def readable_size(self) -> NDArray[np.int64]:
         """Total device-readable bytes of each buffer (int64[n])."""
