@@ -31,6 +31,23 @@ def run(command: list[str], **kwargs: object) -> str:
     return str(done.stdout)
 
 
+def run_bytes(command: list[str]) -> bytes:
+    """Like :func:`run`, with the output as bytes."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise LabError(f"{' '.join(command[:4])} failed: {done.stderr.decode(errors='replace')}")
+    return done.stdout
+
+
+def run_status(command: list[str]) -> tuple[int, str]:
+    """Run a tool; its exit status, and its output and error output as they came."""
+    done = subprocess.run(
+        command, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
 @dataclass(frozen=True)
 class Release:
     """A Debian release seen through an apt of its own."""
@@ -51,7 +68,7 @@ class Release:
 
     def update(self) -> None:
         """Write the configuration and fetch the package lists."""
-        for part in ("lists/partial", "archives/partial", "etc/preferences.d"):
+        for part in ("lists/partial", "archives/partial", "nothing/partial", "etc/preferences.d"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         (self.folder / "status").touch()
         mirror, keys = debian_mirror(), keyring()
@@ -86,7 +103,9 @@ class Release:
 
     def closure(self, packages: list[str], target: str | None = None) -> list[str]:
         """File names of the packages and of everything they depend on."""
-        text = self.apt("apt-get", "install", "-y", "-q", "--print-uris", *packages, target=target)
+        # apt lists only what it would download, so it must not see what it has downloaded already.
+        empty = f"Dir::Cache::archives={self.folder / 'nothing'}"
+        text = self.apt("apt-get", "install", "-y", "-q", "-o", empty, "--print-uris", *packages, target=target)
         return [line.split()[1] for line in text.splitlines() if line.startswith("'")]
 
     def fetch_closure(self, packages: list[str], target: str | None = None) -> list[Path]:

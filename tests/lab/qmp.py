@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU monitor for tests: one command, one answer, events kept. Synchronous, on the ``qemu.qmp`` package."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import EventListener, ExecuteError, Message, QMPClient
+
+__all__ = ["ExecuteError", "Qmp"]
+
+
+class Qmp:
+    """A connection to a monitor socket, with an event loop of its own that runs only inside calls."""
+
+    def __init__(self, path: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._client = QMPClient("lab")
+        self._listener = EventListener()
+        self._client.register_listener(self._listener)
+        self._seen: list[Message] = []
+        self._loop.run_until_complete(self._client.connect(str(path)))
+
+    def command(self, name: str, **arguments: Any) -> Any:
+        """Run a command; its return value. :class:`ExecuteError` is QEMU's refusal.
+
+        Underscores in the arguments' names become dashes.
+        """
+        words = {key.replace("_", "-"): value for key, value in arguments.items()}
+        return self._loop.run_until_complete(self._client.execute(name, words or None))
+
+    def events(self) -> list[Message]:
+        """All events so far, oldest first."""
+        self._loop.run_until_complete(asyncio.sleep(0))
+        while not self._listener.empty():
+            self._seen.append(self._loop.run_until_complete(self._listener.get()))
+        return self._seen
+
+    def wait_event(self, name: str, timeout: float = 30, **data: Any) -> Message:
+        """The first event called ``name`` with these data that came since the start or comes in time.
+
+        Raises :class:`TimeoutError`.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            for event in self.events():
+                if event["event"] == name and data.items() <= dict(event.get("data", {})).items():
+                    self._seen.remove(event)
+                    return event
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no event {name} in {timeout} s; seen: {[e['event'] for e in self._seen]}")
+            self._loop.run_until_complete(self._wait(left))
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            self._seen.append(await asyncio.wait_for(self._listener.get(), seconds))
+        except asyncio.TimeoutError:
+            pass
+
+    def close(self) -> None:
+        """Disconnect; may be called twice."""
+        if self._loop.is_closed():
+            return
+        try:
+            self._loop.run_until_complete(self._client.disconnect())
+        except Exception:  # noqa: BLE001 - the peer may have died in any way; nothing is left to do about it
+            pass
+        self._loop.close()
