@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the normative statements in the specifications' own sources and counts them.
+
+The sources are not part of this project.  What is kept of them is a small index
+(``index.json``): for every block of device requirements the strengths of its statements in order,
+and a digest of the block, so that the catalogue can be checked for completeness anywhere, and a
+new revision of a specification shows as blocks whose digest differs.
+
+A *statement* is one occurrence of a requirement word (MUST, SHOULD NOT, MAY, ...).  In the virtio
+sources the device's statements stand in ``\\devicenormative`` blocks; the two QEMU documents speak
+of both sides in running text, so there every sentence with such a word counts, section by section.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html.parser
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ("VIRTIO_FILES", "Block", "html_blocks", "virtio_blocks")
+
+VIRTIO_FILES = {
+    "virtio_basic": "content.tex",
+    "virtio_split": "split-ring.tex",
+    "virtio_packed": "packed-ring.tex",
+    "virtio_pci": "transport-pci.tex",
+    "virtio_balloon": "device-types/balloon/description.tex",
+}
+"""Chapter of the catalogue, and the file of the virtio sources that it covers."""
+
+_HEADING = re.compile(
+    r"\\(?:(?P<kind>device|driver)normative|chapter|(?:sub)*section|(?:sub)?paragraph)\b"
+)
+_LABEL = re.compile(r"\\devicenormative\{[^}]*\}\s*\{[^}]*\}\s*\{(?P<label>[^}]*)\}", re.DOTALL)
+_BARE_LABEL = re.compile(r"\\label\{devicenormative:(?P<label>[^}]*)\}", re.DOTALL)
+_WORD = re.compile(r"\b(MUST|SHOULD|SHALL|MAY|CAN|RECOMMENDED|REQUIRED|OPTIONAL)\b(\s+NOT\b)?")
+_MEANING = {"SHALL": "MUST", "REQUIRED": "MUST", "CAN": "MAY", "RECOMMENDED": "SHOULD",
+            "OPTIONAL": "MAY"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Block:
+    """One run of requirements under one label (or section title)."""
+
+    label: str
+    strengths: tuple[str, ...]
+    sha256: str
+
+    @classmethod
+    def of(cls, label: str, text: str) -> Block:
+        """The block of *text*; the digest ignores how the lines are wrapped."""
+        flat = " ".join(text.split())
+        found = tuple(_strength(match) for match in _WORD.finditer(flat))
+        return cls(" ".join(label.split()), found, hashlib.sha256(flat.encode()).hexdigest()[:16])
+
+
+def _strength(match: re.Match[str]) -> str:
+    word = _MEANING.get(match[1], match[1])
+    return f"{word} NOT" if match[2] else word
+
+
+def virtio_blocks(source: str) -> list[Block]:
+    """The device requirement blocks of one TeX file, in order."""
+    blocks: list[Block] = []
+    label, lines = "", list[str]()
+    for line in [*source.splitlines(), "\\section{end}"]:
+        heading = _HEADING.match(line)
+        bare = line.startswith("\\label{devicenormative:")
+        if (heading or bare) and label:
+            blocks.append(_finished(label, lines))
+            label = ""
+        if bare or (heading and heading["kind"] == "device"):
+            label, lines = "pending", []
+        lines.append(line)
+    return blocks
+
+
+def _finished(label: str, lines: list[str]) -> Block:
+    text = "\n".join(lines)
+    found = _LABEL.match(text) or _BARE_LABEL.match(text)
+    if found is None:
+        raise ValueError(f"no label at {lines[0]!r}")
+    return Block.of(found["label"], text[found.end() :])
+
+
+class _Sections(html.parser.HTMLParser):
+    """Splits a Sphinx page into (section title, text)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections: list[tuple[str, list[str]]] = [("", [])]
+        self._heading = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if re.fullmatch("h[1-6]", tag):
+            self._heading = True
+            self.sections.append(("", []))
+        elif tag == "dt":  # a message is a definition list entry of its own
+            self.sections[-1][1].append("\n\x00")
+        elif tag in {"p", "li", "dd"}:
+            self.sections[-1][1].append("\n\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if re.fullmatch("h[1-6]", tag):
+            self._heading = False
+        elif tag == "dt":
+            self.sections[-1][1].append("\x00\n")
+
+    def handle_data(self, data: str) -> None:
+        title, text = self.sections[-1]
+        if self._heading:
+            self.sections[-1] = (title + data, text)
+        else:
+            text.append(data)
+
+
+_MODAL = re.compile(r"\b(?:must|shall|should)\b", re.IGNORECASE)
+
+
+def html_blocks(page: str) -> list[Block]:
+    """The statements of a Sphinx page (QEMU's interop manual), by section or message name.
+
+    A definition-list term in capitals (``VHOST_USER_SET_FEATURES``) starts a block of its own.
+    """
+    parser = _Sections()
+    parser.feed(page)
+    blocks: list[Block] = []
+    message = ""
+    for heading, chunks in parser.sections:
+        title = _clean(heading)
+        if title in {"Request", "Reply"}:  # a part of the message above it
+            title = f"{message} / {title}"
+        else:
+            message = title
+        parts = re.split(r"\n\x00(VHOST_USER_[A-Z_0-9]+)[^\x00]*\x00\n", "".join(chunks))
+        for name, text in zip([title, *parts[1::2]], parts[0::2], strict=True):
+            flat = " ".join(re.sub("\x00", "", text).split())
+            words = tuple(_modal(flat, match) for match in _MODAL.finditer(flat))
+            if words:
+                digest = hashlib.sha256(flat.encode()).hexdigest()[:16]
+                blocks.append(Block(name, words, digest))
+    return blocks
+
+
+def _modal(text: str, match: re.Match[str]) -> str:
+    word = {"shall": "MUST"}.get(match[0].lower(), match[0].upper())
+    return f"{word} NOT" if re.match(r"\s+not\b", text[match.end() :], re.IGNORECASE) else word
+
+
+def _clean(title: str) -> str:
+    return " ".join(re.sub("[\uf0c1¶]", "", title).split())
+
+
+def read_blocks(path: Path) -> list[Block]:
+    """The blocks of a source file, by its suffix (``.tex`` or ``.html``)."""
+    text = path.read_text(encoding="utf-8")
+    return virtio_blocks(text) if path.suffix == ".tex" else html_blocks(text)
