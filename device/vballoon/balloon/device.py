@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balloon: one virtio device made of its queues' handlers, the skip map and the rounds."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vballoon.balloon import persist
+from vballoon.balloon.commands import CommandRounds
+from vballoon.balloon.config import ConfigSpace
+from vballoon.balloon.counters import Counters
+from vballoon.balloon.hinting import HintQueue
+from vballoon.balloon.inflate import InflateQueues
+from vballoon.balloon.reporting import ReportQueue
+from vballoon.balloon.roles import NUM_QUEUES, Role, settle_roles
+from vballoon.balloon.stats import GuestStats, StatsQueue
+from vballoon.balloon.walking import WalkQueue
+from vballoon.errors import QueueError, UsageError
+from vballoon.memory import Discarder, GuestMemory
+from vballoon.skipmap import Provenance, Round, RoundKind, SkipMap, VoidReason
+from vballoon.virtio import VirtioDevice
+from vballoon_spec.virtio.balloon import PFN_SHIFT, VIRTIO_ID_BALLOON, BalloonFeature
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vballoon.virtio import DeviceQueue, Transport
+    from vballoon.virtqueue import ChainBatch
+
+__all__ = ("ALL_FEATURES", "Balloon")
+
+log = logging.getLogger(__name__)
+
+ALL_FEATURES = (
+    BalloonFeature.MUST_TELL_HOST
+    | BalloonFeature.STATS_VQ
+    | BalloonFeature.DEFLATE_ON_OOM
+    | BalloonFeature.FREE_PAGE_HINT
+    | BalloonFeature.PAGE_POISON
+    | BalloonFeature.PAGE_REPORTING
+    | BalloonFeature.FREE_PAGE_WALK
+)
+"""Everything that the device can do; MUST_TELL_HOST is among it because a page whose deflation
+is announced first can leave the skip bitmap in time."""
+
+
+class Balloon(VirtioDevice):
+    """The memory balloon device (*Memory Balloon Device*, device ID 5).
+
+    *features* are the device-specific bits to offer; with *discard* off no page is ever taken
+    from guest memory (for guests whose memory is pinned by a passed-through device).
+    """
+
+    device_id = VIRTIO_ID_BALLOON
+    num_queues = NUM_QUEUES
+    pci_class = 0x00FF00
+
+    def __init__(self, features: int = ALL_FEATURES, *, discard: bool = True) -> None:
+        self._features = int(features)
+        self.counters = Counters()
+        self.discarder = Discarder(enabled=discard)
+        self.config = ConfigSpace(walk=bool(features & BalloonFeature.FREE_PAGE_WALK))
+        self.skipmap = SkipMap(GuestMemory())
+        self.events: Callable[[str, dict[str, Any]], None] = lambda name, data: None
+        self.stats_queue = StatsQueue(self.counters)
+        self.hints = CommandRounds(
+            RoundKind.HINT,
+            begin=self._begin_round,
+            publish=self._publish_hint,
+            ended=self._round_ended,
+        )
+        self.walks = CommandRounds(
+            RoundKind.WALK,
+            begin=self._begin_round,
+            publish=self._publish_walk,
+            ended=self._round_ended,
+        )
+        self._hint_queue = HintQueue(self.counters, self.hints)
+        self.walk_queue = WalkQueue(self.counters, self.walks)
+        self._inflate = InflateQueues(self.counters, self.discarder)
+        self._report = ReportQueue(self.counters, self.discarder)
+        self.roles: dict[int, Role] = {}
+
+    # What the transport asks.
+
+    @property
+    def device_features(self) -> int:
+        """The device-specific feature bits offered."""
+        return self._features
+
+    def read_config(self) -> bytes:
+        """The configuration space as the driver sees it now."""
+        return self.config.read()
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Apply a driver's write; a change of ``actual`` is an event."""
+        if self.config.write(offset, data):
+            self.events("BALLOON_CHANGE", {"actual": self.actual_bytes})
+
+    def attach(self, transport: Transport) -> None:
+        """A transport is there, and with it guest memory."""
+        super().attach(transport)
+        self.memory_changed()
+
+    def start(self) -> None:
+        """Settle the queues' roles from the features and from the rings that are there."""
+        assert self.transport is not None  # a transport starts what it has attached to
+        self.roles = settle_roles(self.transport.features, self.transport.queues)
+        self.config.poison_locked = True
+
+    def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
+        """Serve a batch according to the queue's role."""
+        role = self.roles.get(queue.index)
+        match role:
+            case Role.INFLATE:
+                self._inflate.inflate(queue, batch, self.skipmap)
+            case Role.DEFLATE:
+                self._inflate.deflate(queue, batch, self.skipmap)
+            case Role.STATS:
+                self.stats_queue.handle(queue, batch)
+            case Role.HINT:
+                self._hint_queue.handle(queue, batch, self.skipmap)
+            case Role.REPORT:
+                self._report.handle(queue, batch, self.skipmap, discard=not self.poisoned)
+            case Role.WALK:
+                self.walk_queue.handle(queue, batch, self.skipmap)
+            case None:
+                raise QueueError("queue-without-role", "no negotiated feature has this queue")
+
+    def stop(self) -> None:
+        """Give the statistics buffer back while its ring is still there."""
+        self.stats_queue.release()
+
+    def reset(self) -> None:
+        """Device reset: the driver is another one, and nothing it said holds any more."""
+        self._void(VoidReason.RESET)
+        self.walk_queue.reset()
+        self.stats_queue.reset()
+        self.config.reset()
+        self.roles = {}
+
+    def memory_changed(self) -> None:
+        """Another memory table: rounds are void, bits of regions that went are gone."""
+        assert self.transport is not None
+        self.skipmap = self.skipmap.rebuilt(self.transport.memory)
+        self._end_rounds(VoidReason.MEMORY_CHANGED)
+
+    def detach(self) -> None:
+        """The front-end has gone; rounds belong to its connection."""
+        self._void(VoidReason.FRONTEND_LOST)
+        self.walk_queue.reset()
+        self.stats_queue.reset()
+        self.roles = {}
+        super().detach()
+
+    # What the operator asks.
+
+    @property
+    def ram_bytes(self) -> int:
+        """Size of guest memory in bytes; 0 while no front-end is connected."""
+        return self.transport.memory.size if self.transport is not None else 0
+
+    @property
+    def actual_bytes(self) -> int:
+        """The guest's logical size: its memory less what is in the balloon (QEMU's ``actual``)."""
+        return max(0, self.ram_bytes - (self.config.fields.actual << PFN_SHIFT))
+
+    @property
+    def poisoned(self) -> bool:
+        """Free pages must keep a value that is not what a hole reads as (PAGE_POISON)."""
+        negotiated = self.transport is not None and bool(
+            self.transport.features & BalloonFeature.PAGE_POISON
+        )
+        return negotiated and self.config.fields.poison_val != 0
+
+    def set_target(self, value: int) -> None:
+        """Ask the guest to have *value* bytes (as QEMU's ``balloon``): the rest goes in."""
+        if not self.ram_bytes:
+            raise UsageError("no guest memory yet: wait until a front-end has connected")
+        if value <= 0:
+            raise UsageError("the target is the guest's memory in bytes and must be above 0")
+        pages = max(0, self.ram_bytes - value) >> PFN_SHIFT
+        self.config.fields.num_pages = min(pages, 0xFFFF_FFFF)
+        self._config_changed()
+
+    def stats(self) -> GuestStats:
+        """The latest memory statistics."""
+        return self.stats_queue.latest
+
+    def request_stats(self) -> bool:
+        """Ask the driver for new statistics; False when it has not given us a buffer."""
+        return self.stats_queue.request()
+
+    def start_hinting(self, *, hold: bool = False) -> int:
+        """Begin a free page hinting round; returns its id."""
+        self._require(Role.HINT, "free page hinting (feature FREE_PAGE_HINT)")
+        self._hint_queue.reset()
+        return self.hints.start(hold=hold).id
+
+    def stop_hinting(self) -> None:
+        """End hinting: the driver takes its pages back."""
+        self.hints.stop()
+
+    def start_walk(self, min_order: int = 0) -> int:
+        """Begin a walk round down to blocks of ``1 << min_order`` pages; returns its id."""
+        self._require(Role.WALK, "the free page walk (feature 63 and the vballoon_walk module)")
+        self.walk_queue.forget_round()
+        self.config.fields.free_page_walk_min_order = min_order
+        return self.walks.start().id
+
+    def stop_walk(self) -> None:
+        """End the walk."""
+        self.walks.stop()
+
+    # State that travels with the guest.
+
+    def save(self) -> bytes:
+        """The state for a migrating front-end (``persist``)."""
+        fields = self.config.fields
+        start, end = self.skipmap.extents(Provenance.BALLOONED).T
+        next_id = max(self.hints.next_id, self.walks.next_id)
+        return persist.pack(
+            persist.SavedBalloon(
+                fields.num_pages, fields.actual, fields.poison_val, next_id, start, end
+            )
+        )
+
+    def load(self, state: bytes) -> None:
+        """Take a saved state over; raises :class:`~vballoon.errors.ProtocolError`."""
+        saved = persist.unpack(state)
+        fields = self.config.fields
+        fields.num_pages, fields.actual = saved.num_pages, saved.actual
+        fields.poison_val = saved.poison_val
+        self.hints.next_id = self.walks.next_id = saved.next_cmd_id
+        self.skipmap.set_ranges(Provenance.BALLOONED, saved.start, saved.end)
+
+    # Within.
+
+    def _require(self, role: Role, what: str) -> None:
+        if role not in self.roles.values():
+            raise UsageError(f"the guest's driver has not negotiated {what}")
+
+    def _void(self, reason: VoidReason) -> None:
+        """Rounds end, and the bits that do not survive *reason* go."""
+        self._end_rounds(reason)
+        self.skipmap.void(reason)
+
+    def _end_rounds(self, reason: VoidReason) -> None:
+        self.hints.reset(reason)
+        self.walks.reset(reason)
+        self._hint_queue.reset()
+        self.walk_queue.forget_round()
+
+    def _begin_round(self, begun: Round) -> None:
+        self.skipmap.begin_round(begun)
+
+    def _publish_hint(self, cmd_id: int) -> None:
+        self.config.fields.free_page_hint_cmd_id = cmd_id
+        self._config_changed()
+
+    def _publish_walk(self, cmd_id: int) -> None:
+        self.config.fields.free_page_walk_cmd_id = cmd_id
+        self._config_changed()
+
+    def _config_changed(self) -> None:
+        if self.transport is not None:
+            self.transport.config_changed()
+
+    def _round_ended(self, ended: Round) -> None:
+        self.events("ROUND_COMPLETED", ended.as_dict())

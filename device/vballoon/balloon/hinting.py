@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Free page hinting: a queue that mixes command ids (readable) and free pages (writable).
+
+*Memory Balloon Device / Device Operation / Free Page Hinting*.  Hinted pages are recorded, never
+discarded: the driver may take one back before its buffer has even been used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vballoon.balloon.reporting import whole_pages
+from vballoon.skipmap import Provenance
+from vballoon_spec.virtio.balloon import CMD_ID_STOP, BalloonCmdId
+
+if TYPE_CHECKING:
+    from vballoon.balloon.commands import CommandRounds
+    from vballoon.balloon.counters import Counters
+    from vballoon.skipmap import SkipMap
+    from vballoon.virtio import DeviceQueue
+    from vballoon.virtqueue import ChainBatch
+
+__all__ = ("HintQueue",)
+
+
+class HintQueue:
+    """Serves free_page_vq."""
+
+    def __init__(self, counters: Counters, rounds: CommandRounds) -> None:
+        self.rounds = rounds
+        self._counters = counters
+        self._taking = False
+        """The latest command id was the current one: pages that follow belong to the round."""
+
+    def handle(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
+        """Follow the command ids, record the pages that belong to the round, give all back."""
+        done = 0
+        for at in np.flatnonzero(batch.readable_size()).tolist():
+            self._pages(batch, done, at, skipmap)
+            self._command(batch, at)
+            done = at  # pages behind the id in the same buffer come under the new id
+        self._pages(batch, done, len(batch), skipmap)
+        queue.give(batch.ids)
+
+    def reset(self) -> None:
+        """Forget which id came last."""
+        self._taking = False
+
+    def _command(self, batch: ChainBatch, i: int) -> None:
+        data = batch.readable(i, BalloonCmdId.SIZE + 1)
+        if len(data) != BalloonCmdId.SIZE:
+            self._counters.bad_hint += 1
+            self._taking = False
+            if self.rounds.running and self.rounds.round is not None:
+                self.rounds.round.spoil("a command buffer that is not 4 bytes long")
+            return
+        cmd_id = BalloonCmdId.parse(data).cmd_id
+        self._taking = cmd_id != CMD_ID_STOP and self.rounds.echoed(cmd_id)
+        if cmd_id == CMD_ID_STOP:
+            self.rounds.driver_stopped()
+
+    def _pages(self, batch: ChainBatch, first: int, last: int, skipmap: SkipMap) -> None:
+        """Record the writable descriptors of buffers *first* up to *last*."""
+        part = slice(int(batch.first[first]), int(batch.first[last]))
+        which = batch.writable[part]
+        addr, length = batch.addr[part][which], batch.len[part][which]
+        if not addr.size:
+            return
+        start, end, odd = whole_pages(addr, length)
+        pages = int((end - start).sum())
+        self._counters.bad_hint += odd
+        if self._taking and self.rounds.running and self.rounds.round is not None:
+            skipmap.set_ranges(Provenance.HINTED, start, end)
+            self.rounds.round.record(records=int(addr.size), pages=pages)
+            self._counters.hinted_pages += pages
+        else:
+            self._counters.hints_stale_pages += pages

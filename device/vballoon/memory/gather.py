@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many small reads of guest memory as one: the readable side of a whole batch of buffers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vballoon.errors import MemoryFault
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vballoon.memory.table import GuestMemory
+
+__all__ = ("gather_u32",)
+
+SLICE_WORDS = 128
+"""From this many words on, copying a slice costs less than indexing its words one by one."""
+
+
+def gather_u32(
+    memory: GuestMemory, addr: NDArray[np.uint64], words: NDArray[np.int64]
+) -> NDArray[np.uint32]:
+    """The little-endian 32-bit words at each *addr* (uint64[n], bytes), joined (uint32[sum]).
+
+    *words* (int64[n]) is how many to read at each.  Every word is read once.  Raises
+    :class:`~vballoon.errors.MemoryFault` for an address outside guest memory.
+    """
+    total = int(words.sum())
+    if total >= SLICE_WORDS * addr.size or not memory.mapped or (addr & np.uint64(3)).any():
+        return _by_slices(memory, addr, words)
+    try:
+        region, offset = memory.locate(addr, words.astype(np.uint64) * np.uint64(4))
+    except MemoryFault:
+        return _by_slices(memory, addr, words)
+    first = np.cumsum(words) - words
+    base = (offset >> np.uint64(2)).astype(np.int64) - first
+    index = np.repeat(base, words) + np.arange(total)
+    if (region == region[0]).all():
+        return _words(memory, int(region[0]))[index]
+    owner = np.repeat(region, words)
+    out = np.empty(total, dtype=np.uint32)
+    for number in np.unique(region).tolist():
+        mine = owner == number
+        out[mine] = _words(memory, number)[index[mine]]
+    return out
+
+
+def _words(memory: GuestMemory, region: int) -> NDArray[np.uint32]:
+    view = memory.regions[region].view
+    assert view is not None  # the caller has seen that all memory is mapped
+    return view[: view.size & ~3].view("<u4")
+
+
+def _by_slices(
+    memory: GuestMemory, addr: NDArray[np.uint64], words: NDArray[np.int64]
+) -> NDArray[np.uint32]:
+    parts = [
+        memory.read(at, 4 * count)
+        for at, count in zip(addr.tolist(), words.tolist(), strict=True)
+        if count
+    ]
+    return np.frombuffer(b"".join(parts), dtype="<u4")
