@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine serves a ring."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from vballoon.virtqueue.base import RingState, Virtqueue
+from vballoon.virtqueue.split import ScalarSplit
+
+if TYPE_CHECKING:
+    from vballoon.memory import GuestMemory
+    from vballoon.virtqueue.base import RingAddresses
+    from vballoon.virtqueue.inflight import InflightLog, Resubmit
+
+__all__ = ("make_virtqueue",)
+
+
+def make_virtqueue(
+    memory: GuestMemory,
+    size: int,
+    addresses: RingAddresses,
+    features: int,
+    state: RingState | None = None,
+    *,
+    engine: Literal["batch", "scalar"] = "batch",
+    inflight: InflightLog | None = None,
+    dirty_ring: int | None = None,
+    resubmit: Resubmit | None = None,
+) -> Virtqueue:
+    """The virtqueue of *size* descriptors at *addresses*, as *features* (negotiated) make it.
+
+    *state* is where an earlier ring stopped (default: a fresh ring).  A ring without a mapping is
+    always served by the scalar engine.  *inflight* is told of takes and gives; *dirty_ring* is the
+    guest-physical address at which writes of the used ring are logged; *resubmit* are the buffers
+    that were in flight in an earlier life, which :meth:`Virtqueue.take` hands out first (give an
+    empty one after a crash: the first notification is then sent in any case).
+
+    Raises :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``.
+    """
+    return ScalarSplit(
+        memory,
+        size,
+        addresses,
+        features,
+        state or RingState(),
+        inflight=inflight,
+        dirty_ring=dirty_ring,
+        resubmit=resubmit,
+    )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory for tests: regions of one memfd, or reached by messages only."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+
+import numpy as np
+
+from vballoon.errors import MemoryFault
+from vballoon.memory import GuestMemory, MemoryRegion
+
+PAGE = 4096
+_names = count()
+
+
+def memfd(size: int, flags: int = os.MFD_CLOEXEC) -> int:
+    """A file of *size* bytes without a name; the caller owns the descriptor."""
+    fd = os.memfd_create(f"guest{next(_names)}", flags)
+    os.ftruncate(fd, size)
+    return fd
+
+
+def make_memory(*regions: tuple[int, int], file_offset: int = 0) -> GuestMemory:
+    """Mapped guest memory: *regions* are (guest-physical address, size), one memfd for all.
+
+    Without arguments: 16 MiB at 0.  Each region starts in the file where the last one ended, from
+    *file_offset* on; its userspace address is its guest address plus 2^46.
+    """
+    regions = regions or ((0, 16 << 20),)
+    fd = memfd(file_offset + sum(size for _, size in regions))
+    made, offset = [], file_offset
+    for addr, size in regions:
+        made.append(
+            MemoryRegion.map(
+                guest_phys_addr=addr,
+                size=size,
+                file_offset=offset,
+                fd=os.dup(fd),
+                userspace_addr=addr + (1 << 46),
+            )
+        )
+        offset += size
+    os.close(fd)
+    return GuestMemory(made)
+
+
+class MessageMemory:
+    """Answers DMA reads and writes out of a mapped table (a vfio-user client's side).
+
+    ``reads`` and ``writes`` count messages; addresses in ``refuse`` fault.
+    """
+
+    def __init__(self, backing: GuestMemory) -> None:
+        self.backing = backing
+        self.reads = self.writes = 0
+        self.refuse: set[int] = set()
+
+    def dma_read(self, addr: int, size: int) -> bytes:
+        self.reads += 1
+        if addr in self.refuse:
+            raise MemoryFault("dma-refused", f"{addr:#x}")
+        return self.backing.read(addr, size)
+
+    def dma_write(self, addr: int, data: bytes) -> None:
+        self.writes += 1
+        if addr in self.refuse:
+            raise MemoryFault("dma-refused", f"{addr:#x}")
+        self.backing.write(addr, data)
+
+
+def by_messages(backing: GuestMemory) -> tuple[GuestMemory, MessageMemory]:
+    """The same memory as *backing*, without a mapping, and what answers the messages."""
+    peer = MessageMemory(backing)
+    return (
+        GuestMemory(
+            MemoryRegion(guest_phys_addr=r.guest_phys_addr, size=r.size, remote=peer)
+            for r in backing.regions
+        ),
+        peer,
+    )
+
+
+class Arena:
+    """Hands out pieces of guest memory, lowest first, never the same twice."""
+
+    def __init__(self, start: int, size: int) -> None:
+        self.next, self.end = start, start + size
+
+    def take(self, size: int, align: int = 16) -> int:
+        """The address of *size* fresh bytes."""
+        addr = self.next + -self.next % align
+        self.next = addr + size
+        assert self.next <= self.end, "the arena is used up"
+        return addr
+
+
+def column(values: list[int]) -> np.ndarray:
+    """A uint64 column."""
+    return np.array(values, np.uint64)
