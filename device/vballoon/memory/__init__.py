@@ -8,6 +8,8 @@ arrays that have been checked.
 from __future__ import annotations
 
 from vballoon.memory.dirty_log import VHOST_LOG_PAGE, BitmapLog, DirtyLog
+from vballoon.memory.discard import Discarder
+from vballoon.memory.holes import data_extents
 from vballoon.memory.regions import PAGE_SIZE, MemoryRegion, RemoteMemory
 from vballoon.memory.table import GuestMemory
 
@@ -16,7 +18,9 @@ __all__ = (
     "VHOST_LOG_PAGE",
     "BitmapLog",
     "DirtyLog",
+    "Discarder",
     "GuestMemory",
     "MemoryRegion",
     "RemoteMemory",
+    "data_extents",
 )
