@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.lab import LabError, Machine, cache, kernels, provision, qemu
+from tests.lab import NAMES, LabError, Machine, build_module, cache, kernels, provision, qemu
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,9 +16,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("setup", help="fetch whatever is missing")
     verbs.add_parser("status", help="what is there")
-    for verb, text in (("boot", "boot a guest, run a script in it"), ("shell", "boot a guest, run lines from the terminal")):
+    for verb, text in (
+        ("boot", "boot a guest, run a script in it"),
+        ("shell", "boot a guest, run lines from the terminal"),
+    ):
         each = verbs.add_parser(verb, help=text)
-        each.add_argument("--kernel", choices=kernels.NAMES, default="6.12")
+        each.add_argument("--kernel", choices=NAMES, default="6.12")
         each.add_argument("--machine", default="q35")
         each.add_argument("--memory", type=int, default=512, metavar="MIB")
         each.add_argument("--smp", type=int, default=1)
@@ -26,22 +29,22 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--run", default="uname -a; free -m", help="shell text for the guest")
         each.add_argument("extra", nargs="*", help="after --: more arguments for QEMU")
     each = verbs.add_parser("build", help="build a kernel module")
-    each.add_argument("kernel", choices=kernels.NAMES)
+    each.add_argument("kernel", choices=NAMES)
     each.add_argument("source", type=Path)
     each.add_argument("out", type=Path)
     each.add_argument("make", nargs="*", help="words for make, such as W=1")
     return parser
 
 
-def _status() -> None:
+def _status(_: argparse.Namespace) -> None:
     missing = provision.prerequisites()
     print(f"cache          {cache.cache_dir()}")
     print(f"prerequisites  {'missing: ' + ' '.join(missing) if missing else 'installed'}")
-    if not provision.is_ready(kernels.NAMES):
+    if not provision.is_ready(NAMES):
         print("lab            incomplete: run python -m tests.lab setup")
         return
     print(f"QEMU           {'.'.join(map(str, qemu.version()))}, {qemu.accelerator()}")
-    for kernel in kernels.kernels():
+    for kernel in kernels():
         print(f"kernel         {kernel.name:<10} {kernel.version}")
 
 
@@ -70,8 +73,11 @@ def _shell(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    built = kernels.build_module(options.kernel, options.source, options.out, make=options.make)
+    built = build_module(options.kernel, options.source, options.out, make=options.make)
     print(built.log, *built.modules, sep="\n")
+
+
+VERBS = {"boot": _boot, "shell": _shell, "build": _build, "status": _status}
 
 
 def main() -> int:
@@ -83,7 +89,7 @@ def main() -> int:
             provision.setup()
             cache.say(f"ready ({time.monotonic() - started:.1f} s)")
         else:
-            {"boot": _boot, "shell": _shell, "build": _build, "status": lambda _: _status()}[options.verb](options)
+            VERBS[options.verb](options)
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's end of the script channel: shell text into the guest, exit status and output out of it."""
+"""The host's end of the script channel: shell text into the guest, exit status and output out of
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class GuestError(LabError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a script did: exit status (124: out of time, 128 + n: signal n), output, error output."""
+    """What a script did: status (124: out of time, 128 + n: signal n), output, error output."""
 
     status: int
     out: bytes
@@ -65,18 +67,26 @@ class Guest:
         the guest does not answer any more. A process left in the background must let go of the
         output (``>/dev/null 2>&1 &``) or what it prints later is lost.
         """
+        self.post(script, timeout=timeout, stdin=stdin)
+        return self._collect(self._count, time.monotonic() + timeout + GRACE)
+
+    def post(self, script: str, *, timeout: float = 60, stdin: bytes = b"") -> None:
+        """Run shell text from which no answer can be expected, such as a reboot."""
         self._count += 1
         self._send("S", script.encode() + b"\n")
         self._send("I", stdin)
         self._socket.sendall(b"R %d %d\n" % (self._count, max(1, round(timeout))))
-        return self._collect(self._count, time.monotonic() + timeout + GRACE)
 
     def sh(self, script: str, *, timeout: float = 60, stdin: bytes = b"") -> str:
-        """Like :meth:`run`, giving the output as text; raises :class:`GuestError` unless the status is 0."""
+        """Like :meth:`run`, giving the output as text; raises :class:`GuestError` unless the status
+        is 0.
+        """
         result = self.run(script, timeout=timeout, stdin=stdin)
         if result.status:
             err = result.err.decode(errors="replace").strip()
-            raise GuestError(f"{script!r} in the guest: status {result.status}\n{result.text}\n{err}")
+            raise GuestError(
+                f"{script!r} in the guest: status {result.status}\n{result.text}\n{err}"
+            )
         return result.text
 
     def put(self, path: str, content: bytes, mode: int = 0o755, timeout: float = 120) -> None:
@@ -94,6 +104,13 @@ class Guest:
         """Load a driver with what it depends on; a built-in one is there already."""
         self.sh(" ".join(["load", module, *parameters]))
 
+    def report_every_order(self) -> None:
+        """Have free page reporting report blocks of every size, not only the largest.
+
+        Call it when the balloon driver is loaded: 6.1 sets the order when a device registers.
+        """
+        self.sh("echo 0 >/sys/module/page_reporting/parameters/page_reporting_order")
+
     def start(self, command: str, log: str = "/dev/null", fifo: str = "") -> int:
         """Start a command in the background; its process id.
 
@@ -105,18 +122,21 @@ class Guest:
         return int(self.sh(f"{feed}{command} {source} >{log} 2>&1 & echo $!"))
 
     def wait_for(self, condition: str, timeout: float = 60, every: float = 0.2) -> None:
-        """Wait in the guest until the shell condition holds; :class:`GuestError` when it does not."""
+        """Wait until the shell condition holds in the guest; :class:`GuestError` if it never does."""
         script = f"until {condition}; do sleep {every}; done"
         result = self.run(script, timeout=timeout)
         if result.status:
             err = result.err.decode(errors="replace").strip()
-            raise GuestError(f"{condition!r} did not come true in {timeout} s (status {result.status}) {err}")
+            raise GuestError(
+                f"{condition!r} did not come true in {timeout} s (status {result.status}) {err}"
+            )
 
     def meminfo(self) -> dict[str, int]:
         """``/proc/meminfo``, in bytes (counts of huge pages as they are)."""
         pairs = (line.split(":") for line in self.sh("cat /proc/meminfo").splitlines())
         return {
-            name: int(rest.split()[0]) * (1024 if rest.endswith("kB") else 1) for name, rest in pairs
+            name: int(rest.split()[0]) * (1024 if rest.endswith("kB") else 1)
+            for name, rest in pairs
         }
 
     def _send(self, kind: str, content: bytes) -> None:
@@ -134,7 +154,9 @@ class Guest:
             if kind == "X" and int(numbers[0]) == number:
                 return Result(int(numbers[1]), bytes(streams["O"]), bytes(streams["E"]))
             if kind not in streams:
-                raise GuestError(f"the agent answered {kind} {numbers} (did the guest start again?)")
+                raise GuestError(
+                    f"the agent answered {kind} {numbers} (did the guest start again?)"
+                )
             streams[kind] += self._exactly(int(numbers[1]), deadline)
 
     def _line(self, deadline: float) -> str:
@@ -156,9 +178,13 @@ class Guest:
         try:
             more = self._socket.recv(1 << 16)
         except TimeoutError:
-            raise GuestError(f"the guest does not answer; {self._alive() or 'its QEMU lives'}") from None
+            raise GuestError(
+                f"the guest does not answer; {self._alive() or 'its QEMU lives'}"
+            ) from None
         except OSError as error:
-            raise GuestError(f"the channel broke: {error}; {self._alive() or 'its QEMU lives'}") from None
+            raise GuestError(
+                f"the channel broke: {error}; {self._alive() or 'its QEMU lives'}"
+            ) from None
         if not more:
             raise GuestError(f"the channel closed: {self._alive() or 'its QEMU lives'}")
         self._buffer += more

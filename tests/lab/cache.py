@@ -2,8 +2,8 @@
 """The lab's cache folder: where it is, who may change it, and what "finished" means.
 
 Setting the lab up takes minutes and may be interrupted at any point, and two test runs may start at
-once. Three rules keep the folder honest: one process changes it at a time (a file lock), a
-folder appears under its final name only when it is complete (built beside it, then renamed), and each
+once. Three rules keep the folder honest: one process changes it at a time (a file lock), a folder
+appears under its final name only when it is complete (built beside it, then renamed), and each
 carries a stamp of the recipe that made it, so that a changed recipe is built again.
 """
 
@@ -29,7 +29,7 @@ class LabError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """The cache folder: ``$VBALLOON_LAB``, else ``~/.cache/vballoon-lab`` (created when missing)."""
+    """The cache folder: ``$VBALLOON_LAB``, else ``~/.cache/vballoon-lab`` (made if missing)."""
     named = os.environ.get("VBALLOON_LAB")
     path = Path(named) if named else Path.home() / ".cache" / "vballoon-lab"
     path.mkdir(parents=True, exist_ok=True)
@@ -67,10 +67,11 @@ def is_built(name: str, recipe: object) -> bool:
 
 
 def build(name: str, recipe: object, fill: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache, filled by ``fill(folder)`` unless this recipe already made it.
+    """The folder ``name`` of the cache, filled by ``fill(folder)`` unless this recipe already made
+    it.
 
-    ``fill`` works in a folder with another name; a failure or a kill leaves nothing that looks complete.
-    Call it with the lock held.
+    ``fill`` works in a folder with another name; a failure or a kill leaves nothing that looks
+    complete. Call it with the lock held.
     """
     final = cache_dir() / name
     if is_built(name, recipe):

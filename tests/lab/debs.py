@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian packages into a folder: the host's apt resolves, downloads and verifies; ``dpkg-deb`` unpacks.
+"""Debian packages into a folder: the host's apt resolves, downloads and verifies; ``dpkg-deb``
+unpacks.
 
-Nothing is installed and no maintainer script runs, which takes seconds where a bootstrap takes minutes.
-apt is given a state of its own (lists, cache, an empty dpkg status), so the host's stays untouched.
+Nothing is installed and no maintainer script runs, which takes seconds where a bootstrap takes
+minutes. apt is given a state of its own (lists, cache, an empty dpkg status), so the host's stays
+untouched.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ MERGED = ("bin", "sbin", "lib", "lib64")  # since bookworm these are links into 
 def run(command: list[str], **kwargs: object) -> str:
     """Run a tool and give its standard output; :class:`LabError` with its own words if it fails."""
     done = subprocess.run(  # type: ignore[call-overload]
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False, **kwargs
+        command, text=True, capture_output=True, check=False, **kwargs
     )
     if done.returncode:
         words = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
@@ -33,7 +35,7 @@ def run(command: list[str], **kwargs: object) -> str:
 
 def run_bytes(command: list[str]) -> bytes:
     """Like :func:`run`, with the output as bytes."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise LabError(f"{' '.join(command[:4])} failed: {done.stderr.decode(errors='replace')}")
     return done.stdout
@@ -61,7 +63,9 @@ class Release:
         return cache_dir() / "apt" / self.name
 
     def apt(self, *words: str, target: str | None = None) -> str:
-        """Run ``apt-get`` or ``apt-cache`` (first word) on this release; ``target`` is a default suite."""
+        """Run ``apt-get`` or ``apt-cache`` (first word) on this release; ``target`` is a default
+        suite.
+        """
         option = ["-o", f"APT::Default-Release={target}"] if target else []
         environment = {**os.environ, "APT_CONFIG": str(self.folder / "apt.conf"), "LC_ALL": "C"}
         return run([words[0], *option, *words[1:]], env=environment)
@@ -99,13 +103,17 @@ class Release:
     def depends(self, package: str, target: str | None = None) -> list[str]:
         """The direct dependencies of a package, by name."""
         text = self.apt("apt-cache", "depends", "--important", package, target=target)
-        return [line.split()[-1] for line in text.splitlines() if line.strip().startswith("Depends:")]
+        return [
+            line.split()[-1] for line in text.splitlines() if line.strip().startswith("Depends:")
+        ]
 
     def closure(self, packages: list[str], target: str | None = None) -> list[str]:
         """File names of the packages and of everything they depend on."""
         # apt lists only what it would download, so it must not see what it has downloaded already.
         empty = f"Dir::Cache::archives={self.folder / 'nothing'}"
-        text = self.apt("apt-get", "install", "-y", "-q", "-o", empty, "--print-uris", *packages, target=target)
+        text = self.apt(
+            "apt-get", "install", "-y", "-q", "-o", empty, "--print-uris", *packages, target=target
+        )
         return [line.split()[1] for line in text.splitlines() if line.startswith("'")]
 
     def fetch_closure(self, packages: list[str], target: str | None = None) -> list[Path]:
@@ -136,8 +144,12 @@ def unpack(debs: list[Path], root: Path) -> None:
 
 
 def _unpack_one(deb: Path, root: Path) -> None:
-    # Through tar, because dpkg-deb -x would replace the link /bin by a directory of an older package.
+    # Through tar, because dpkg-deb -x would replace the link /bin by a directory of an older
+    # package.
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as reader:
-        run(["tar", "-x", "--keep-directory-symlink", "-C", str(root), "-f", "-"], stdin=reader.stdout)
+        run(
+            ["tar", "-x", "--keep-directory-symlink", "-C", str(root), "-f", "-"],
+            stdin=reader.stdout,
+        )
     if reader.returncode:
         raise LabError(f"{deb.name} could not be unpacked")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's root: an initramfs with busybox, the lab's own programs and one kernel's modules.
 
-It is written here as a newc cpio archive, uncompressed, because unpacking a compressed one costs an emulated guest more
-than reading a longer one. A kernel accepts several archives one after the other, which is how a
-test adds files of its own.
+It is written here as a newc cpio archive, uncompressed, because unpacking a compressed one costs an
+emulated guest more than reading a longer one. A kernel accepts several archives one after the
+other, which is how a test adds files of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.lab import cache, debs
 from tests.lab.cache import LabError, cache_dir
-from tests.lab.kernels import Kernel, in_root, kernel
+from tests.lab.guestkernels import Kernel, in_root, kernel
 
 GUEST = Path(__file__).parent / "guest"
 PROGRAMS = ("agent", "memhog", "churn", "buddy", "keeper")
@@ -27,7 +27,21 @@ MODULES = (
     "virtio_pci", "virtio_balloon", "virtio_rng", "virtio_console", "virtio_blk", "virtio_mem",
     "shpchp", "pciehp", "acpiphp", "gpio_pci_idio_16", "gpio_pcie_idio_24",
 )  # fmt: skip
-FOLDERS = ("bin", "dev", "etc", "lab", "lib", "lib64", "modules", "proc", "run", "sbin", "sys", "tmp", "usr")
+FOLDERS = (
+    "bin",
+    "dev",
+    "etc",
+    "lab",
+    "lib",
+    "lib64",
+    "modules",
+    "proc",
+    "run",
+    "sbin",
+    "sys",
+    "tmp",
+    "usr",
+)
 
 
 class Archive:
@@ -98,7 +112,18 @@ def _compile(out: Path, root: Path) -> None:
         for name in PROGRAMS:
             shutil.copy2(GUEST / f"{name}.c", work)
             inside = f"/build/{Path(work).name}/{name}"
-            command = ["gcc", "-static", "-O2", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-o", inside, f"{inside}.c"]
+            command = [
+                "gcc",
+                "-static",
+                "-O2",
+                "-D_GNU_SOURCE",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-o",
+                inside,
+                f"{inside}.c",
+            ]
             status, log = in_root(root, command)
             if status:
                 raise LabError(f"guest/{name}.c does not compile:\n{log}")
@@ -114,7 +139,12 @@ def base(guest_kernel: Kernel) -> Path:
     """The initramfs that all guests with this kernel share; a file in the cache."""
     compiled = programs()
     name = f"initramfs-{guest_kernel.name}"
-    recipe = [guest_kernel.version, MODULES, (compiled / cache.STAMP).read_text(), Path(__file__).read_text()]
+    recipe = [
+        guest_kernel.version,
+        MODULES,
+        (compiled / cache.STAMP).read_text(),
+        Path(__file__).read_text(),
+    ]
     with cache.locked("programs"):
         folder = cache.build(name, recipe, lambda path: _write_base(path, guest_kernel, compiled))
     return folder / "initramfs"
@@ -135,17 +165,20 @@ def _write_base(out: Path, guest_kernel: Kernel, compiled: Path) -> None:
     order = guest_kernel.with_dependencies(MODULES)
     for name in order:
         archive.file(f"modules/{name}.ko", guest_kernel.module(name), 0o644)
-    lines = [f"{name} {' '.join(guest_kernel.with_dependencies(_with_bus(name)))}\n" for name in order]
+    lines = [
+        f"{name} {' '.join(guest_kernel.with_dependencies(_with_bus(name)))}\n" for name in order
+    ]
     archive.file("modules/order", "".join(lines).encode(), 0o644)
     (out / "initramfs").write_bytes(archive.bytes())
 
 
 def _with_bus(name: str) -> list[str]:
-    """A virtio driver finds its device only once the bus driver is there, which no dependency says."""
+    """A virtio driver needs the bus driver to find its device, which no dependency says."""
     return ["virtio_pci", name] if name.startswith("virtio_") else [name]
 
 
-#: ``load NAME [PARAMETER...]``: what modprobe does, from the order worked out on the host. A driver that is built in is there already.
+#: ``load NAME [PARAMETER...]``: what modprobe does, from the order worked out on the host. A driver
+#: that is built in is there already.
 LOAD = """#!/bin/sh
 name=$(echo "$1" | tr - _); shift
 [ -d /sys/module/$name ] && exit 0
@@ -182,7 +215,8 @@ def libraries(root: Path, binary: Path) -> list[Path]:
 def add_binary(archive: Archive, path: str, root: Path | None = None) -> None:
     """Add a program with its libraries and loader, at the path it has below ``root``.
 
-    ``root`` is an unpacked root, by default the lab's tools (``usr/bin/lspci``); ``Path("/")`` is the host.
+    ``root`` is an unpacked root, by default the lab's tools (``usr/bin/lspci``); ``Path("/")`` is
+    the host.
     """
     root = root or cache_dir() / "tools"
     archive.file(path, (root / path).read_bytes())
@@ -195,12 +229,14 @@ def add_binary(archive: Archive, path: str, root: Path | None = None) -> None:
 def overlay(files: Mapping[str, bytes | Path], binaries: Iterable[str] = ()) -> bytes:
     """An archive of more files for one guest, to follow the base.
 
-    ``files`` maps a path in the guest to content or to a file of the host; ``binaries`` are programs of the lab's tools
-    by path (``usr/bin/lspci``), which get their libraries with them.
+    ``files`` maps a path in the guest to content or to a file of the host; ``binaries`` are
+    programs of the lab's tools by path (``usr/bin/lspci``), which get their libraries with them.
     """
     archive = Archive()
     for path, content in files.items():
-        archive.file(path.lstrip("/"), content.read_bytes() if isinstance(content, Path) else content)
+        archive.file(
+            path.lstrip("/"), content.read_bytes() if isinstance(content, Path) else content
+        )
     for path in binaries:
         add_binary(archive, path.lstrip("/"))
     return archive.bytes()

@@ -18,7 +18,7 @@ from typing import Any
 from tests.lab import initramfs, qemu
 from tests.lab.agent import Guest
 from tests.lab.cache import LabError
-from tests.lab.kernels import Kernel, kernel
+from tests.lab.guestkernels import Kernel, kernel
 from tests.lab.qmp import Qmp
 from tests.lab.ram import Ram
 
@@ -26,16 +26,20 @@ PR_SET_PDEATHSIG = 1
 
 
 def _die_with_parent() -> None:
-    """Run in the child: be killed when the thread that started it ends, so no QEMU outlives its test."""
+    """Run in the child: be killed when the thread that started it ends, so no QEMU outlives its
+    test.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Machine:
     """A QEMU process, its guest's agent, its monitor and its memory.
 
-    ``Machine(kernel="6.1", machine="pc", memory=1024, extra=[...])`` takes the fields of :class:`~tests.lab.qemu.Config`,
-    and ``files``/``binaries`` as :func:`~tests.lab.initramfs.overlay` does. ``with`` starts it and waits for the agent; at the end it
-    is killed. A test that starts a VM to load a saved state into passes ``incoming`` and calls no agent until it has resumed.
+    ``Machine(kernel="6.1", machine="pc", memory=1024, extra=[...])`` takes the fields of
+    :class:`~tests.lab.qemu.Config`, and ``files``/``binaries`` as
+    :func:`~tests.lab.initramfs.overlay` does. ``with`` starts it and waits for the agent; at the
+    end it is killed. A test that starts a VM to load a saved state into passes ``incoming`` and
+    calls no agent until it has resumed.
     """
 
     def __init__(
@@ -67,14 +71,19 @@ class Machine:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
     def command(self) -> list[str]:
         """The whole command line."""
         accel = self.config.accel or qemu.accelerator()
-        arguments = qemu.arguments(self.config, self.folder, self.kernel.image, self._initrd(), accel)
+        arguments = qemu.arguments(
+            self.config, self.folder, self.kernel.image, self._initrd(), accel
+        )
         incoming = ["-incoming", self._incoming] if self._incoming else []
         return [*qemu.program(), *arguments, *incoming]
 
@@ -114,6 +123,12 @@ class Machine:
         except LabError as error:
             raise LabError(f"{error}\nconsole:\n{self.console()[-3000:]}") from None
         self.boot_seconds = time.monotonic() - self._started
+
+    def reboot(self) -> None:
+        """Start the guest again, without a shutdown, and wait for it; needs ``reboot=True``."""
+        self._started = time.monotonic()
+        self.guest.post("echo b >/proc/sysrq-trigger")
+        self.wait_until_up()
 
     def close(self) -> None:
         """Kill QEMU, reap it and remove what it left; may be called twice."""
@@ -157,7 +172,9 @@ class Machine:
         return self._qmp
 
     def qmp(self, command: str, **arguments: Any) -> Any:
-        """Run a monitor command (underscores in argument names become dashes) and give its return value."""
+        """Run a monitor command (underscores in argument names become dashes) and give its return
+        value.
+        """
         return self.monitor.command(command, **arguments)
 
     @property
@@ -168,7 +185,10 @@ class Machine:
     @property
     def ram(self) -> list[Ram]:
         """The guest's memory backings, one per NUMA node."""
-        return [Ram(self.pid, f"ram{node}", self.config.backing, self.folder) for node in range(self.config.nodes)]
+        return [
+            Ram(self.pid, f"ram{node}", self.config.backing, self.folder)
+            for node in range(self.config.nodes)
+        ]
 
     def resident(self) -> int:
         """Bytes of host memory that the guest's RAM occupies."""

@@ -101,7 +101,10 @@ def _everything(wanted: list[KernelRecipe]) -> list[tuple[str, object]]:
     if not host_qemu():
         folders.append(("qemu", QEMU_PACKAGES))
     for recipe in wanted:
-        folders += [(f"kernel-{recipe.name}", _kernel_stamp(recipe)), (f"build-{recipe.name}", _build_stamp(recipe))]
+        folders += [
+            (f"kernel-{recipe.name}", _kernel_stamp(recipe)),
+            (f"build-{recipe.name}", _build_stamp(recipe)),
+        ]
     return folders
 
 
@@ -128,23 +131,38 @@ def _setup_locked(wanted: list[KernelRecipe]) -> None:
 
     make("tools", TOOL_PACKAGES, TRIXIE, lambda path: _fill(path, TRIXIE, TOOL_PACKAGES))
     if not host_qemu():
-        make("qemu", QEMU_PACKAGES, TRIXIE, lambda path: _fill(path, TRIXIE, QEMU_PACKAGES, BACKPORTS))
+        make(
+            "qemu",
+            QEMU_PACKAGES,
+            TRIXIE,
+            lambda path: _fill(path, TRIXIE, QEMU_PACKAGES, BACKPORTS),
+        )
     for recipe in sorted(wanted, key=lambda each: each.name != "6.12"):
-        make(f"kernel-{recipe.name}", _kernel_stamp(recipe), recipe.release,
-             lambda path, recipe=recipe: _fill_kernel(path, recipe))
-        make(f"build-{recipe.name}", _build_stamp(recipe), recipe.release,
-             lambda path, recipe=recipe: _fill_build(path, recipe))
+        make(
+            f"kernel-{recipe.name}",
+            _kernel_stamp(recipe),
+            recipe.release,
+            lambda path, recipe=recipe: _fill_kernel(path, recipe),
+        )
+        make(
+            f"build-{recipe.name}",
+            _build_stamp(recipe),
+            recipe.release,
+            lambda path, recipe=recipe: _fill_build(path, recipe),
+        )
     for release in (BOOKWORM, TRIXIE):
         shutil.rmtree(release.folder / "archives", ignore_errors=True)
 
 
-def _fill(path: Path, release: debs.Release, packages: list[str], target: str | None = None) -> None:
+def _fill(
+    path: Path, release: debs.Release, packages: list[str], target: str | None = None
+) -> None:
     say(f"{path.name.split('.part-')[0]}: fetching {' '.join(packages)}")
     debs.unpack(release.fetch_closure(packages, target), path)
 
 
 def image_package(recipe: KernelRecipe) -> str:
-    """The package of the newest cloud kernel of the recipe's suite, with its version in its name."""
+    """The package of the newest cloud kernel of the recipe's suite, named by its version."""
     for name in recipe.release.depends("linux-image-cloud-amd64", recipe.target):
         if name.startswith("linux-image-"):
             return name
@@ -155,8 +173,11 @@ def _fill_kernel(path: Path, recipe: KernelRecipe) -> None:
     image = image_package(recipe)
     say(f"kernel-{recipe.name}: fetching {image}")
     # Newer suites split the image: the kernel in one package, its modules in another.
-    parts = [name for name in recipe.release.depends(image, recipe.target)
-             if name.startswith(("linux-binary-", "linux-modules-"))]
+    parts = [
+        name
+        for name in recipe.release.depends(image, recipe.target)
+        if name.startswith(("linux-binary-", "linux-modules-"))
+    ]
     debs.unpack(recipe.release.fetch(parts or [image], recipe.target), path)
 
 
@@ -164,7 +185,10 @@ def _fill_build(path: Path, recipe: KernelRecipe) -> None:
     version = kernel_version(cache.cache_dir() / f"kernel-{recipe.name}")
     packages = [f"linux-headers-{version}", *BUILD_TOOLS, *recipe.extra]
     _fill(path, recipe.release, packages, recipe.target)
-    for tool, real in (("awk", "mawk"), ("cc", "gcc")):  # what the packages' scripts would have linked
+    for tool, real in (
+        ("awk", "mawk"),
+        ("cc", "gcc"),
+    ):  # what the packages' scripts would have linked
         if not (path / "usr/bin" / tool).exists():
             (path / "usr/bin" / tool).symlink_to(real)
     for folder in ("dev", "proc", "tmp", "build"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which QEMU, and its command line for one guest.
 
-A QEMU unpacked from packages runs without being installed: through its own root's dynamic loader, with the root's libraries and
-firmware. It sees the host's files and sockets as any program does.
+A QEMU unpacked from packages runs without being installed: through its own root's dynamic loader,
+with the root's libraries and firmware. It sees the host's files and sockets as any program does.
 """
 
 from __future__ import annotations
@@ -88,13 +88,16 @@ def _kvm_works() -> bool:
             "-drive", f"file={image.name},format=raw,if=ide", "-device", "isa-debug-exit",
         ]  # fmt: skip
         try:
-            done = subprocess.run(command, capture_output=True, timeout=20, check=False, env=environment())
+            done = subprocess.run(
+                command, capture_output=True, timeout=20, check=False, env=environment()
+            )
         except subprocess.TimeoutExpired:
             return False
     return done.returncode == 33
 
 
-#: Kernel parameters that spend an emulated guest's time on what a test wants, not on what hardware may need.
+#: Kernel parameters that spend an emulated guest's time on what a test wants, not on what hardware
+#: may need.
 APPEND = (
     "console=ttyS0 quiet loglevel=5 panic=-1 mitigations=off nowatchdog no_timer_check "
     "random.trust_cpu=on rcupdate.rcu_expedited=1 cryptomgr.notests tsc=reliable nokaslr"
@@ -105,9 +108,10 @@ APPEND = (
 class Config:
     """One guest's hardware.
 
-    ``memory`` in MiB (with ``nodes=2``, half on each NUMA node). ``backing``: ``memfd`` (shared), ``file`` (shared, a file on
-    tmpfs), ``private`` (memfd, not shared), ``hugetlb`` (shared memfd of 2 MiB pages; the host must have them).
-    ``root_ports``: PCI Express ports ``rp0`` ... for devices to be hot-plugged on q35. ``extra``: further QEMU arguments.
+    ``memory`` in MiB (with ``nodes=2``, half on each NUMA node). ``backing``: ``memfd`` (shared),
+    ``file`` (shared, a file on tmpfs), ``private`` (memfd, not shared), ``hugetlb`` (shared memfd
+    of 2 MiB pages; the host must have them). ``root_ports``: PCI Express ports ``rp0`` ... for
+    devices to be hot-plugged on q35. ``extra``: further QEMU arguments.
     """
 
     kernel: str = "6.12"
@@ -133,11 +137,21 @@ def arguments(config: Config, folder: Path, image: Path, initrd: Path, accel: st
     words += ["-machine", machine, "-cpu", config.cpu or ("host" if accel == "kvm" else "max")]
     words += ["-m", f"{config.memory}M", "-smp", str(config.smp)]
     words += _memory(config, folder)
-    words += ["-kernel", str(image), "-initrd", str(initrd), "-append", f"{APPEND} {config.append}".strip()]
+    words += [
+        "-kernel",
+        str(image),
+        "-initrd",
+        str(initrd),
+        "-append",
+        f"{APPEND} {config.append}".strip(),
+    ]
     words += _channels(folder)
     if config.machine.startswith("q35"):
         for port in range(config.root_ports):
-            words += ["-device", f"pcie-root-port,id=rp{port},bus=pcie.0,chassis={port + 1},slot={port + 1}"]
+            words += [
+                "-device",
+                f"pcie-root-port,id=rp{port},bus=pcie.0,chassis={port + 1},slot={port + 1}",
+            ]
     if not config.reboot:
         words.append("-no-reboot")
     return [*words, *config.extra]
@@ -145,11 +159,18 @@ def arguments(config: Config, folder: Path, image: Path, initrd: Path, accel: st
 
 def _channels(folder: Path) -> list[str]:
     return [
-        "-chardev", f"file,id=console,path={folder}/console.log", "-device", "isa-serial,chardev=console,index=0",
+        "-chardev", f"file,id=console,path={folder}/console.log",
+        "-device", "isa-serial,chardev=console,index=0",
         "-chardev", f"socket,id=agent,path={folder}/agent.sock,server=on,wait=off",
         "-device", "isa-serial,chardev=agent,index=1",
-        "-chardev", f"socket,id=qmp,path={folder}/qmp.sock,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+        *_monitor(folder, "qmp"),
+        *_monitor(folder, "qmp2"),
     ]  # fmt: skip
+
+
+def _monitor(folder: Path, name: str) -> list[str]:
+    socket = f"socket,id={name},path={folder}/{name}.sock,server=on,wait=off"
+    return ["-chardev", socket, "-mon", f"chardev={name},mode=control"]
 
 
 def _memory(config: Config, folder: Path) -> list[str]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A QEMU monitor for tests: one command, one answer, events kept. Synchronous, on the ``qemu.qmp`` package."""
+"""A QEMU monitor for tests: one command, one answer, events kept. Synchronous, on the ``qemu.qmp``
+package.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ __all__ = ["ExecuteError", "Qmp"]
 
 
 class Qmp:
-    """A connection to a monitor socket, with an event loop of its own that runs only inside calls."""
+    """A connection to a monitor, with an event loop of its own that runs only inside calls."""
 
     def __init__(self, path: Path) -> None:
         self._loop = asyncio.new_event_loop()
@@ -40,25 +42,28 @@ class Qmp:
         return self._seen
 
     def wait_event(self, name: str, timeout: float = 30, **data: Any) -> Message:
-        """The first event called ``name`` with these data that came since the start or comes in time.
+        """The first event called ``name`` with these data that came since the start or comes in
+        time.
 
         Raises :class:`TimeoutError`.
         """
         deadline = time.monotonic() + timeout
         while True:
             for event in self.events():
-                if event["event"] == name and data.items() <= dict(event.get("data", {})).items():
+                if event["event"] == name and _matches(event, data):
                     self._seen.remove(event)
                     return event
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"no event {name} in {timeout} s; seen: {[e['event'] for e in self._seen]}")
+                raise TimeoutError(
+                    f"no event {name} in {timeout} s; seen: {[e['event'] for e in self._seen]}"
+                )
             self._loop.run_until_complete(self._wait(left))
 
     async def _wait(self, seconds: float) -> None:
         try:
             self._seen.append(await asyncio.wait_for(self._listener.get(), seconds))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             pass
 
     def close(self) -> None:
@@ -67,6 +72,11 @@ class Qmp:
             return
         try:
             self._loop.run_until_complete(self._client.disconnect())
-        except Exception:  # noqa: BLE001 - the peer may have died in any way; nothing is left to do about it
+        except Exception:  # the peer may have died in any way; nothing is left to do about it
             pass
         self._loop.close()
+
+
+def _matches(event: Message, wanted: dict[str, Any]) -> bool:
+    data = event.get("data")
+    return not wanted or (isinstance(data, dict) and wanted.items() <= data.items())

@@ -21,7 +21,7 @@ class Ram:
         self.path = folder / name if backing == "file" else self._descriptor()
 
     def _descriptor(self) -> Path:
-        """QEMU's own descriptor of the backend; memfds are made in the order of the node numbers."""
+        """QEMU's own descriptor of the backend; memfds are made in the order of the nodes."""
         found = []
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             try:
@@ -45,7 +45,7 @@ class Ram:
         return self.path.stat().st_blocks * 512
 
     def extents(self) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` of every run of existing bytes, ascending (``SEEK_DATA``/``SEEK_HOLE``)."""
+        """``(start, end)`` of every run of existing bytes, ascending (``SEEK_DATA``)."""
         fd = os.open(self.path, os.O_RDONLY)
         try:
             end = 0

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where this machine gets Debian from: its own apt configuration, read and not guessed.
 
-The lab needs suites that the host may not list (trixie on a bookworm host), from the mirror that the host
-does list. Both of apt's formats are read: one-line (``deb [options] URI suite component...``) and deb822.
+The lab needs suites that the host may not list (trixie on a bookworm host), from the mirror that
+the host does list. Both of apt's formats are read: one-line (``deb [options] URI suite
+component...``) and deb822.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Source:
     components: tuple[str, ...]
 
     def is_debian(self) -> bool:
-        """A Debian main archive: a whole release by its own name (not updates, security or a vendor)."""
+        """A Debian main archive: a whole release by its own name (not updates, security or a
+        vendor).
+        """
         return "main" in self.components and any(suite in SUITES for suite in self.suites)
 
 
@@ -57,7 +60,9 @@ def deb822(text: str) -> Iterator[Source]:
                 fields[name] = value.split()
         if "deb" in fields.get("types", []) and fields.get("enabled", ["yes"])[0].lower() != "no":
             for uri in fields.get("uris", []):
-                yield Source(uri, tuple(fields.get("suites", ())), tuple(fields.get("components", ())))
+                yield Source(
+                    uri, tuple(fields.get("suites", ())), tuple(fields.get("components", ()))
+                )
 
 
 def host_sources(etc: Path = Path("/etc/apt")) -> list[Source]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest kernels: where each one's image, modules and headers are, and building modules for it.
 
-Debian's packages are unpacked, not installed, so there is no ``modules.dep``; dependencies are read from
-the modules themselves (``.modinfo``).
+Debian's packages are unpacked, not installed, so there is no ``modules.dep``; dependencies are read
+from the modules themselves (``.modinfo``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from tests.lab import debs, provision
@@ -38,7 +38,9 @@ class Built:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One guest kernel: ``name`` is ours (``6.1``, ``6.12``, ``backports``), ``version`` is ``uname -r``."""
+    """One guest kernel: ``name`` is ours (``6.1``, ``6.12``, ``backports``), ``version`` is ``uname
+    -r``.
+    """
 
     name: str
     version: str
@@ -98,12 +100,13 @@ class Kernel:
     def build_module(
         self, source: Path, out: Path, *, make: Sequence[str] = (), check: bool = True
     ) -> Built:
-        """Build the out-of-tree module in ``source`` with this kernel's headers and its release's gcc.
+        """Build the out-of-tree module in ``source`` with this kernel's headers and its release's
+        gcc.
 
-        ``source`` (a folder with a Kbuild file or Makefile) is copied, so nothing is written to it; the
-        ``.ko`` files are copied to ``out``. ``make`` adds words to the command line (``W=1``, ``C=2``,
-        variables). Raises :class:`LabError` with the compiler's words, unless ``check`` is false:
-        then a failed build is a :class:`Built` without modules.
+        ``source`` (a folder with a Kbuild file or Makefile) is copied, so nothing is written to it;
+        the ``.ko`` files are copied to ``out``. ``make`` adds words to the command line (``W=1``,
+        ``C=2``, variables). Raises :class:`LabError` with the compiler's words, unless ``check`` is
+        false: then a failed build is a :class:`Built` without modules.
         """
         with self._workspace(source) as work:
             inside = f"/build/{work.name}"
@@ -160,7 +163,7 @@ def depends(module: bytes) -> list[str]:
     return [name for name in names.split(",") if name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(name: str) -> Kernel:
     """The kernel ``6.1``, ``6.12`` or ``backports``, fetched first if it is not in the cache."""
     if name not in NAMES:
