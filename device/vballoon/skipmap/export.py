@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The skip bitmap leaves the house: writing and reading an export directory.
+
+The format is ``vballoon_spec/skipmap/README.md``.  A directory appears whole or not at all.  The
+reader checks everything that the format lets it check, and does not hand out bits that the safety
+rule forbids unless it is told to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vballoon.errors import UsageError
+from vballoon.skipmap import bits
+from vballoon.skipmap.bitmap import PageBitmap, combine
+from vballoon.skipmap.layout import BitmapLayout
+from vballoon.skipmap.rounds import Instant, Provenance, RoundKind
+from vballoon_spec.skipmap import (
+    MANIFEST_FILE,
+    BitmapFile,
+    Manifest,
+    ManifestError,
+    ManifestRegion,
+    ManifestRound,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from vballoon.skipmap.map import SkipMap
+    from vballoon.skipmap.rounds import Round
+
+__all__ = ("FrozenExport", "SkipExport", "read_bitmap", "write_export")
+
+WRITE_WORDS = 1 << 17
+"""Words written and hashed at a time (1 MiB); all-zero pieces are left as holes of the file."""
+MANIFEST_MAX = 64 << 20
+"""Bytes of a manifest that are read: enough for 100,000 regions, too little to fill memory."""
+
+
+class FrozenExport:
+    """The bits and rounds of *skipmap* at this moment, to be written later or elsewhere.
+
+    Taking it costs memory for the parts of the bitmaps that are in use; :meth:`write` may then run
+    in another thread while the device goes on.
+    """
+
+    def __init__(self, skipmap: SkipMap) -> None:
+        now = Instant.now()
+        self._created = (now.monotonic_ns, now.wall_ns)
+        self._layout = skipmap.layout
+        self._poison = skipmap.poison
+        self._rounds = tuple(_round_entry(r) for r in skipmap.rounds.values())
+        self._bitmaps = {
+            p: skipmap.reported_now() if p is Provenance.REPORTED else skipmap.bitmap(p).copy()
+            for p in Provenance
+        }
+
+    def write(self, directory: str | os.PathLike[str]) -> Manifest:
+        """Write a new *directory*, whole or not at all.
+
+        Raises :class:`~vballoon.errors.UsageError` where the directory exists and is not empty, or
+        cannot be written; nothing is left behind then.
+        """
+        target = Path(os.path.abspath(directory))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                manifest = self._write_files(draft)
+                draft.chmod(0o755)
+                draft.rename(target)  # onto an empty directory at most
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise UsageError(f"cannot export to {target}: {error.strerror or error}") from None
+        return manifest
+
+    def _write_files(self, directory: Path) -> Manifest:
+        regions = tuple(
+            ManifestRegion(
+                region.guest_phys_addr,
+                region.size,
+                region.file_offset,
+                {
+                    p.value: _write_bitmap(directory / f"{p}-{i}.bitmap", bitmap, i)
+                    for p, bitmap in self._bitmaps.items()
+                },
+            )
+            for i, region in enumerate(self._layout.regions)
+        )
+        manifest = Manifest(
+            created=self._created,
+            host_boot_id=_boot_id(),
+            regions=regions,
+            rounds=self._rounds,
+            poison=self._poison,
+        )
+        with (directory / MANIFEST_FILE).open("w") as file:
+            file.write(manifest.dumps())
+            file.flush()
+            os.fsync(file.fileno())
+        return manifest
+
+
+def write_export(skipmap: SkipMap, directory: str | os.PathLike[str]) -> Manifest:
+    """Write all bitmaps of *skipmap* as they are now; errors as :meth:`FrozenExport.write`."""
+    return FrozenExport(skipmap).write(directory)
+
+
+def _write_bitmap(path: Path, bitmap: PageBitmap, index: int) -> BitmapFile:
+    """Write region *index*; what has no bits is neither read nor written."""
+    region = bitmap.layout.regions[index]
+    words = bitmap.region(index)
+    spans = [(a - region.first_word, b - region.first_word) for a, b in bitmap.spans()]
+    digest, pages = hashlib.sha256(), 0
+    zeroes = bytes(8 * WRITE_WORDS)
+    with path.open("wb") as file:
+        for at in range(0, words.size, WRITE_WORDS):
+            end = min(at + WRITE_WORDS, words.size)
+            if any(a < end and b > at for a, b in spans):
+                piece = words[at:end]
+                pages += bits.count(piece)
+                digest.update(piece.data)
+                file.seek(8 * at)
+                file.write(piece.data)
+            else:
+                digest.update(memoryview(zeroes)[: 8 * (end - at)])
+        file.truncate(8 * words.size)
+        file.flush()
+        os.fsync(file.fileno())
+    return BitmapFile(path.name, 8 * words.size, digest.hexdigest(), pages)
+
+
+def _round_entry(round_: Round) -> ManifestRound:
+    def pair(at: Instant | None) -> tuple[int, int] | None:
+        return None if at is None else (at.monotonic_ns, at.wall_ns)
+
+    return ManifestRound(
+        round=round_.id,
+        kind=round_.kind.value,
+        complete=round_.complete and round_.void_reason is None,
+        void_reason=round_.void_reason,
+        spoilt=round_.spoilt,
+        published=(round_.published.monotonic_ns, round_.published.wall_ns),
+        first_record=pair(round_.first_record),
+        last_record=pair(round_.last_record),
+        ended=pair(round_.ended),
+        records=round_.records,
+        pages=round_.pages,
+        bad_records=round_.bad_records,
+    )
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+class SkipExport:
+    """An export directory, read and checked.
+
+    *accept_incomplete* hands out the bits of a round that did not end complete, *accept_void*
+    those of a void one; by default both raise :class:`~vballoon.errors.UsageError`, as does a
+    hinted or walked bitmap that belongs to no round.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        accept_incomplete: bool = False,
+        accept_void: bool = False,
+    ) -> None:
+        self.directory = Path(directory)
+        self.manifest = _read_manifest(self.directory)
+        self.layout = BitmapLayout(self.manifest.regions)
+        self._accept_incomplete = accept_incomplete
+        self._accept_void = accept_void
+
+    @property
+    def provenances(self) -> tuple[Provenance, ...]:
+        """The bitmaps that are there for every region."""
+        regions = self.manifest.regions
+        return tuple(
+            p for p in Provenance if regions and all(p.value in r.bitmaps for r in regions)
+        )
+
+    def round_of(self, provenance: Provenance) -> ManifestRound | None:
+        """The round that *provenance*'s bits come from, if they come from one."""
+        for round_ in self.manifest.rounds:
+            if RoundKind(round_.kind).provenance is provenance:
+                return round_
+        return None
+
+    def objection(self, provenance: Provenance) -> str | None:
+        """Why the bits of *provenance* must not be used, or None."""
+        if provenance not in (Provenance.HINTED, Provenance.WALKED):
+            return None
+        round_ = self.round_of(provenance)
+        if round_ is None:
+            return None if self._accept_void else f"{provenance} bits belong to no round"
+        if round_.void_reason is not None and not self._accept_void:
+            return f"{round_.kind} round {round_.round} is void: {round_.void_reason}"
+        if not round_.complete and round_.void_reason is None and not self._accept_incomplete:
+            return f"{round_.kind} round {round_.round} is incomplete ({round_.spoilt or 'no end'})"
+        return None
+
+    def bitmap(self, provenance: Provenance) -> PageBitmap:
+        """The checked bits of *provenance*; raises :class:`~vballoon.errors.UsageError`."""
+        reason = self.objection(provenance)
+        if reason is not None:
+            raise UsageError(f"{self.directory}: {reason}")
+        return self.raw_bitmap(provenance)
+
+    def raw_bitmap(self, provenance: Provenance) -> PageBitmap:
+        """The same without the verdict on the round: for looking, not for skipping."""
+        result = PageBitmap(self.layout)
+        by_address = {r.guest_phys_addr: r for r in self.manifest.regions}
+        for index, placed in enumerate(self.layout.regions):
+            entry = by_address[placed.guest_phys_addr].bitmaps.get(provenance.value)
+            if entry is None:
+                raise UsageError(f"{self.directory}: no {provenance} bitmap for region {index}")
+            words = read_bitmap(self.directory / entry.file, placed.pages, entry)
+            result.region(index)[:] = words
+        return result
+
+    def skippable(self, written: PageBitmap | None, *, fills_poison: bool = False) -> PageBitmap:
+        """What a copy may leave out, by the safety rule.
+
+        *written*: every page written since before the rounds were published, from the caller's own
+        tracking; None when nothing was tracked, and then no hinted or walked bit counts.
+        *fills_poison*: the restore fills left-out pages with the manifest's poison value.
+        """
+        poisoned = bool(self.manifest.poison) and not fills_poison
+        used = [self.bitmap(Provenance.BALLOONED), self.bitmap(Provenance.REPORTED)]
+        if written is not None and not poisoned:
+            for provenance in (Provenance.HINTED, Provenance.WALKED):
+                if self.round_of(provenance) is not None:
+                    used.append(self.bitmap(provenance))
+        result = combine(used)
+        return result if written is None else result.and_not(written)
+
+    def verify(self) -> dict[Provenance, int]:
+        """Check every file of the export; pages by provenance.  Raises UsageError."""
+        return {p: self.raw_bitmap(p).count() for p in self._named()}
+
+    def _named(self) -> Iterable[Provenance]:
+        regions = self.manifest.regions
+        return [p for p in Provenance if any(p.value in r.bitmaps for r in regions)]
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST_FILE
+    try:
+        with path.open("rb") as file:
+            text = file.read(MANIFEST_MAX + 1)
+        if len(text) > MANIFEST_MAX:
+            raise ManifestError("too large")
+        return Manifest.loads(text)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (ManifestError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def read_bitmap(path: Path, pages: int, entry: BitmapFile | None = None) -> NDArray[np.uint64]:
+    """The words of a raw bitmap file of *pages* pages, checked against *entry* if given."""
+    size = -(-pages // bits.WORD_BITS) * 8
+    try:
+        if path.stat().st_size != size:
+            raise UsageError(f"{path}: {path.stat().st_size} bytes where {size} are due")
+        words = np.fromfile(path, dtype="<u8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    if words.size * 8 != size:
+        raise UsageError(f"{path}: changed while it was read")
+    if entry is not None and hashlib.sha256(words.data).hexdigest() != entry.sha256:
+        raise UsageError(f"{path}: checksum does not match the manifest")
+    if pages % bits.WORD_BITS and words[-1] >> np.uint64(pages % bits.WORD_BITS):
+        raise UsageError(f"{path}: bits are set behind the last page")
+    if entry is not None and bits.count(words) != entry.pages:
+        raise UsageError(f"{path}: not the {entry.pages} pages that the manifest names")
+    return words

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The skip bitmap of one guest: a bitmap for each provenance, and the rounds they come from."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vballoon.memory import data_extents
+from vballoon.skipmap.bitmap import PageBitmap, combine
+from vballoon.skipmap.layout import PAGE_SHIFT, BitmapLayout
+from vballoon.skipmap.rounds import VOIDS, Provenance, Round, RoundKind, VoidReason
+from vballoon.skipmap.store import BitmapStore
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vballoon.memory import GuestMemory, MemoryRegion
+
+__all__ = ("SkipMap",)
+
+_SECTIONS = tuple(Provenance)
+
+
+class SkipMap:
+    """Which pages of *memory* may be left out, and who said so.
+
+    Pages are of 4 KiB; page numbers are guest-physical addresses shifted right by 12.  The bits
+    are in one memory descriptor (:meth:`open_fd`), 1 bit for each page and provenance, and take
+    memory only where one was set.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.layout = BitmapLayout(memory.regions)
+        self._identities = [_identity(r) for r in sorted(memory.regions, key=_address)]
+        self.rounds: dict[RoundKind, Round] = {}
+        """The latest round of each kind."""
+        self.poison: int | None = None
+        """The value that the guest expects in free pages (PAGE_POISON), None if not negotiated."""
+        self.dropped = 0
+        """Ranges, since the map was made, that were not wholly guest memory."""
+        self._store = BitmapStore(len(_SECTIONS), self.layout.words)
+        self._bitmaps = {
+            p: PageBitmap(self.layout, self._store.section(i), partial(self._store.spans, i))
+            for i, p in enumerate(_SECTIONS)
+        }
+
+    def bitmap(self, provenance: Provenance) -> PageBitmap:
+        """The live bitmap of *provenance*; :meth:`PageBitmap.copy` it to keep it."""
+        return self._bitmaps[provenance]
+
+    def set_ranges(
+        self, provenance: Provenance, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]
+    ) -> int:
+        """Set the bits of the pages ``start <= pfn < end`` (uint64[n], any order, overlaps too).
+
+        Returns how many of the ranges were not wholly guest memory: those are cut, never an error.
+        """
+        return self._dropped(self._bitmaps[provenance].set_ranges(start_pfn, end_pfn))
+
+    def clear_ranges(
+        self, provenance: Provenance, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]
+    ) -> int:
+        """Clear bits; otherwise as :meth:`set_ranges`."""
+        return self._dropped(self._bitmaps[provenance].clear_ranges(start_pfn, end_pfn))
+
+    def _dropped(self, clipped: int) -> int:
+        self.dropped += clipped
+        return clipped
+
+    def clear(self, provenance: Provenance) -> None:
+        """Clear all bits of *provenance* and give back their memory."""
+        self._store.erase(_SECTIONS.index(provenance))
+
+    def count(self, provenance: Provenance) -> int:
+        """Pages whose bit is set."""
+        return self._bitmaps[provenance].count()
+
+    def extents(self, provenance: Provenance) -> NDArray[np.uint64]:
+        """Page numbers as runs, shape (k, 2), half open, ascending."""
+        return self._bitmaps[provenance].extents()
+
+    def combined(self, *provenances: Provenance) -> PageBitmap:
+        """The union of *provenances* (default: all) as an independent copy, reported as set."""
+        return combine(self._bitmaps[p] for p in provenances or _SECTIONS)
+
+    def reported_now(self) -> PageBitmap:
+        """The reported pages that are still holes of the backing file.
+
+        A page that was touched again after its discard is data again, whatever its bit says.
+        """
+        result = self._bitmaps[Provenance.REPORTED].copy()
+        for region in self.memory.regions if result.spans() else ():
+            start, end = _data_pages(region)
+            result.clear_ranges(start, end)
+        return result
+
+    # rounds
+
+    def begin_round(self, round_: Round) -> None:
+        """*round_* begins: its kind's bits start empty.  Call before its id is published."""
+        former = self.rounds.get(round_.kind)
+        if former is not None:
+            former.void("superseded by a newer round")
+        self.clear(round_.kind.provenance)
+        self.rounds[round_.kind] = round_
+        round_.changed = self._round_changed
+        self._note(round_)
+
+    def void(self, reason: VoidReason) -> None:
+        """*reason* happened: end the rounds and clear the bits that do not survive it."""
+        for round_ in self.rounds.values():
+            round_.void(reason)
+        for provenance in VOIDS[reason]:
+            self.clear(provenance)
+        self._store.note(generation=self._store.header().generation + 1)
+
+    def _round_changed(self, round_: Round) -> None:
+        if self.rounds.get(round_.kind) is not round_:
+            return
+        self._note(round_)  # first the state, then the bits: a reader must not take an empty map
+        if round_.void_reason is not None:
+            self.clear(round_.kind.provenance)
+            self._store.note(generation=self._store.header().generation + 1)
+
+    def _note(self, round_: Round) -> None:
+        kind = round_.kind.value
+        self._store.note(
+            **{
+                f"{kind}_state": round_.state,
+                f"{kind}_round": round_.id & 0xFFFF_FFFF,
+                f"{kind}_published": round_.published.monotonic_ns,
+            }
+        )
+
+    # life
+
+    def rebuilt(self, memory: GuestMemory) -> SkipMap:
+        """The map for another memory table of the same guest; this one is void afterwards.
+
+        Ballooned and reported bits of regions that are the same in both tables are kept; rounds
+        are void.
+        """
+        successor = SkipMap(memory)
+        successor.poison = self.poison
+        former = {identity: i for i, identity in enumerate(self._identities) if identity}
+        for identity in successor._identities:
+            if identity in former:
+                for provenance in (Provenance.BALLOONED, Provenance.REPORTED):
+                    runs = self.bitmap(provenance).region_extents(former[identity])
+                    successor.set_ranges(provenance, runs[:, 0], runs[:, 1])
+        self.void(VoidReason.MEMORY_CHANGED)
+        successor.rounds = dict(self.rounds)
+        self.close()
+        return successor
+
+    def open_fd(self) -> int:
+        """A new read-only descriptor of the live bits; the caller closes it."""
+        return self._store.open_fd()
+
+    def descriptor_layout(self) -> dict[str, Any]:
+        """Where each bitmap is in the descriptor of :meth:`open_fd`; all numbers are bytes."""
+        return {
+            "size": self._store.size,
+            "page-size": 1 << PAGE_SHIFT,
+            "header-size": self._store.header().header_size,
+            "bitmaps": [
+                {
+                    "provenance": provenance.value,
+                    "guest-phys-addr": region.guest_phys_addr,
+                    "region-size": region.size,
+                    "offset": self._store.offset(i) + 8 * region.first_word,
+                    "length": 8 * region.words,
+                }
+                for i, provenance in enumerate(_SECTIONS)
+                for region in self.layout.regions
+            ],
+        }
+
+    def close(self) -> None:
+        """Void everything, also for those who hold the descriptor; give the memory back."""
+        for round_ in self.rounds.values():
+            round_.changed = None
+        self._store.close()
+
+
+def _data_pages(region: MemoryRegion) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The pages of *region* that hold data, as page numbers; a page with any data is data."""
+    first = np.uint64(region.guest_phys_addr >> PAGE_SHIFT)
+    if region.fd is None:  # nobody can tell: then all of it
+        return np.array([first]), np.array([first + np.uint64(region.size >> PAGE_SHIFT)])
+    extents = data_extents(region)
+    start = (extents[:, 0] >> PAGE_SHIFT).astype(np.uint64)
+    end = ((extents[:, 1] + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT).astype(np.uint64)
+    return start + first, end + first
+
+
+def _address(region: MemoryRegion) -> int:
+    return region.guest_phys_addr
+
+
+def _identity(region: MemoryRegion) -> tuple[int, ...] | None:
+    """What is the same when a region of two memory tables is the same memory."""
+    if region.fd is None:
+        return None
+    file = os.fstat(region.fd)
+    place = (region.guest_phys_addr, region.size, region.file_offset)
+    return (*place, file.st_dev, file.st_ino)
