@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, on stock QEMU and stock Linux: attach, reclaim, hint, balloon, export.
+
+One guest a machine type, kernel and transport; the story is told once from boot to the end, so
+that what one step leaves behind is there for the next.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.lab import NAMES, Machine
+from tests.lab_tests.backend import TRANSPORTS, Backend, negotiated, wait_until
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
+
+MIB = 1 << 20
+MEMORY = 1024
+FREED = 300
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+@pytest.mark.parametrize("kernel", NAMES)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_story(transport: str, kernel: str, machine: str, tmp_path: Path) -> None:
+    with (
+        Backend(transport) as backend,
+        Machine(kernel=kernel, machine=machine, memory=MEMORY, extra=backend.device(machine)) as vm,
+    ):
+        vm.guest.sh("keeper make /tmp/kept 48")
+        vm.guest.load("virtio_balloon")
+        wait_until(lambda: "FREE_PAGE_HINT" in " ".join(negotiated(backend)))
+        reporting_gives_back(vm, backend)
+        inflate_and_deflate(vm, backend)
+        hinting_covers_free_memory(vm, backend)
+        statistics_arrive(vm, backend)
+        bitmap_is_exported(backend, tmp_path / "export")
+        assert vm.guest.sh("keeper check /tmp/kept").startswith("good")
+        assert "queue" not in backend.words(), backend.words()
+
+
+def reporting_gives_back(vm: Machine, backend: Backend) -> None:
+    """At least 95 % of what the guest frees comes back to the host."""
+    vm.guest.start(f"memhog {FREED}", log="/run/hog.log", fifo="/run/hog")
+    vm.guest.wait_for("grep -q filled /run/hog.log")
+    full = vm.resident()
+    vm.guest.sh("echo free >/run/hog")
+    wait_until(lambda: vm.resident() <= full - FREED * MIB * 95 // 100, timeout=30)
+    counts = backend.ctl("query-skip-bitmap")["pages"]
+    assert counts["reported"] * 4096 >= FREED * MIB * 95 // 100
+
+
+def inflate_and_deflate(vm: Machine, backend: Backend) -> None:
+    """To half the guest and back, each within 1 % of the target."""
+    size = backend.ctl("query-balloon")["actual"]
+    assert abs(size - MEMORY * MIB) <= MIB
+    for target in (size // 2, size):
+        backend.ctl("balloon", value=target)
+        wait_until(
+            lambda t=target: abs(backend.ctl("query-balloon")["actual"] - t) <= size // 100,
+            timeout=60,
+        )
+        ballooned = backend.ctl("query-skip-bitmap")["pages"]["ballooned"] * 4096
+        assert abs(ballooned - (size - target)) <= size // 100
+    assert vm.resident() < size
+
+
+def hinting_covers_free_memory(vm: Machine, backend: Backend) -> None:
+    """A hinting round covers at least 90 % of the guest's free memory."""
+    free = vm.guest.meminfo()["MemFree"]
+    round_id = backend.ctl("start-hinting")["round"]
+    done = backend.events.wait_event("ROUND_COMPLETED", timeout=60)["data"]
+    assert (done["round"], done["complete"]) == (round_id, True)
+    hinted = backend.ctl("query-skip-bitmap")["pages"]["hinted"] * 4096
+    assert 0.9 * free <= hinted <= 1.05 * free
+    wait_until(lambda: vm.guest.meminfo()["MemFree"] >= 0.9 * free, timeout=20)
+
+
+def statistics_arrive(vm: Machine, backend: Backend) -> None:
+    """Polling brings new statistics, and they are the guest's own figures."""
+    backend.ctl("set-guest-stats-interval", seconds=1)
+    first = backend.ctl("query-guest-stats")["last-update"]
+    stats = wait_until(
+        lambda: (s := backend.ctl("query-guest-stats"))["last-update"] > first and s, timeout=20
+    )["stats"]
+    assert stats["stat-total-memory"] == vm.guest.meminfo()["MemTotal"]
+    assert abs(stats["stat-free-memory"] - vm.guest.meminfo()["MemFree"]) <= 32 * MIB
+    backend.ctl("set-guest-stats-interval", seconds=0)
+
+
+def bitmap_is_exported(backend: Backend, folder: Path) -> None:
+    """The exported counts are the live ones."""
+    backend.ctl("export-skip-bitmap", directory=str(folder))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    live = backend.ctl("query-skip-bitmap")["pages"]
+    assert manifest["pages"] == live
+
+
+FEATURES = {
+    "stats-vq": "STATS_VQ",
+    "free-page-hint": "FREE_PAGE_HINT",
+    "page-reporting": "PAGE_REPORTING",
+}
+
+
+@pytest.mark.parametrize("kernel", ["6.12"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("mask", range(8))
+def test_queue_numbers_of_all_feature_combinations(transport: str, kernel: str, mask: int) -> None:
+    """Stats, hinting and reporting on or off: every queue that is left does its job."""
+    names = [name for i, name in enumerate(FEATURES) if mask >> i & 1]
+    offered = ",".join(["must-tell-host", *names])
+    with (
+        Backend(transport, "--features", offered, config_size=16) as backend,
+        Machine(kernel=kernel, machine="q35", memory=384, extra=backend.device("q35")) as vm,
+    ):
+        vm.guest.load("virtio_balloon")
+        wait_until(lambda: any("MUST_TELL_HOST" in f for f in negotiated(backend)))
+        if "page-reporting" in names:
+            wait_until(lambda: backend.ctl("query-skip-bitmap")["pages"]["reported"] > 0)
+        if "stats-vq" in names:
+            backend.ctl("set-guest-stats-interval", seconds=1)
+            wait_until(lambda: backend.ctl("query-guest-stats")["last-update"] > 0)
+        if "free-page-hint" in names:
+            backend.ctl("start-hinting")
+            assert backend.events.wait_event("ROUND_COMPLETED")["data"]["complete"]
+        size = backend.ctl("query-balloon")["actual"]
+        backend.ctl("balloon", value=size - 64 * MIB)
+        wait_until(lambda: backend.ctl("query-balloon")["actual"] <= size - 64 * MIB)
+        assert "stopped" not in backend.words()

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features, configuration space, queue roles, the operator's side, state that travels."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from tests.fakes.rig import MIB, Rig
+
+from vballoon.balloon import Balloon, Role, settle_roles
+from vballoon.balloon.config import ConfigSpace
+from vballoon.errors import ProtocolError, UsageError
+from vballoon.skipmap import Provenance
+from vballoon_spec.virtio.balloon import BalloonConfig, BalloonFeature, BalloonState
+
+OPTIONAL = (
+    (BalloonFeature.STATS_VQ, Role.STATS, 2),
+    (BalloonFeature.FREE_PAGE_HINT, Role.HINT, 3),
+    (BalloonFeature.PAGE_REPORTING, Role.REPORT, 4),
+    (BalloonFeature.FREE_PAGE_WALK, Role.WALK, 5),
+)
+COMBINATIONS = [chosen for n in range(5) for chosen in itertools.combinations(OPTIONAL, n)]
+
+
+def words(chosen: tuple[tuple[BalloonFeature, Role, int], ...]) -> str:
+    return "+".join(role.value for _, role, _ in chosen) or "none"
+
+
+class TestRoles:
+    @pytest.mark.parametrize("chosen", COMBINATIONS, ids=words)
+    def test_linux_numbers_densely(self, chosen: tuple) -> None:  # type: ignore[type-arg]
+        features = sum(mask for mask, _, _ in chosen)
+        roles = settle_roles(features, range(2 + len(chosen)))
+        assert roles == {0: Role.INFLATE, 1: Role.DEFLATE} | {
+            2 + i: role for i, (_, role, _) in enumerate(chosen)
+        }
+
+    @pytest.mark.parametrize("chosen", COMBINATIONS, ids=words)
+    def test_the_standard_numbers_have_gaps(self, chosen: tuple) -> None:  # type: ignore[type-arg]
+        features = sum(mask for mask, _, _ in chosen)
+        numbers = {number: role for _, role, number in chosen}
+        roles = settle_roles(features, {0, 1, *numbers})
+        assert {k: v for k, v in roles.items() if k > 1} == numbers
+
+    def test_unused_rings_do_not_change_the_numbering(self) -> None:
+        """A front-end may set up rings that the driver never asked for."""
+        roles = settle_roles(int(BalloonFeature.PAGE_REPORTING), range(6))
+        assert roles[2] is Role.REPORT
+
+
+class TestConfig:
+    def test_read_only_fields_stay(self) -> None:
+        config = ConfigSpace(walk=True)
+        config.fields.num_pages, config.fields.free_page_hint_cmd_id = 7, 9
+        echo = BalloonConfig(
+            num_pages=1, actual=2, free_page_hint_cmd_id=3, poison_val=4,
+            free_page_walk_cmd_id=5, free_page_walk_min_order=6,
+        )  # fmt: skip
+        assert config.write(0, echo.build())
+        assert config.fields == BalloonConfig(
+            num_pages=7, actual=2, free_page_hint_cmd_id=9, poison_val=4
+        )
+
+    @pytest.mark.parametrize(("walk", "size"), [(True, 24), (False, 16)])
+    def test_size(self, walk: bool, size: int) -> None:
+        assert len(ConfigSpace(walk=walk).read()) == size
+
+    def test_byte_by_byte(self) -> None:
+        config = ConfigSpace(walk=False)
+        for i, byte in enumerate((0x78563412).to_bytes(4, "big")):
+            config.write(4 + i, bytes([byte]))
+        assert config.fields.actual == 0x12345678
+
+    @pytest.mark.parametrize(("offset", "size"), [(16, 1), (15, 2), (0, 17), (1 << 32, 4), (-1, 2)])
+    def test_outside_is_refused(self, offset: int, size: int) -> None:
+        with pytest.raises(ProtocolError, match="config-range"):
+            ConfigSpace(walk=False).write(offset, bytes(size))
+
+    def test_poison_is_locked_while_the_driver_runs(self) -> None:
+        """MUST NOT modify poison_val while DRIVER_OK is set (Page Poison)."""
+        rig = Rig()
+        rig.balloon.write_config(12, b"\xaa\xaa\xaa\xaa")
+        assert not rig.balloon.poisoned
+        rig.balloon.reset()
+        rig.balloon.write_config(12, b"\xaa\xaa\xaa\xaa")
+        assert rig.balloon.poisoned
+        rig.balloon.reset()
+        assert not rig.balloon.poisoned
+
+
+class TestOperator:
+    def test_target_is_the_guests_logical_size(self) -> None:
+        rig = Rig()
+        rig.balloon.set_target(48 * MIB)
+        assert BalloonConfig.parse(rig.balloon.read_config()).num_pages == 16 * MIB // 4096
+        assert rig.config_changes == 1
+
+    @pytest.mark.parametrize(("value", "pages"), [(64 * MIB, 0), (1 << 50, 0), (1, 16383)])
+    def test_target_at_the_limits(self, value: int, pages: int) -> None:
+        rig = Rig()
+        rig.balloon.set_target(value)
+        assert rig.balloon.config.fields.num_pages == pages
+
+    def test_no_guest_no_target(self) -> None:
+        with pytest.raises(UsageError, match="front-end"):
+            Balloon().set_target(1 << 30)
+        with pytest.raises(UsageError, match="above 0"):
+            Rig().balloon.set_target(0)
+
+    def test_actual_is_what_the_driver_says_and_never_negative(self) -> None:
+        rig = Rig()
+        rig.balloon.write_config(4, (1024).to_bytes(4, "little"))
+        assert rig.event("BALLOON_CHANGE") == {"actual": 60 * MIB}
+        rig.balloon.write_config(4, (0xFFFF_FFFF).to_bytes(4, "little"))
+        assert rig.balloon.actual_bytes == 0
+
+    def test_unchanged_actual_is_no_event(self) -> None:
+        rig = Rig()
+        rig.balloon.write_config(0, rig.balloon.read_config())
+        assert rig.events == []
+
+    def test_rounds_need_their_feature(self) -> None:
+        rig = Rig(features=int(BalloonFeature.STATS_VQ), present=(0, 1, 2))
+        with pytest.raises(UsageError, match="FREE_PAGE_HINT"):
+            rig.balloon.start_hinting()
+        with pytest.raises(UsageError, match="vballoon_walk"):
+            rig.balloon.start_walk()
+
+
+class TestState:
+    def test_travels(self) -> None:
+        source, target = Rig(), Rig()
+        source.balloon.set_target(32 * MIB)
+        source.send(0, source.pfns(4096, 4097, 5000))
+        source.balloon.start_hinting()
+        target.balloon.load(source.balloon.save())
+        assert target.balloon.config.fields.num_pages == 8192
+        runs = target.balloon.skipmap.extents(Provenance.BALLOONED)
+        assert runs.tolist() == [[4096, 4098], [5000, 5001]]
+        assert target.balloon.start_hinting() == 3  # 2 was used on the other side
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"magic": 0},
+            {"version": 2},
+            {"nr_ballooned": 1},
+            {"nr_ballooned": 0xFFFF_FFFF},
+        ],
+    )
+    def test_malformed_state_is_refused(self, change: dict[str, int]) -> None:
+        state = bytearray(Rig().balloon.save())
+        header = BalloonState.parse(state[: BalloonState.SIZE])
+        for name, value in change.items():
+            setattr(header, name, value)
+        state[: BalloonState.SIZE] = header.build()
+        with pytest.raises(ProtocolError, match="device-state"):
+            Rig().balloon.load(bytes(state))
+
+    @pytest.mark.parametrize("length", [0, 1, BalloonState.SIZE - 1, BalloonState.SIZE + 1])
+    def test_cut_or_padded_state_is_refused(self, length: int) -> None:
+        state = Rig().balloon.save().ljust(length, b"\0")[:length]
+        with pytest.raises(ProtocolError, match="device-state"):
+            Rig().balloon.load(state)
+
+    def test_ranges_beyond_memory_set_nothing(self) -> None:
+        rig = Rig()
+        saved = bytearray(rig.balloon.save())
+        header = BalloonState.parse(saved)
+        header.nr_ballooned = 1
+        record = np.array([1 << 40, 5], "<u8").tobytes()
+        rig.balloon.load(header.build() + record)
+        assert rig.balloon.skipmap.count(Provenance.BALLOONED) == 0
+        with pytest.raises(ProtocolError, match="64-bit"):
+            rig.balloon.load(header.build() + np.array([1, (1 << 64) - 1], "<u8").tobytes())
