@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 GUEST  ?= qemu
 LAB    ?= on
 
-.PHONY: help venv demo test bench lint format lab clean
+.PHONY: help venv demo test unit bench lint format clean
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -18,6 +18,28 @@ $(VENV)/.stamp: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --group dev --editable .
 	touch $@
+
+demo: venv ## boot a real guest on stock QEMU with the balloon attached (GUEST=embedded: without)
+	$(BIN)/python -m examples.demo --guest $(GUEST)
+
+test: venv lint unit ## everything; LAB=off leaves the lab out
+ifneq ($(LAB),off)
+	$(BIN)/python -m tests.lab setup
+	$(BIN)/python -m pytest -q -m lab tests/lab_tests
+endif
+
+unit: venv ## all tests that need no virtual machine
+	$(BIN)/python -m tests.lab prerequisites
+	$(BIN)/python -m pytest -q -m "not lab" tests
+
+lint: venv ## formatting, style, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv ## put the formatting right
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 clean: ## remove the virtual environment and build products
 	rm -rf $(VENV) build dist

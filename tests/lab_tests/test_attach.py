@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.lab import NAMES, Machine
-from tests.lab_tests.backend import TRANSPORTS, Backend, negotiated, wait_until
+from tests.lab.backend import TRANSPORTS, Backend, negotiated, wait_until
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 

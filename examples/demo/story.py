@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story, step by step, and the table of what was measured.
+
+It is told on anything that is a :class:`Guest`: a Linux in QEMU, or the embedded driver.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+MIB = 1 << 20
+
+
+class Guest(Protocol):
+    """What the story needs of whoever plays the guest."""
+
+    memory: int
+    """Size in bytes."""
+    freed: int
+    """Bytes that :meth:`dirty` writes."""
+
+    def dirty(self) -> None:
+        """Fill memory with random bytes and keep it."""
+
+    def free(self) -> None:
+        """Give that memory back to the guest's allocator."""
+
+    def free_bytes(self) -> int:
+        """Free memory as the guest sees it."""
+
+    def resident(self) -> int:
+        """Bytes of the RAM file that exist on the host."""
+
+    def intact(self) -> bool:
+        """Whether the data that the guest kept from the start is what it was."""
+
+    def idle(self) -> None:
+        """Let the guest run for a moment."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the closing table."""
+
+    what: str
+    measured: str
+    expected: str
+    good: bool
+
+
+class Story:
+    """Tells the steps to a console and collects the rows."""
+
+    def __init__(self, guest: Guest, ctl: Callable[..., Any], console: Console) -> None:
+        self.guest, self.ctl, self.console = guest, ctl, console
+        self.rows: list[Row] = []
+
+    def tell(self, socket: Path, folder: Path) -> bool:
+        """All steps; whether everything expected happened."""
+        for title, step in (
+            ("memory is dirtied and freed in the guest", self.reclaim),
+            ("the balloon is inflated to half the guest, and deflated", self.balloon),
+            ("one free page hinting round", self.hint),
+            ("memory statistics", self.statistics),
+        ):
+            with self.console.status(f"[bold]{title}[/]…"):
+                step()
+            self.console.print(f"[green]•[/] {title}: {self.rows[-1].measured}")
+        self.export(folder)
+        self.picture(socket, folder / "memory-map.png")
+        self.row("data kept by the guest", "intact" if self.guest.intact() else "DAMAGED",
+                 "intact", self.guest.intact())  # fmt: skip
+        self.console.print(self.table())
+        self.console.print(f"exported bitmap and picture: {folder}")
+        return all(row.good for row in self.rows)
+
+    def reclaim(self) -> None:
+        """Reporting returns what the guest frees."""
+        start = self.guest.resident()
+        self.guest.dirty()
+        full = self.guest.resident()
+        self.row("RAM file, memory in use", mib(full), f"≥ {mib(self.guest.freed)} more",
+                 full - start >= 0.9 * self.guest.freed)  # fmt: skip
+        self.guest.free()
+        goal = full - 0.95 * self.guest.freed
+        self.wait(lambda: self.guest.resident() <= goal)
+        back = full - self.guest.resident()
+        self.row("RAM file, memory freed", mib(self.guest.resident()), f"≤ {mib(goal)}",
+                 self.guest.resident() <= goal)  # fmt: skip
+        self.row("came back to the host", f"{100 * back / self.guest.freed:.1f} %", "≥ 95 %",
+                 back >= 0.95 * self.guest.freed)  # fmt: skip
+
+    def balloon(self) -> None:
+        """Inflate to half of the guest, and deflate."""
+        size = self.ctl("query-balloon")["actual"]
+        for name, target in (("inflated", size // 2), ("deflated", size)):
+            self.ctl("balloon", value=target)
+            self.wait(lambda t=target: abs(self.ctl("query-balloon")["actual"] - t) <= size // 100)
+            actual = self.ctl("query-balloon")["actual"]
+            self.row(f"{name}: guest has", mib(actual), f"{mib(target)} ± 1 %",
+                     abs(actual - target) <= size // 100)  # fmt: skip
+
+    def hint(self) -> None:
+        """A round covers the guest's free memory."""
+        free = self.guest.free_bytes()
+        round_id = self.ctl("start-hinting")["round"]
+        self.wait(lambda: self.ctl("query-round")["state"] != "running")
+        done = self.ctl("query-round")
+        hinted = self.ctl("query-skip-bitmap")["pages"]["hinted"] * 4096
+        self.row(f"round {round_id}: free memory hinted", f"{100 * hinted / free:.1f} %", "≥ 90 %",
+                 done["complete"] and hinted >= 0.9 * free)  # fmt: skip
+
+    def statistics(self) -> None:
+        """The guest answers with its own figures."""
+        self.ctl("set-guest-stats-interval", seconds=1)
+        self.wait(lambda: self.ctl("query-guest-stats")["last-update"] > 0)
+        stats = self.ctl("query-guest-stats")["stats"]
+        self.row("statistics", f"{len(stats)} figures, {mib(stats['stat-free-memory'])} free",
+                 "at least 10", len(stats) >= 10)  # fmt: skip
+
+    def export(self, folder: Path) -> None:
+        """The bitmap leaves the house."""
+        target = folder / "skip-bitmap"
+        self.ctl("export-skip-bitmap", directory=str(target))
+        pages = json.loads((target / "manifest.json").read_text())["pages"]
+        live = self.ctl("query-skip-bitmap")["pages"]
+        said = ", ".join(f"{count} {name}" for name, count in pages.items())
+        self.row("exported pages", said, "as live", pages == live)
+
+    def picture(self, socket: Path, png: Path) -> None:
+        """The map of the guest's memory, in the terminal and as a file."""
+        from vballoon.cli import main
+
+        main(["map", str(socket), "--png", str(png)])
+        main(["map", str(socket)])
+        self.row("memory map", png.name, "a picture", png.stat().st_size > 1000)
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Until *condition* holds, or the time is up (the row then says so)."""
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            self.guest.idle()
+
+    def row(self, what: str, measured: str, expected: str, good: bool) -> None:
+        """Note a result."""
+        self.rows.append(Row(what, measured, expected, bool(good)))
+
+    def table(self) -> Table:
+        """What was measured."""
+        table = Table(title="vballoon demo", title_justify="left")
+        for heading in ("", "measured", "expected", ""):
+            table.add_column(heading)
+        for row in self.rows:
+            verdict = "[green]ok[/]" if row.good else "[bold red]FAILED[/]"
+            table.add_row(row.what, row.measured, row.expected, verdict)
+        return table
+
+
+def mib(count: float) -> str:
+    """Bytes, for people."""
+    return f"{count / MIB:.0f} MiB"
