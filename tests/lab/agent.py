@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tests.lab.cache import LabError
 
 GRACE = 15.0  # seconds that the channel gets beyond the time limit that the guest itself enforces
 CHUNK = 32 * 1024
+KPF_BUDDY = 10  # include/uapi/linux/kernel-page-flags.h
 
 
 class GuestError(LabError):
@@ -122,7 +125,7 @@ class Guest:
         return int(self.sh(f"{feed}{command} {source} >{log} 2>&1 & echo $!"))
 
     def wait_for(self, condition: str, timeout: float = 60, every: float = 0.2) -> None:
-        """Wait until the shell condition holds in the guest; :class:`GuestError` if it never does."""
+        """Wait until a shell condition holds in the guest; else :class:`GuestError`."""
         script = f"until {condition}; do sleep {every}; done"
         result = self.run(script, timeout=timeout)
         if result.status:
@@ -138,6 +141,17 @@ class Guest:
             name: int(rest.split()[0]) * (1024 if rest.endswith("kB") else 1)
             for name, rest in pairs
         }
+
+    def pages(self, flag: int = KPF_BUDDY) -> NDArray[np.bool_]:
+        """Which page frames have a flag of ``/proc/kpageflags``, by default: are in the buddy lists.
+
+        One element for each frame from 0 up, frames that do not exist included.
+        """
+        result = self.run(f"buddy {flag}")
+        if result.status:
+            raise GuestError(f"buddy: {result.err.decode(errors='replace')}")
+        packed = np.frombuffer(result.out, dtype=np.uint8)
+        return np.unpackbits(packed, bitorder="little").astype(np.bool_)
 
     def _send(self, kind: str, content: bytes) -> None:
         for at in range(0, len(content), CHUNK):

@@ -25,7 +25,7 @@ PROGRAMS = ("agent", "memhog", "churn", "buddy", "keeper")
 #: Modules that every guest carries (where its kernel has them as modules); none is loaded unasked.
 MODULES = (
     "virtio_pci", "virtio_balloon", "virtio_rng", "virtio_console", "virtio_blk", "virtio_mem",
-    "shpchp", "pciehp", "acpiphp", "gpio_pci_idio_16", "gpio_pcie_idio_24",
+    "pvpanic_pci", "uio_pci_generic", "loop", "ext4",
 )  # fmt: skip
 FOLDERS = (
     "bin",

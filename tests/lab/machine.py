@@ -20,7 +20,7 @@ from tests.lab.agent import Guest
 from tests.lab.cache import LabError
 from tests.lab.guestkernels import Kernel, kernel
 from tests.lab.qmp import Qmp
-from tests.lab.ram import Ram
+from tests.lab.ram import Ram, memfds
 
 PR_SET_PDEATHSIG = 1
 
@@ -185,10 +185,10 @@ class Machine:
     @property
     def ram(self) -> list[Ram]:
         """The guest's memory backings, one per NUMA node."""
-        return [
-            Ram(self.pid, f"ram{node}", self.config.backing, self.folder)
-            for node in range(self.config.nodes)
-        ]
+        nodes = range(self.config.nodes)
+        if self.config.backing != "file":
+            return [Ram(path) for path in memfds(self.pid)]
+        return [Ram(self.config.ram_path or self.folder / f"ram{node}") for node in nodes]
 
     def resident(self) -> int:
         """Bytes of host memory that the guest's RAM occupies."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from tests.lab import cache, debs
+from tests.lab import cache as store
+from tests.lab import debs
 from tests.lab.cache import LabError, say
 
 BOOKWORM = debs.Release("bookworm", ("bookworm",))
@@ -55,17 +57,21 @@ QEMU_PACKAGES = ["qemu-system-x86", "qemu-utils"]
 TOOL_PACKAGES = ["busybox-static", "pciutils"]
 
 
-def prerequisites() -> list[str]:
-    """Debian packages that the host lacks and the lab calls; empty when nothing is missing."""
-    missing = {package for tool, package in PREREQUISITES.items() if not shutil.which(tool)}
+def prerequisites(more: Mapping[str, str] | None = None) -> list[str]:
+    """Debian packages that the host lacks and the lab calls; empty when nothing is missing.
+
+    ``more`` adds what a caller needs itself: the package by the command that it brings.
+    """
+    wanted = {**PREREQUISITES, **(more or {})}
+    missing = {package for tool, package in wanted.items() if not shutil.which(tool)}
     if not Path("/usr/share/keyrings/debian-archive-keyring.gpg").is_file():
         missing.add("debian-archive-keyring")
     return sorted(missing)
 
 
-def install_prerequisites() -> None:
+def install_prerequisites(more: Mapping[str, str] | None = None) -> None:
     """Install what is missing, as root; otherwise say what somebody has to install."""
-    missing = prerequisites()
+    missing = prerequisites(more)
     if not missing:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
@@ -86,14 +92,14 @@ def setup(names: tuple[str, ...] = ("6.1", "6.12", "backports")) -> None:
     if is_ready(names):
         return
     install_prerequisites()
-    with cache.locked():
+    with store.locked():
         _setup_locked([recipe for recipe in KERNELS if recipe.name in names])
 
 
 def is_ready(names: tuple[str, ...]) -> bool:
     """Whether a :func:`setup` of these kernels has nothing to do."""
     wanted = [recipe for recipe in KERNELS if recipe.name in names]
-    return all(cache.is_built(name, recipe) for name, recipe in _everything(wanted))
+    return all(store.is_built(name, recipe) for name, recipe in _everything(wanted))
 
 
 def _everything(wanted: list[KernelRecipe]) -> list[tuple[str, object]]:
@@ -125,9 +131,9 @@ def _setup_locked(wanted: list[KernelRecipe]) -> None:
             updated.add(release.name)
 
     def make(name: str, stamp: object, release: debs.Release, fill: object) -> None:
-        if not cache.is_built(name, stamp):
+        if not store.is_built(name, stamp):
             lists(release)
-            cache.build(name, stamp, fill)  # type: ignore[arg-type]
+            store.build(name, stamp, fill)  # type: ignore[arg-type]
 
     make("tools", TOOL_PACKAGES, TRIXIE, lambda path: _fill(path, TRIXIE, TOOL_PACKAGES))
     if not host_qemu():
@@ -182,7 +188,7 @@ def _fill_kernel(path: Path, recipe: KernelRecipe) -> None:
 
 
 def _fill_build(path: Path, recipe: KernelRecipe) -> None:
-    version = kernel_version(cache.cache_dir() / f"kernel-{recipe.name}")
+    version = kernel_version(store.cache_dir() / f"kernel-{recipe.name}")
     packages = [f"linux-headers-{version}", *BUILD_TOOLS, *recipe.extra]
     _fill(path, recipe.release, packages, recipe.target)
     for tool, real in (
@@ -208,15 +214,17 @@ def kernel_version(folder: Path) -> str:
     return found[0]
 
 
+@cache
 def host_qemu() -> Path | None:
     """The host's own QEMU if it is at least 10.2 and knows both devices that we attach to."""
     found = shutil.which("qemu-system-x86_64")
     if not found:
         return None
-    done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
-    words = done.stdout.split()
+    words = debs.run_status([found, "--version"])[1].split()
+    devices = debs.run_status([found, "-device", "help"])[1]
     try:
         version = tuple(int(part) for part in words[3].split(".")[:2])
     except (IndexError, ValueError):
         return None
-    return Path(found) if version >= (10, 2) else None
+    wanted = ('"vhost-user-test-device-pci"', '"vfio-user-pci"')
+    return Path(found) if version >= (10, 2) and all(name in devices for name in wanted) else None

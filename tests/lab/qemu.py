@@ -111,7 +111,8 @@ class Config:
     ``memory`` in MiB (with ``nodes=2``, half on each NUMA node). ``backing``: ``memfd`` (shared),
     ``file`` (shared, a file on tmpfs), ``private`` (memfd, not shared), ``hugetlb`` (shared memfd
     of 2 MiB pages; the host must have them). ``root_ports``: PCI Express ports ``rp0`` ... for
-    devices to be hot-plugged on q35. ``extra``: further QEMU arguments.
+    devices to be hot-plugged on q35. ``ram_path``: the file for ``file`` (otherwise in a folder
+    that goes with the machine). ``extra``: further QEMU arguments.
     """
 
     kernel: str = "6.12"
@@ -119,6 +120,7 @@ class Config:
     memory: int = 512
     smp: int = 1
     backing: str = "memfd"
+    ram_path: Path | None = None
     nodes: int = 1
     root_ports: int = 1
     append: str = ""
@@ -177,23 +179,23 @@ def _memory(config: Config, folder: Path) -> list[str]:
     words: list[str] = []
     size = config.memory // config.nodes
     for node in range(config.nodes):
-        words += ["-object", _backend(config.backing, f"ram{node}", size, folder)]
+        words += ["-object", _backend(config, f"ram{node}", size, folder)]
         if config.nodes > 1:
             cpus = [f",cpus={cpu}" for cpu in range(config.smp) if cpu % config.nodes == node]
             words += ["-numa", f"node,nodeid={node},memdev=ram{node}{''.join(cpus)}"]
     return words
 
 
-def _backend(backing: str, name: str, size: int, folder: Path) -> str:
+def _backend(config: Config, name: str, size: int, folder: Path) -> str:
     kinds = {
         "memfd": "memory-backend-memfd,share=on",
         "private": "memory-backend-memfd,share=off",
         "hugetlb": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
-        "file": f"memory-backend-file,share=on,mem-path={folder}/{name}",
+        "file": f"memory-backend-file,share=on,mem-path={config.ram_path or folder / name}",
     }
-    if backing not in kinds:
-        raise LabError(f"no memory backing {backing!r}; there are {', '.join(kinds)}")
-    return f"{kinds[backing]},id={name},size={size}M"
+    if config.backing not in kinds:
+        raise LabError(f"no memory backing {config.backing!r}; there are {', '.join(kinds)}")
+    return f"{kinds[config.backing]},id={name},size={size}M"
 
 
 def is_x86() -> bool:

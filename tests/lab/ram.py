@@ -10,31 +10,25 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.lab.cache import LabError
+
+def memfds(pid: int) -> list[Path]:
+    """A QEMU's own descriptors of its memfd backends, in the order in which it made them."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = os.readlink(entry)
+        except OSError:
+            continue  # closed while we looked
+        if target.startswith("/memfd:memory-backend-memfd"):
+            found.append(entry)
+    return sorted(found, key=lambda entry: int(entry.name))
 
 
 class Ram:
-    """One memory backend of a running QEMU."""
+    """One memory backend of a running QEMU, by a path that opens it."""
 
-    def __init__(self, pid: int, name: str, backing: str, folder: Path) -> None:
-        self.pid, self.name, self.backing = pid, name, backing
-        self.path = folder / name if backing == "file" else self._descriptor()
-
-    def _descriptor(self) -> Path:
-        """QEMU's own descriptor of the backend; memfds are made in the order of the nodes."""
-        found = []
-        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
-            try:
-                target = os.readlink(entry)
-            except OSError:
-                continue  # closed while we looked
-            if target.startswith("/memfd:memory-backend-memfd"):
-                found.append(entry)
-        found.sort(key=lambda entry: int(entry.name))
-        number = int(self.name.removeprefix("ram"))
-        if number >= len(found):
-            raise LabError(f"QEMU has no memory backend {self.name}")
-        return found[number]
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def size(self) -> int:
         """Bytes of the backing file."""

@@ -3,9 +3,11 @@
  * memhog MIB [random|pattern] [SEED]: holds MIB mebibytes of anonymous memory with known content.
  *
  * It reads one command per line from standard input and answers each with one line:
- *   check   "good" or "bad <first wrong page>"
- *   free    gives everything back, "freed"
- *   refill  writes it all again with the next seed, "filled"
+ *   check     "good" or "bad <first wrong page>"
+ *   free      gives everything back, "freed"
+ *   fragment  gives every second page back, "fragmented": free memory in order 0, with neighbours in use;
+ *             check then looks at the pages that are left
+ *   refill    writes it all again with the next seed, "filled"
  * "filled" is printed when the memory is ready. It lives until the end of its input, so a test usually feeds it from a
  * FIFO; with no input at all (</dev/null) it fills, frees and ends.
  */
@@ -45,12 +47,12 @@ static void fill(uint64_t *memory, size_t pages, uint64_t seed, int random)
 	fflush(stdout);
 }
 
-static void check(uint64_t *memory, size_t pages, uint64_t seed, int random)
+static void check(uint64_t *memory, size_t pages, uint64_t seed, int random, size_t step)
 {
 	static uint64_t wanted[WORDS];
 	size_t bad = pages;
 
-	for (size_t i = 0; i < pages && bad == pages; i++) {
+	for (size_t i = 0; i < pages && bad == pages; i += step) {
 		fill_page(wanted, i, seed, random);
 		if (memcmp(wanted, memory + i * WORDS, PAGE))
 			bad = i;
@@ -62,11 +64,23 @@ static void check(uint64_t *memory, size_t pages, uint64_t seed, int random)
 	fflush(stdout);
 }
 
+static void give_back(uint64_t *memory, size_t pages, size_t step)
+{
+	if (step == 1)
+		madvise(memory, pages * PAGE, MADV_DONTNEED);
+	else
+		for (size_t i = 1; i < pages; i += step)
+			madvise(memory + i * WORDS, PAGE, MADV_DONTNEED);
+	puts(step == 1 ? "freed" : "fragmented");
+	fflush(stdout);
+}
+
 int main(int argc, char **argv)
 {
 	size_t pages = argc > 1 ? strtoul(argv[1], NULL, 0) * 256 : 0;
 	int random = !(argc > 2 && !strcmp(argv[2], "pattern"));
 	uint64_t seed = argc > 3 ? strtoull(argv[3], NULL, 0) : 1;
+	size_t step = 1;
 	char command[32];
 	uint64_t *memory;
 
@@ -75,16 +89,18 @@ int main(int argc, char **argv)
 	memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (memory == MAP_FAILED)
 		return 1;
+	madvise(memory, pages * PAGE, MADV_NOHUGEPAGE); /* or "fragment" would only split page tables */
 	fill(memory, pages, seed, random);
 	while (fgets(command, sizeof(command), stdin)) {
-		if (!strncmp(command, "check", 5))
-			check(memory, pages, seed, random);
-		else if (!strncmp(command, "refill", 6))
+		if (!strncmp(command, "check", 5)) {
+			check(memory, pages, seed, random, step);
+		} else if (!strncmp(command, "fragment", 8)) {
+			give_back(memory, pages, step = 2);
+		} else if (!strncmp(command, "free", 4)) {
+			give_back(memory, pages, 1);
+		} else if (!strncmp(command, "refill", 6)) {
+			step = 1;
 			fill(memory, pages, ++seed, random);
-		else if (!strncmp(command, "free", 4)) {
-			madvise(memory, pages * PAGE, MADV_DONTNEED);
-			puts("freed");
-			fflush(stdout);
 		}
 	}
 	return 0;
