@@ -98,6 +98,7 @@ class SplitDriver(DriverRing):
             device=arena.take(split.used_size(size), 4),
         )
         self.addresses = a
+        zero(memory, a.desc, a.device + split.used_size(size))
         self.desc = memory.window(a.desc, split.desc_size(size)).view(split.VirtqDesc.dtype())
         self.avail = memory.window(a.driver, split.avail_size(size)).view(np.uint16)
         self.used = memory.window(a.device, split.used_size(size)).view(np.uint16)
@@ -181,6 +182,7 @@ class PackedDriver(DriverRing):
         super().__init__(memory, size, features | f.mask(f.VIRTIO_F_RING_PACKED), arena)
         a = RingAddresses(arena.take(16 * size, 16), arena.take(4, 4), arena.take(4, 4))
         self.addresses = a
+        zero(memory, a.desc, a.device + 4)
         self.desc = memory.window(a.desc, 16 * size).view(packed.PvirtqDesc.dtype())
         self.driver_event = memory.window(a.driver, 4).view(np.uint16)
         self.device_event = memory.window(a.device, 4).view(np.uint16)
@@ -284,6 +286,11 @@ class PackedDriver(DriverRing):
 def link(e: Element, more: bool) -> int:
     """The NEXT and WRITE flags of an element."""
     return (NEXT if more else 0) | (WRITE if e.writable else 0)
+
+
+def zero(memory: GuestMemory, start: int, end: int) -> None:
+    """Clear the areas of a ring, as a driver does when it allocates them."""
+    memory.write(start, bytes(end - start))
 
 
 def between(old: int, new: int) -> list[int]:

@@ -122,6 +122,10 @@ class Virtqueue(ABC):
         Returns the well-formed chains in front of the first malformed one; the call that finds a
         malformed chain first in line raises :class:`~vballoon.errors.QueueError` with the rule it
         breaks, and the ring is left where it was.  An empty batch means there is nothing to take.
+
+        Take until the batch is empty: only then is the driver asked (unless kicks are disabled)
+        to notify of the next buffer, and one that slipped in meanwhile is returned instead.  A
+        batch of very many descriptors may be closed early.
         """
 
     @abstractmethod

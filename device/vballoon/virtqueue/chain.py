@@ -32,7 +32,8 @@ DESC_BYTES = 16
 
 @dataclass(slots=True)
 class Chain:
-    """The elements of one buffer: ``id`` names it, ``slots`` is what it takes of a packed ring."""
+    """The elements of one buffer: ``id`` names it, ``slots`` is what it takes of the ring
+    (and ``ring`` a copy of those descriptors, packed rings only)."""
 
     memory: GuestMemory
     limit: int
@@ -42,6 +43,7 @@ class Chain:
     len: list[int] = field(default_factory=list)
     writable: list[bool] = field(default_factory=list)
     total: int = 0
+    ring: bytes = b""
 
     def add(self, addr: int, length: int, writable: bool) -> None:
         """Append an element; raises :class:`~vballoon.errors.QueueError` for one against rules."""

@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from vballoon.virtqueue.base import RingState, Virtqueue
+from vballoon.virtqueue.packed import ScalarPacked
 from vballoon.virtqueue.split import ScalarSplit
+from vballoon_spec.virtio import features as f
 
 if TYPE_CHECKING:
     from vballoon.memory import GuestMemory
@@ -38,7 +40,8 @@ def make_virtqueue(
 
     Raises :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``.
     """
-    return ScalarSplit(
+    kind = ScalarPacked if f.has(features, f.VIRTIO_F_RING_PACKED) else ScalarSplit
+    return kind(
         memory,
         size,
         addresses,

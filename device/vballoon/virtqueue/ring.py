@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What split and packed rings have in common: what is outstanding, taking, giving, booking.
+
+A format adds how buffers are found, how used ones are written, and how notifications are asked
+for; an engine adds how many buffers one step handles.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vballoon.errors import QueueError, UsageError
+from vballoon.memory import fence
+from vballoon.virtqueue import rules
+from vballoon.virtqueue.base import ChainBatch, RingState, Virtqueue, empty_batch
+from vballoon.virtqueue.chain import Chain, batch_of, joined
+from vballoon.virtqueue.inflight import InflightLog, NullInflight, Resubmit
+from vballoon_spec.virtio import features as f
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from vballoon.memory import GuestMemory
+
+__all__ = ("BATCH_DESCRIPTORS", "Ring")
+
+BATCH_DESCRIPTORS = 1 << 16
+"""Descriptors after which a batch is closed.  Indirect tables let a guest put a queue's worth of
+descriptors behind every head; this bounds the memory and the time of one call."""
+
+SCALAR_DESCRIPTORS = 4096
+"""The same for chains that are walked one descriptor at a time (about 3 µs each)."""
+
+
+class Ring(Virtqueue):
+    """A virtqueue of either format.
+
+    ``_slots[id]`` (uint16) is how many of the ring's descriptors an outstanding buffer occupies,
+    0 for one that is not outstanding; ``_held`` is their sum, which cannot exceed the queue size.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        features: int,
+        *,
+        ids: int,
+        inflight: InflightLog | None,
+        resubmit: Resubmit | None,
+    ) -> None:
+        self.size = size
+        self._memory = memory
+        self._event_idx = f.has(features, f.VIRTIO_F_EVENT_IDX)
+        self._indirect = f.has(features, f.VIRTIO_F_INDIRECT_DESC)
+        self._in_order = f.has(features, f.VIRTIO_F_IN_ORDER)
+        self._inflight = inflight or NullInflight()
+        self._slots = np.zeros(ids, np.uint16)
+        self._outstanding = self._held = 0
+        self._order: deque[int] = deque()
+        self._kicks = True
+        self._resubmit: deque[Any] = deque(self._earlier(resubmit) if resubmit else ())
+        # What an earlier backend gave back, it may not have lived to announce.
+        self._notify_anyway = resubmit is not None
+
+    @property
+    def outstanding(self) -> int:
+        """See :attr:`Virtqueue.outstanding`."""
+        return self._outstanding
+
+    # taking
+
+    def take(self, limit: int | None = None) -> ChainBatch:
+        """See :meth:`Virtqueue.take`."""
+        limit = self.size if limit is None else min(limit, self.size)
+        if limit <= 0:
+            return empty_batch(self._memory)
+        if self._resubmit:
+            return self._take_again(limit)
+        batch = self._take_new(limit)
+        if not len(batch) and self._kicks and self._event_idx and self.enable_kicks():
+            batch = self._take_new(limit)
+        return batch
+
+    def _take_new(self, limit: int) -> ChainBatch:
+        """Parts of a batch, until nothing is left or the first malformed chain is reached."""
+        batch = empty_batch(self._memory)
+        while len(batch) < limit and batch.addr.size < BATCH_DESCRIPTORS:
+            try:
+                part = self._take_part(limit - len(batch))
+            except QueueError:
+                if not len(batch):
+                    raise
+                break
+            if not len(part):
+                break
+            batch = joined(batch, part)
+        return batch
+
+    def _take_part(self, limit: int) -> ChainBatch:
+        """Some buffers, booked; none only if there are none.  The scalar engine's way."""
+        return self._take_walking(limit)
+
+    def _take_walking(self, limit: int) -> ChainBatch:
+        chains = self._gather(self._walk_available(limit))
+        if not chains:
+            return empty_batch(self._memory)
+        batch = batch_of(self._memory, chains)
+        slots = np.array([c.slots for c in chains], np.uint16)
+        self._consume(len(chains), int(slots.sum()))
+        self._inflight.on_take(batch.ids, slots, self._raw(chains))
+        return self._book(batch, slots)
+
+    def _take_again(self, limit: int) -> ChainBatch:
+        """Buffers that were in flight in an earlier life, before anything new."""
+        chains = self._gather(self._walk_again(entry) for entry in list(self._resubmit)[:limit])
+        for _ in chains:
+            self._resubmit.popleft()
+        return self._book(
+            batch_of(self._memory, chains), np.array([c.slots for c in chains], np.uint16)
+        )
+
+    def _gather(self, chains: Iterable[Chain]) -> list[Chain]:
+        """*chains* up to the first bad one; that one's error if it is the first.
+
+        A chain may reuse nothing of what is outstanding or of its forerunners.
+        """
+        good: list[Chain] = []
+        held, ids, descriptors = self._held, set[int](), 0
+        found = iter(chains)
+        while descriptors < SCALAR_DESCRIPTORS:
+            try:
+                chain = next(found, None)
+                if chain is None:
+                    break
+                if chain.id in ids:
+                    raise QueueError(rules.BUFFER_REUSED, f"{chain.id}")
+                if held + chain.slots > self.size:
+                    raise QueueError(rules.RING_OVERRUN, f"{held} and {chain.slots} of {self.size}")
+            except QueueError:
+                if not good:
+                    raise
+                break
+            good.append(chain)
+            ids.add(chain.id)
+            held, descriptors = held + chain.slots, descriptors + len(chain.addr)
+        return good
+
+    def _book(self, batch: ChainBatch, slots: NDArray[np.uint16]) -> ChainBatch:
+        """Note the buffers as outstanding."""
+        self._slots[batch.ids] = slots
+        self._outstanding += len(batch)
+        self._held += int(slots.sum())
+        if self._in_order:
+            self._order.extend(batch.ids.tolist())
+        return batch
+
+    @abstractmethod
+    def _walk_available(self, limit: int) -> Iterable[Chain]:
+        """The available chains, one by one, at most *limit*; raises at a malformed one."""
+
+    @abstractmethod
+    def _consume(self, buffers: int, slots: int) -> None:
+        """Move the available index on."""
+
+    def _raw(self, chains: list[Chain]) -> NDArray[Any] | None:
+        """The ring's own descriptors of *chains*, for the in-flight record of a packed ring."""
+        return None
+
+    # buffers of an earlier life
+
+    @abstractmethod
+    def _earlier(self, resubmit: Resubmit) -> Iterable[Any]:
+        """What :meth:`_walk_again` wants for each buffer."""
+
+    @abstractmethod
+    def _walk_again(self, entry: Any) -> Chain:
+        """The chain of a buffer that was in flight before."""
+
+    # giving
+
+    def give(self, ids: NDArray[np.uint16], written: NDArray[np.uint32]) -> None:
+        """See :meth:`Virtqueue.give`."""
+        slots = self._check_given(ids, written)
+        if not ids.size:
+            return
+        publish = self._write_used(ids, written, slots)
+        self._inflight.before_give(ids)
+        # Elements first, then the index or the first flag.
+        fence.release()
+        publish()
+        self._outstanding -= int(ids.size)
+        self._held -= int(slots.sum())
+        self._inflight.after_give(ids, self.state())
+
+    def _check_given(
+        self, ids: NDArray[np.uint16], written: NDArray[np.uint32]
+    ) -> NDArray[np.uint16]:
+        """The slots of each buffer, which are from now on not outstanding; or UsageError."""
+        if ids.shape != written.shape:
+            raise UsageError(f"{ids.size} buffers but {written.size} lengths")
+        try:
+            slots = self._slots.take(ids)
+        except IndexError:
+            raise UsageError("a buffer is given back that the queue cannot have") from None
+        if np.count_nonzero(slots) != ids.size or len(set(ids.tolist())) != ids.size:
+            raise UsageError("a buffer is given back that is not outstanding")
+        self._check_order(ids)
+        self._slots[ids] = 0
+        return slots
+
+    def _check_order(self, ids: NDArray[np.uint16]) -> None:
+        if not self._in_order:
+            return
+        oldest = [self._order[i] for i in range(ids.size)]
+        if oldest != ids.tolist():
+            raise UsageError("VIRTIO_F_IN_ORDER: buffers must be given back as they were taken")
+        for _ in oldest:
+            self._order.popleft()
+
+    @abstractmethod
+    def _write_used(
+        self, ids: NDArray[np.uint16], written: NDArray[np.uint32], slots: NDArray[np.uint16]
+    ) -> Any:
+        """Write all but the publishing store; returns the call that publishes."""
+
+    @abstractmethod
+    def state(self) -> RingState:
+        """See :meth:`Virtqueue.state`."""
