@@ -67,6 +67,8 @@ class Capabilities:
     migration_pgsize: int | None = None
     """Page size of dirty bitmaps in bytes, where the sender speaks of migration at all."""
     migration_max_bitmap_size: int | None = None
+    names: frozenset[str] = frozenset()
+    """Which of the top-level names the text had; not part of what is built."""
 
     @classmethod
     def parse(cls, data: bytes) -> Capabilities:
@@ -83,10 +85,21 @@ class Capabilities:
             root = json.loads(data[:-1].split(b"\0", 1)[0].decode())
         except (UnicodeDecodeError, ValueError, RecursionError) as error:
             raise WireError(f"version data is not JSON: {type(error).__name__}") from None
-        return cls(**_known(_member(_object(root, "version data"), "capabilities")))
+        found = _member(_object(root, "version data"), "capabilities")
+        return cls(**_known(found), names=frozenset(found))
 
-    def build(self) -> bytes:
-        """The version data as JSON with its NUL."""
+    def build(self, only: frozenset[str] | None = None) -> bytes:
+        """The version data as JSON with its NUL, restricted to the top-level names *only*.
+
+        Without spaces, because a client may read the reply into a buffer of the size of its
+        request (QEMU 11.1 does).
+        """
+        known = self._members()
+        if only is not None:
+            known = {name: value for name, value in known.items() if name in only}
+        return json.dumps({"capabilities": known}, separators=(",", ":")).encode() + b"\0"
+
+    def _members(self) -> dict[str, Any]:
         known: dict[str, Any] = {
             "max_msg_fds": self.max_msg_fds,
             "max_data_xfer_size": self.max_data_xfer_size,
@@ -102,7 +115,7 @@ class Capabilities:
             known["twin_socket"] = {"supported": True}
             if self.twin_socket_fd_index is not None:
                 known["twin_socket"]["fd_index"] = self.twin_socket_fd_index
-        return json.dumps({"capabilities": known}).encode() + b"\0"
+        return known
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:

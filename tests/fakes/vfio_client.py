@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plays the vfio-user client that QEMU is: sends commands, answers DMA, checks replies.
+
+The client drives a sans-IO session directly.  Descriptors are handed over as duplicates, the way
+a socket does it.  Its RAM answers DMA_READ and DMA_WRITE in either of the two layouts that
+clients use (``vfio_user.remote`` tells why there are two).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vballoon_spec.vfio_user import (
+    Capabilities,
+    Command,
+    DmaAccess,
+    DmaAccess32,
+    DmaMap,
+    DmaUnmap,
+    Header,
+    HeaderFlags,
+    IrqSet,
+    IrqSetFlags,
+    PciRegion,
+    RegionAccess,
+    Version,
+)
+from vfio_user import PciDevice, Session, SessionLimits
+
+QEMU_VERSION_DATA = (
+    b'{"capabilities": {"max_msg_fds": 16, "max_data_xfer_size": 1048576, "pgsizes": 4096, '
+    b'"max_dma_maps": 65535, "migration": {"pgsize": 4096, "max_bitmap_size": 268435456}, '
+    b'"write_multiple": true}}\0'
+)
+"""What QEMU 11.1 proposes (order and spaces aside)."""
+
+
+class Ram:
+    """Client memory at one DMA address, in a memfd, so that it can be mapped or not."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address = address
+        self.size = size
+        self.fd = os.memfd_create("ram")
+        os.ftruncate(self.fd, size)
+        self.bytes = mmap.mmap(self.fd, size)
+
+    def holds(self, address: int, count: int) -> bool:
+        return self.address <= address and address + count <= self.address + self.size
+
+    def read(self, address: int, count: int) -> bytes:
+        offset = address - self.address
+        return self.bytes[offset : offset + count]
+
+    def write(self, address: int, data: bytes) -> None:
+        offset = address - self.address
+        self.bytes[offset : offset + len(data)] = data
+
+    def close(self) -> None:
+        self.bytes.close()
+        os.close(self.fd)
+
+
+@dataclass
+class Reply:
+    """A message from the server."""
+
+    id: int
+    command: int
+    flags: int
+    error: int
+    payload: bytes
+    fds: list[int] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.flags & HeaderFlags.ERROR)
+
+
+def message(
+    command: int, payload: bytes = b"", *, msg_id: int = 1, flags: int = 0, error: int = 0
+) -> bytes:
+    """The bytes of one message."""
+    size = Header.SIZE + len(payload)
+    head = Header(id=msg_id, command=command, size=size, flags=flags, error=error)
+    return head.build() + payload
+
+
+def split(data: bytes) -> tuple[Header, bytes]:
+    """One message, cut."""
+    head = Header.parse(data[: Header.SIZE])
+    assert head.size == len(data)
+    return head, data[Header.SIZE :]
+
+
+class FakeClient:
+    """One connection to *device*.  ``ram`` is what DMA messages reach."""
+
+    def __init__(
+        self,
+        device: PciDevice,
+        *,
+        limits: SessionLimits | None = None,
+        narrow: bool = False,
+        twin: bool = False,
+    ) -> None:
+        self.ram: list[Ram] = []
+        self.narrow = narrow
+        self.dma_error = 0
+        """An errno with which every DMA message is refused."""
+        self.dma_sizes: list[int] = []
+        self.before_dma: Callable[[], None] | None = None
+        """Called before a DMA message is answered: what the client does meanwhile."""
+        self.silent = False
+        """Never answer a DMA message."""
+        self.inbox: list[Reply] = []
+        self.twin_fds: list[int] = []
+        self._id = 0
+        self.session = Session(
+            device,
+            limits=limits,
+            wait=self._wait,
+            open_twin=self._open_twin if twin else None,
+        )
+
+    def _open_twin(self) -> int:
+        ours, theirs = os.pipe()
+        self.twin_fds.append(ours)
+        return theirs
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
+        """Raw bytes, with duplicates of *fds*."""
+        self.session.feed(data, [os.dup(fd) for fd in fds])
+        self._collect()
+
+    def _collect(self) -> None:
+        for data, fds in self.session.take_output():
+            head, payload = split(data)
+            self.inbox.append(Reply(head.id, head.command, head.flags, head.error, payload, fds))
+
+    def call(
+        self,
+        command: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        expect: int = 0,
+        run: bool = True,
+    ) -> Reply:
+        """Send a command, do what the device deferred, and check the reply's errno."""
+        self._id = (self._id + 1) & 0xFFFF
+        self.send(message(command, payload, msg_id=self._id), fds)
+        reply = self.inbox.pop()
+        assert (reply.id, reply.command) == (self._id, command)
+        assert reply.flags & HeaderFlags.TYPE_MASK == HeaderFlags.TYPE_REPLY
+        assert reply.error == expect, os.strerror(reply.error)
+        assert reply.failed == bool(expect)
+        assert not (expect and reply.payload), "an error reply is a header only"
+        if run:
+            self.run()
+        return reply
+
+    def post(self, command: int, payload: bytes) -> None:
+        """Send a command that wants no reply."""
+        self.send(message(command, payload, flags=HeaderFlags.NO_REPLY))
+        assert not self.inbox, "an answer to a command that wanted none"
+        self.run()
+
+    def run(self) -> None:
+        """Let the device do what it deferred, until there is nothing left."""
+        for _ in range(100):
+            if not self.session.device._deferred:
+                return
+            self.session.device.run_deferred()
+            self._collect()
+        raise AssertionError("deferred work without end")
+
+    # -- server commands --------------------------------------------------------------------------
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        for _ in range(64):
+            if done():
+                return
+            requests, feed = self.session.take_output(), self.session.feed
+            if not requests:
+                requests, feed = self.session.take_twin_output(), self.session.feed_twin
+            for data, fds in requests:
+                head, payload = split(data)
+                if head.flags & HeaderFlags.TYPE_MASK == HeaderFlags.TYPE_REPLY:
+                    self.inbox.append(
+                        Reply(head.id, head.command, head.flags, head.error, payload, fds)
+                    )
+                    continue
+                if self.before_dma is not None:
+                    self.before_dma()
+                if not self.silent:
+                    feed(self._dma(head, payload), [])
+        if not done():
+            raise TimeoutError
+
+    def _dma(self, head: Header, payload: bytes) -> bytes:
+        layout = DmaAccess32 if self.narrow else DmaAccess
+        request = layout.parse(payload[: layout.SIZE])
+        self.dma_sizes.append(request.count)
+        ram = [r for r in self.ram if r.holds(request.address, request.count)]
+        if self.dma_error or not ram:
+            failed = HeaderFlags.TYPE_REPLY | HeaderFlags.ERROR
+            error = self.dma_error or errno.EFAULT
+            return message(head.command, msg_id=head.id, flags=failed, error=error)
+        if head.command == Command.DMA_READ:
+            data = ram[0].read(request.address, request.count)
+            answer = payload[: layout.SIZE] + data + bytes(DmaAccess.SIZE - layout.SIZE)
+        else:
+            data = payload[layout.SIZE :][: request.count]
+            assert len(data) == request.count
+            ram[0].write(request.address, data)
+            answer = b"" if self.narrow else payload[: DmaAccess.SIZE]
+        return message(head.command, answer, msg_id=head.id, flags=HeaderFlags.TYPE_REPLY)
+
+    # -- the commands -----------------------------------------------------------------------------
+
+    def negotiate(self, data: bytes = QEMU_VERSION_DATA) -> Capabilities:
+        """VERSION; returns what the server can do."""
+        reply = self.call(Command.VERSION, Version(major=0, minor=0).build() + data)
+        assert not data or len(reply.payload) <= len(data) + Version.SIZE
+        return Capabilities.parse(reply.payload[Version.SIZE :])
+
+    def map(
+        self, ram: Ram, *, mapped: bool = True, flags: int = 3, expect: int = 0, offset: int = 0
+    ) -> None:
+        """DMA_MAP of *ram*, with its descriptor or without."""
+        request = DmaMap(
+            argsz=DmaMap.SIZE,
+            flags=flags,
+            offset=offset if mapped else 0,
+            address=ram.address,
+            size=ram.size - offset,
+        )
+        self.call(Command.DMA_MAP, request.build(), [ram.fd] if mapped else [], expect=expect)
+        if not expect:
+            self.ram.append(ram)
+
+    def unmap(self, address: int, size: int, *, flags: int = 0, expect: int = 0) -> None:
+        """DMA_UNMAP."""
+        request = DmaUnmap(argsz=DmaUnmap.SIZE, flags=flags, address=address, size=size)
+        reply = self.call(Command.DMA_UNMAP, request.build(), expect=expect)
+        assert expect or reply.payload == request.build()
+
+    def read(self, region: int, offset: int, count: int, *, expect: int = 0) -> bytes:
+        """REGION_READ."""
+        request = RegionAccess(offset=offset, region=region, count=count).build()
+        reply = self.call(Command.REGION_READ, request, expect=expect)
+        assert expect or reply.payload[: RegionAccess.SIZE] == request
+        return reply.payload[RegionAccess.SIZE :]
+
+    def write(
+        self, region: int, offset: int, data: bytes, *, expect: int = 0, post: bool = False
+    ) -> None:
+        """REGION_WRITE, with a reply or (as QEMU does it) without."""
+        request = RegionAccess(offset=offset, region=region, count=len(data)).build()
+        if post:
+            self.post(Command.REGION_WRITE, request + data)
+            return
+        reply = self.call(Command.REGION_WRITE, request + data, expect=expect)
+        assert expect or reply.payload == request
+
+    def config(self, offset: int, count: int) -> int:
+        """A register in configuration space."""
+        return int.from_bytes(self.read(PciRegion.CONFIG, offset, count), "little")
+
+    def set_config(self, offset: int, value: int, count: int) -> None:
+        self.write(PciRegion.CONFIG, offset, value.to_bytes(count, "little"))
+
+    def set_irqs(
+        self,
+        index: int,
+        flags: int,
+        *,
+        start: int = 0,
+        count: int = 0,
+        data: bytes = b"",
+        fds: Sequence[int] = (),
+        argsz: int | None = None,
+        expect: int = 0,
+    ) -> None:
+        """DEVICE_SET_IRQS."""
+        request = IrqSet(
+            argsz=IrqSet.SIZE + len(data) if argsz is None else argsz,
+            flags=flags,
+            index=index,
+            start=start,
+            count=count,
+        )
+        self.call(Command.DEVICE_SET_IRQS, request.build() + data, fds, expect=expect)
+
+    def assign(self, index: int, fds: Sequence[int], *, start: int = 0) -> None:
+        """Give eventfds to vectors."""
+        flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
+        self.set_irqs(index, flags, start=start, count=len(fds), fds=fds)
+
+    def close(self) -> None:
+        """The client goes away."""
+        self.session.receive_eof()
+        for fd in self.twin_fds:
+            os.close(fd)
+        self.twin_fds.clear()
+
+
+def events(fd: int) -> int:
+    """How often a (non-blocking) eventfd was signalled since the last look."""
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
+
+
+def descriptors() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
