@@ -89,6 +89,19 @@ class TestConfig:
         rig.balloon.reset()
         assert not rig.balloon.poisoned
 
+    @pytest.mark.parametrize("wrote", [True, False])
+    def test_a_reset_found_out_late_keeps_the_new_drivers_poison(self, wrote: bool) -> None:
+        rig = Rig()
+        rig.balloon.stop()
+        rig.balloon.write_config(12, b"\xaa\xaa\xaa\xaa")
+        rig.balloon.start()
+        rig.balloon.stop()
+        if wrote:
+            rig.balloon.write_config(4, b"\1\0\0\0\0\0\0\0\xbb\xbb\xbb\xbb")
+        rig.balloon.restart()
+        fields = rig.balloon.config.fields
+        assert (fields.actual, fields.poison_val) == (0, 0xBBBBBBBB if wrote else 0)
+
 
 class TestOperator:
     def test_target_is_the_guests_logical_size(self) -> None:

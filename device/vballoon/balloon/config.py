@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vballoon.errors import ProtocolError
 from vballoon_spec.virtio.balloon import CONFIG_SIZE_STANDARD, BalloonConfig
 
@@ -20,8 +18,8 @@ class ConfigSpace:
     def __init__(self, *, walk: bool) -> None:
         self.fields = BalloonConfig()
         self.size = BalloonConfig.SIZE if walk else CONFIG_SIZE_STANDARD
-        self.poison_locked = False
-        """Set at DRIVER_OK: from there on the driver must not modify ``poison_val``."""
+        self._poison_locked = False
+        self._poison_written = False
 
     def read(self) -> bytes:
         """The whole space, little-endian."""
@@ -41,11 +39,25 @@ class ConfigSpace:
         written = BalloonConfig.parse(image)
         changed = written.actual != self.fields.actual
         self.fields.actual = written.actual
-        if not self.poison_locked:
+        if not self._poison_locked:
             self.fields.poison_val = written.poison_val
+            self._poison_written = True
         return changed
 
-    def reset(self) -> None:
-        """Device reset: the operator's target stays, everything of the driver's goes."""
-        self.fields = replace(BalloonConfig(), num_pages=self.fields.num_pages)
-        self.poison_locked = False
+    def lock(self) -> None:
+        """DRIVER_OK: from here on the driver must not modify ``poison_val`` (*Page Poison*)."""
+        self._poison_locked, self._poison_written = True, False
+
+    def unlock(self) -> None:
+        """The driver has stopped the device."""
+        self._poison_locked = False
+
+    def reset(self, *, keep_poison: bool = False) -> None:
+        """Device reset: the operator's target stays, everything of the driver's goes.
+
+        *keep_poison* is for a reset that comes to light only when the new driver starts: the
+        ``poison_val`` that it has written since the old one stopped is its own.
+        """
+        poison = self.fields.poison_val if keep_poison and self._poison_written else 0
+        self.fields = BalloonConfig(num_pages=self.fields.num_pages, poison_val=poison)
+        self._poison_locked = False

@@ -107,7 +107,7 @@ class Balloon(VirtioDevice):
         """Settle the queues' roles from the features and from the rings that are there."""
         assert self.transport is not None  # a transport starts what it has attached to
         self.roles = settle_roles(self.transport.features, self.transport.queues)
-        self.config.poison_locked = True
+        self.config.lock()
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
         """Serve a batch according to the queue's role."""
@@ -131,13 +131,22 @@ class Balloon(VirtioDevice):
     def stop(self) -> None:
         """Give the statistics buffer back while its ring is still there."""
         self.stats_queue.release()
+        self.config.unlock()
 
     def reset(self) -> None:
         """Device reset: the driver is another one, and nothing it said holds any more."""
+        self._forget()
+        self.config.reset()
+
+    def restart(self) -> None:
+        """A reset found out late: the new driver's ``poison_val`` is already there."""
+        self._forget()
+        self.config.reset(keep_poison=True)
+
+    def _forget(self) -> None:
         self._void(VoidReason.RESET)
         self.walk_queue.reset()
         self.stats_queue.reset()
-        self.config.reset()
         self.roles = {}
 
     def memory_changed(self) -> None:

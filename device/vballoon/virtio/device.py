@@ -173,6 +173,13 @@ class VirtioDevice(ABC):
     def reset(self) -> None:
         """Device reset: as after power-on, apart from what the operator has set."""
 
+    def restart(self) -> None:
+        """A reset that the transport learns of only when the next driver starts the device.
+
+        What that driver has written to the configuration space since :meth:`stop` is its own.
+        """
+        self.reset()
+
     def memory_changed(self) -> None:
         """The guest memory table is another one than before."""
 
