@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from vballoon.memory import GuestMemory, MemoryRegion
 
-__all__ = ("SkipMap",)
+__all__ = ("SkipMap", "data_pages")
 
 _SECTIONS = tuple(Provenance)
 
@@ -95,7 +95,7 @@ class SkipMap:
         """
         result = self._bitmaps[Provenance.REPORTED].copy()
         for region in self.memory.regions if result.spans() else ():
-            start, end = _data_pages(region)
+            start, end = data_pages(region)
             result.clear_ranges(start, end)
         return result
 
@@ -188,7 +188,7 @@ class SkipMap:
         self._store.close()
 
 
-def _data_pages(region: MemoryRegion) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+def data_pages(region: MemoryRegion) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """The pages of *region* that hold data, as page numbers; a page with any data is data."""
     first = np.uint64(region.guest_phys_addr >> PAGE_SHIFT)
     if region.fd is None:  # nobody can tell: then all of it

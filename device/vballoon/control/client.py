@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client of the control socket for programs that wait: one command, one answer.
+
+For programs on asyncio there is ``qemu.qmp.QMPClient``, which works with this server too; this
+client also takes the descriptors that come with a reply.  It loads neither asyncio nor NumPy, so
+that a command line is done before they would be there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from vballoon.errors import UsageError
+
+__all__ = ("ControlClient",)
+
+MESSAGE_MAX = 16 << 20
+"""Bytes of one message of the server; a memory map has half a megabyte."""
+
+
+class ControlClient:
+    """A negotiated connection to the control socket at *path*; a context manager.
+
+    Raises :class:`~vballoon.errors.UsageError` for whatever goes wrong; *timeout* is in seconds
+    and for each answer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float = 60.0) -> None:
+        self._path = os.fspath(path)
+        self._timeout = timeout
+        self._buffer = bytearray()
+        self.fds: list[int] = []
+        """Descriptors received and not yet taken."""
+        self.events: list[dict[str, Any]] = []
+        """Events that came while an answer was awaited."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.connect(self._path)
+            greeting = self._receive(time.monotonic() + timeout)
+            if "QMP" not in greeting:
+                raise UsageError(f"{self._path} is not a QMP socket")
+            self.execute("qmp_capabilities")
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise UsageError(f"{self._path}: {error.strerror or error}") from None
+            raise
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Run *command*; returns its result.  Its error raises UsageError with its words."""
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = arguments
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            return self._answer()
+        except OSError as error:
+            raise UsageError(f"{self._path}: {error.strerror or error}") from None
+
+    def execute_fd(self, command: str) -> tuple[Any, int]:
+        """Run a command that hands out a descriptor: its result, and the descriptor to close."""
+        result = self.execute(command)
+        if not self.fds:
+            raise UsageError(f"{self._path}: {command} came without its descriptor")
+        return result, self.fds.pop()
+
+    def wait_event(self, name: str, timeout: float) -> dict[str, Any]:
+        """The next event *name*, waiting *timeout* seconds at most."""
+        deadline = time.monotonic() + timeout
+        while True:
+            for i, event in enumerate(self.events):
+                if event.get("event") == name:
+                    del self.events[: i + 1]
+                    return event
+            self.events.clear()
+            self.events.append(self._receive(deadline))
+
+    def _answer(self) -> Any:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            message = self._receive(deadline)
+            if "return" in message:
+                return message["return"]
+            if "error" in message:
+                error = message["error"]
+                raise UsageError(
+                    str(error.get("desc", error) if isinstance(error, dict) else error)
+                )
+            self.events.append(message)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        """The next message, whatever it is."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > MESSAGE_MAX:
+                raise UsageError(f"{self._path}: an endless message")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(None, "no answer in time")
+            self._socket.settimeout(left)
+            data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 8)
+            self.fds += fds
+            if not data:
+                raise UsageError(f"{self._path}: the server closed the connection")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise UsageError(f"{self._path} does not speak QMP")
+        return message
+
+    def close(self) -> None:
+        """Close the connection and the descriptors that nobody took."""
+        self._socket.close()
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

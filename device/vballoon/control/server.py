@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator's socket: any number of QMP clients, none of which can hold the device up.
+
+Requests of a client are run one after the other, a turn of the loop each; long ones run in a
+thread.  A client that does not read is disconnected when its output exceeds a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import fdsocket
+from vballoon.control.commands import COMMANDS, package_version
+from vballoon.control.events import EventThrottle
+from vballoon.control.session import REQUESTS_MAX, CommandError, QmpSession, Request
+from vballoon.control.table import Reply
+from vballoon.errors import VballoonError
+
+if TYPE_CHECKING:
+    from vballoon.control.operator import Operator
+
+__all__ = ("ControlServer",)
+
+log = logging.getLogger(__name__)
+
+READ_BYTES = 1 << 16
+CLIENTS_MAX = 64
+"""Clients at once; more are turned away."""
+
+
+class ControlServer:
+    """Serves *operator* on a listening socket; everything happens in the running loop."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.operator = operator
+        self.clients: set[Client] = set()
+        self._throttle = EventThrottle(self._broadcast)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listener: socket.socket | None = None
+        self._path: str | os.PathLike[str] | None = None
+        self._inode = -1
+        self._poll: asyncio.TimerHandle | None = None
+
+    def start(self, path: str | os.PathLike[str]) -> None:
+        """Listen at *path* (mode 0600) and subscribe to the balloon's events.
+
+        Raises :class:`OSError` where that is not possible.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._path = path
+        mask = os.umask(0o177)  # whoever may write to the socket commands the balloon
+        try:
+            self._listener = fdsocket.listen(path, backlog=CLIENTS_MAX)
+        finally:
+            os.umask(mask)
+        self._inode = os.stat(path).st_ino
+        self._loop.add_reader(self._listener, self._accept)
+        self.operator.balloon.events = self.event
+        self.operator.interval_changed = self._poll_stats
+
+    def close(self) -> None:
+        """Stop listening, remove the socket file and disconnect the clients."""
+        if self._poll is not None:
+            self._poll.cancel()
+        if self._listener is not None and self._loop is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+            self._remove_path()
+        for client in tuple(self.clients):
+            client.finish()
+
+    def _remove_path(self) -> None:
+        try:
+            if self._path is not None and os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)  # and not the socket of a server that came after us
+        except OSError:
+            pass
+
+    def event(self, name: str, data: dict[str, Any]) -> None:
+        """Something happened that clients want to know."""
+        if self._loop is not None:
+            self._throttle(self._loop, name, data)
+
+    def _broadcast(self, name: str, data: dict[str, Any], at: float) -> None:
+        for client in tuple(self.clients):
+            client.event(name, data, at)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # gone again, or no descriptor left: the next one may do
+            return
+        if len(self.clients) >= CLIENTS_MAX:
+            log.warning("control: more than %d clients, one turned away", CLIENTS_MAX)
+            connection.close()
+            return
+        self.clients.add(Client(self, connection))
+
+    def _poll_stats(self) -> None:
+        if self._poll is not None:
+            self._poll.cancel()
+            self._poll = None
+        if self.operator.stats_interval and self._loop is not None:
+            self.operator.balloon.request_stats()
+            self._poll = self._loop.call_later(self.operator.stats_interval, self._poll_stats)
+
+
+class Client:
+    """One connection of the control socket."""
+
+    def __init__(self, server: ControlServer, connection: socket.socket) -> None:
+        numbers = (package_version().split(".") + ["0"] * 3)[:3]
+        major, minor, micro = (int(n) if n.isdigit() else 0 for n in numbers)
+        self._server = server
+        self._session = QmpSession((major, minor, micro), f"vballoon {package_version()}")
+        self._requests: deque[Request] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._stream = fdsocket.FdStream(connection, self)
+        self._stream.start()
+        self._flush()
+
+    # fdsocket.Receiver
+
+    def wanted(self) -> int:
+        """How much may be read at once."""
+        return READ_BYTES
+
+    def received(self, data: bytes, fds: list[int]) -> None:
+        """Bytes of the client; descriptors have no meaning here."""
+        fdsocket.close_fds(fds)
+        self._requests.extend(self._session.feed(data))
+        if len(self._requests) > REQUESTS_MAX:
+            self._session.end(f"more than {REQUESTS_MAX} commands wait for an answer")
+            self._requests.clear()
+        self._flush()
+        if self._requests and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def closed(self, reason: str) -> None:
+        """The client has gone, or was given up."""
+        if reason:
+            log.info("control: a client is gone: %s", reason)
+        self._requests.clear()
+        self._server.clients.discard(self)
+
+    # what goes out
+
+    def event(self, name: str, data: dict[str, Any], at: float) -> None:
+        """Tell the client of an event."""
+        self._session.event(name, data, at)
+        self._flush()
+
+    def finish(self) -> None:
+        """Disconnect once the output is sent."""
+        self._requests.clear()
+        self._stream.close_when_sent()
+
+    def _flush(self) -> None:
+        for data, fds in self._session.take_output():
+            self._stream.send(data, fds)
+        if self._session.ended:
+            self.finish()
+
+    async def _run(self) -> None:
+        try:
+            while self._requests:
+                await self._answer(self._requests.popleft())
+                self._flush()
+                await asyncio.sleep(0)  # others have their turn
+        finally:
+            self._task = None
+
+    async def _answer(self, request: Request) -> None:
+        try:
+            command = COMMANDS.find(request.name)
+            result = command.run(self._server.operator, **command.bind(request.arguments))
+            if inspect.isawaitable(result):
+                result = await result
+        except CommandError as error:
+            self._session.fail(request, error)
+        except VballoonError as error:
+            self._session.fail(request, CommandError(str(error)))
+        except Exception:
+            log.exception("control: command %s failed", request.name)
+            self._session.fail(request, CommandError("internal error, see the server's log"))
+        else:
+            reply = result if isinstance(result, Reply) else Reply(result)
+            self._session.reply(request, reply.value, reply.fds)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command is declared: its name, typed arguments, help; and how a request is checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from vballoon.control.session import CommandError
+
+__all__ = ("Argument", "Command", "Reply", "Table")
+
+_JSON_NAMES = {int: "integer", str: "string", bool: "boolean"}
+INT_MAX = (1 << 63) - 1
+"""QMP's ``int`` has 64 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A result that travels with descriptors; they are taken over."""
+
+    value: Any
+    fds: tuple[int, ...] = ()
+
+
+Result = Any
+Run = Callable[..., Result | Awaitable[Result]]
+F = TypeVar("F", bound=Run)
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument; integers are checked against [*minimum*, *maximum*]."""
+
+    kind: type[int] | type[str] | type[bool]
+    help: str
+    optional: bool = False
+    minimum: int = 0
+    maximum: int = INT_MAX
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise :class:`CommandError` unless *value* will do."""
+        expected = _JSON_NAMES[self.kind]
+        if type(value) is not self.kind:
+            raise CommandError(f"Invalid parameter type for '{name}', expected: {expected}")
+        if (
+            isinstance(value, int)
+            and self.kind is int
+            and not self.minimum <= value <= self.maximum
+        ):
+            raise CommandError(
+                f"Parameter '{name}' expects a value from {self.minimum} to {self.maximum}"
+            )
+        if self.choices and value not in self.choices:
+            raise CommandError(f"Parameter '{name}' expects one of {', '.join(self.choices)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command; *run* is called with the operator and the arguments, ``-`` written ``_``."""
+
+    name: str
+    run: Run
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+    @property
+    def help(self) -> str:
+        """What it does: the docstring's first paragraph."""
+        return " ".join((inspect.getdoc(self.run) or "").split("\n\n")[0].split())
+
+    def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The checked arguments as keywords; raises :class:`CommandError`."""
+        for name in given:
+            if name not in self.arguments:
+                raise CommandError(f"Parameter '{name}' is unexpected")
+        for name, argument in self.arguments.items():
+            if name in given:
+                argument.check(name, given[name])
+            elif not argument.optional:
+                raise CommandError(f"Parameter '{name}' is missing")
+        return {name.replace("-", "_"): value for name, value in given.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """The command as ``query-commands`` shows it."""
+        return {
+            "name": self.name,
+            "help": self.help,
+            "arguments": [
+                {
+                    "name": name,
+                    "type": _JSON_NAMES[argument.kind],
+                    "optional": argument.optional,
+                    "help": argument.help,
+                }
+                for name, argument in self.arguments.items()
+            ],
+        }
+
+
+class Table:
+    """All commands by name."""
+
+    def __init__(self) -> None:
+        self.commands: dict[str, Command] = {}
+
+    def command(
+        self, name: str, arguments: Mapping[str, Argument] | None = None
+    ) -> Callable[[F], F]:
+        """Declare the decorated function as command *name*."""
+
+        def declare(run: F) -> F:
+            self.commands[name] = Command(name, run, arguments or {})
+            return run
+
+        return declare
+
+    def find(self, name: str) -> Command:
+        """The command *name*; raises :class:`CommandError` ``CommandNotFound``."""
+        try:
+            return self.commands[name]
+        except KeyError:
+            raise CommandError(
+                f"The command {name[:80]} has not been found", "CommandNotFound"
+            ) from None
