@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safety contract of the skip bitmap as a model for spin; see ``README.md`` beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ("MODEL",)
+
+MODEL = Path(__file__).with_name("contract.pml")
+"""The Promela source."""
