@@ -39,13 +39,15 @@ class MessageRule:
 
     *payload* and *reply* are None where there is none (a message without *reply* is acknowledged
     by a u64 under REPLY_ACK); *fds* is how few and how many descriptors may come with it;
-    *feature* is the protocol feature that must have been acknowledged before.
+    *feature* is the protocol feature that must have been acknowledged before, or only been offered
+    where *offered* says so (the wording differs from message to message).
     """
 
     payload: type[WireStruct] | None = None
     reply: type[WireStruct] | None = None
     fds: tuple[int, int] = (0, 0)
     feature: ProtocolFeature | None = None
+    offered: bool = False
 
     def parse(self, data: Buffer) -> Any:
         """The payload: an instance of *payload*, a list of regions for the memory table, or None.
@@ -84,11 +86,11 @@ MESSAGES: dict[Request, MessageRule] = {
     R.SET_VRING_ERR: MessageRule(_U64, fds=(0, 1)),
     R.GET_PROTOCOL_FEATURES: MessageRule(reply=_U64),
     R.SET_PROTOCOL_FEATURES: MessageRule(_U64),
-    R.GET_QUEUE_NUM: MessageRule(reply=_U64, feature=F.MQ),
+    R.GET_QUEUE_NUM: MessageRule(reply=_U64, feature=F.MQ, offered=True),
     R.SET_VRING_ENABLE: MessageRule(_STATE),
     R.SEND_RARP: MessageRule(_U64, feature=F.RARP),
     R.NET_SET_MTU: MessageRule(_U64, feature=F.MTU),
-    R.SET_BACKEND_REQ_FD: MessageRule(fds=(1, 1), feature=F.BACKEND_REQ),
+    R.SET_BACKEND_REQ_FD: MessageRule(fds=(1, 1), feature=F.BACKEND_REQ, offered=True),
     R.IOTLB_MSG: MessageRule(VhostIotlbMsg, _U64),
     R.SET_VRING_ENDIAN: MessageRule(_STATE, feature=F.CROSS_ENDIAN),
     R.GET_CONFIG: MessageRule(VhostUserConfig, VhostUserConfig, feature=F.CONFIG),
@@ -99,7 +101,7 @@ MESSAGES: dict[Request, MessageRule] = {
     R.GET_INFLIGHT_FD: MessageRule(VhostUserInflight, VhostUserInflight, feature=F.INFLIGHT_SHMFD),
     R.SET_INFLIGHT_FD: MessageRule(VhostUserInflight, fds=(1, 1), feature=F.INFLIGHT_SHMFD),
     R.GPU_SET_SOCKET: MessageRule(fds=(1, 1)),
-    R.RESET_DEVICE: MessageRule(feature=F.RESET_DEVICE),
+    R.RESET_DEVICE: MessageRule(feature=F.RESET_DEVICE, offered=True),
     R.VRING_KICK: MessageRule(_STATE, feature=F.INBAND_NOTIFICATIONS),
     R.GET_MAX_MEM_SLOTS: MessageRule(reply=_U64, feature=F.CONFIGURE_MEM_SLOTS),
     R.ADD_MEM_REG: MessageRule(VhostUserMemRegMsg, fds=(1, 1), feature=F.CONFIGURE_MEM_SLOTS),

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vring: what the front-end has said about it, and the virtqueue that comes of it.
+
+"Ring states" of vhost-user.rst (QEMU 11.1.3): started or stopped, and independently of that
+enabled or disabled.  SET_VRING_KICK starts a ring, GET_VRING_BASE stops it; the standard asks
+not to wait for a first kick.  A started ring that is disabled is left alone: a balloon has
+nothing that it could process "without side effects".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fdsocket import close_fds
+from vballoon.errors import ProtocolError, QueueError
+from vballoon.vhost_user.inflight_packed import PackedInflight
+from vballoon.vhost_user.inflight_split import SplitInflight
+from vballoon.virtio import DeviceQueue
+from vballoon.virtqueue import Resubmit, RingAddresses, RingState, Virtqueue, make_virtqueue
+from vballoon_spec.vhost_user import VringFlag
+from vballoon_spec.virtio import features as f
+from vballoon_spec.virtio import packed as packed_ring
+from vballoon_spec.virtio import split as split_ring
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vballoon.memory import GuestMemory
+    from vballoon.vhost_user.inflight import InflightArea
+    from vballoon_spec.vhost_user import VhostVringAddr
+
+__all__ = ("Vring", "decode_base", "encode_base")
+
+_INDEX15 = 0x7FFF
+
+
+def decode_base(num: int, *, packed: bool) -> RingState:
+    """SET_VRING_BASE's number ("Vring descriptor indices for packed virtqueues", "… split …").
+
+    A split ring's used index is not in it; the caller reads that from the ring.
+    """
+    if not packed:
+        if num > 0xFFFF:
+            raise ProtocolError("vring-base", f"{num:#x}: bits 16 to 31 are reserved")
+        return RingState(avail=num)
+    avail, used = num & 0xFFFF, num >> 16
+    if not used and avail:
+        # DPDK's front-end tells the avail half only.  Nothing is in flight on a ring that begins
+        # without a record, so the used side stands where the avail side does.
+        used = avail
+    return RingState(
+        avail=avail & _INDEX15,
+        avail_wrap=bool(avail >> 15),
+        used=used & _INDEX15,
+        used_wrap=bool(used >> 15),
+    )
+
+
+def encode_base(state: RingState, *, packed: bool) -> int:
+    """GET_VRING_BASE's number for a ring that stands at *state*."""
+    if not packed:
+        return state.avail
+    return state.avail | state.avail_wrap << 15 | state.used << 16 | state.used_wrap << 31
+
+
+class Vring:
+    """The state of ring *index*; descriptors in it are owned and closed by it."""
+
+    def __init__(self, index: int, *, packed: bool = False) -> None:
+        self.index = index
+        self.kick: int | None = None
+        self.call: int | None = None
+        self.err: int | None = None
+        self.num = 0
+        self.addr: VhostVringAddr | None = None
+        self.base: int | None = None
+        self.started = False
+        self.enabled = False
+        self.queue: DeviceQueue | None = None
+        self.broken: QueueError | None = None
+        self.busy = False  # more to process: already in the loop's queue
+        self._log: SplitInflight | PackedInflight | None = None
+        self._state: RingState | None = None  # of a ring taken down to be put up again
+        self.resumed = False
+        """Whether this life of the ring continues one that ended in a crash."""
+        self.recovered = 0
+        """Buffers that a record in the in-flight area gave back to this ring."""
+
+    # -- descriptors --------------------------------------------------------------------------
+
+    def set_fd(self, name: str, fd: int | None) -> None:
+        """Replace the descriptor *name* (``kick``, ``call``, ``err``)."""
+        old = getattr(self, name)
+        setattr(self, name, fd)
+        if old is not None:
+            close_fds([old])
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for name in ("kick", "call", "err"):
+            self.set_fd(name, None)
+
+    # -- the virtqueue ------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that makes a ring is known."""
+        return self.started and self.num > 0 and self.addr is not None
+
+    def addresses(self, memory: GuestMemory) -> RingAddresses:
+        """The ring's guest-physical addresses; MemoryFault for one outside guest memory."""
+        assert self.addr is not None
+        return RingAddresses(
+            desc=memory.from_userspace(self.addr.descriptor),
+            driver=memory.from_userspace(self.addr.available),
+            device=memory.from_userspace(self.addr.used),
+        )
+
+    def bind(
+        self,
+        memory: GuestMemory,
+        features: int,
+        area: InflightArea | None,
+        *,
+        make_queue: Callable[[int, Virtqueue], DeviceQueue],
+    ) -> None:
+        """Put the virtqueue up: where it stood, or where the base or the record says.
+
+        Raises :class:`~vballoon.errors.PeerError` when the ring cannot be served.
+        """
+        assert self.addr is not None
+        addresses = self.addresses(memory)
+        resubmit: Resubmit | None = None
+        state = self._state
+        if state is None:
+            state, resubmit = self._begin(memory, addresses, features, area)
+        ring = make_virtqueue(
+            memory,
+            self.num,
+            addresses,
+            features,
+            state,
+            inflight=self._log,
+            dirty_ring=self.addr.log if self.addr.flags & VringFlag.LOG else None,
+            resubmit=resubmit,
+        )
+        fresh = make_queue(self.index, ring)
+        if self.queue is not None:  # the same life of the ring goes on: so do its counters
+            for name in ("taken", "given", "notified", "kicked"):
+                setattr(fresh, name, getattr(self.queue, name))
+        self.queue, self._state = fresh, None
+        if resubmit is not None:
+            self.resumed = True
+            self.recovered += len(resubmit.ids)
+
+    def _begin(
+        self, memory: GuestMemory, at: RingAddresses, features: int, area: InflightArea | None
+    ) -> tuple[RingState, Resubmit | None]:
+        """The state of a ring that starts, from its base or from the in-flight record."""
+        packed = f.has(features, f.VIRTIO_F_RING_PACKED)
+        state = self.base_state(packed=packed)
+        if packed and max(state.avail, state.used) >= self.num:
+            raise ProtocolError("vring-base", f"{self.base:#x} in a ring of {self.num}")
+        if not packed:
+            used = memory.read(at.device + split_ring.USED_IDX_OFFSET, 2)
+            state = RingState(avail=state.avail, used=int.from_bytes(used, "little"))
+        region = area.region(self.index, packed=packed) if area else None
+        if area is None or region is None:
+            self._log = None
+            return state, None
+        if packed:
+            return self._begin_packed(memory, at, state, PackedInflight(region, area.queue_size))
+        return self._begin_split(state, SplitInflight(region, area.queue_size))
+
+    def _begin_split(
+        self, state: RingState, record: SplitInflight
+    ) -> tuple[RingState, Resubmit | None]:
+        self._log = record
+        if record.valid:
+            return record.recover(state.used)
+        record.begin(state.used)
+        return state, None
+
+    def _begin_packed(
+        self, memory: GuestMemory, at: RingAddresses, state: RingState, record: PackedInflight
+    ) -> tuple[RingState, Resubmit | None]:
+        def flags_at(slot: int) -> int:
+            size = packed_ring.PvirtqDesc.SIZE
+            return packed_ring.PvirtqDesc.parse(memory.read(at.desc + size * slot, size)).flags
+
+        self._log = record
+        if record.valid:
+            return record.recover(flags_at)
+        record.begin(state.used, state.used_wrap)
+        return state, None
+
+    def base_state(self, *, packed: bool) -> RingState:
+        """The state that SET_VRING_BASE told; a ring that was never told starts from nothing."""
+        if self.base is None:
+            return RingState()
+        return decode_base(self.base, packed=packed)
+
+    def unbind(self) -> None:
+        """Take the virtqueue down for now; it goes on where it stood."""
+        if self.queue is not None and self._state is None:
+            self._state = self.queue.ring.state()
+
+    def stop(self, *, packed: bool) -> int:
+        """GET_VRING_BASE: the end of this life of the ring.  Returns the number to report."""
+        self.unbind()
+        if self._state is not None:
+            self.base = encode_base(self._state, packed=packed)
+        if self._log is not None and self.queue is not None and not self.queue.ring.outstanding:
+            self._log.end()
+        self._forget()
+        return encode_base(self.base_state(packed=packed), packed=packed)
+
+    def reset(self) -> None:
+        """Back to the state before the driver set the ring up; descriptors for events stay."""
+        self._forget()
+        self.base = None
+        self.enabled = False
+
+    def _forget(self) -> None:
+        self.started = self.busy = self.resumed = False
+        self.queue = self.broken = self._state = self._log = None
+
+    @property
+    def needs_binding(self) -> bool:
+        """Whether :meth:`bind` has to be called before the ring can be used."""
+        return self.queue is None or self._state is not None
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether the ring begins as a driver that has just set it up makes it."""
+        return self.base in (None, 0, 0x8000, 0x80008000) and not self.resumed
