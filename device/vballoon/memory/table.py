@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vballoon.memory.dirty_log import DirtyLog
     from vballoon.memory.regions import MemoryRegion
 
+    U32 = NDArray[np.uint32]
     U64 = NDArray[np.uint64]
 
 __all__ = ("GuestMemory",)
@@ -61,10 +62,10 @@ class GuestMemory:
         """``(start, size)`` in bytes of each run of regions without a gap, in address order."""
         return self._spans
 
-    def contains(self, addr: U64, length: U64) -> NDArray[np.bool_]:
+    def contains(self, addr: U64, length: U64 | U32) -> NDArray[np.bool_]:
         """Which ranges lie wholly in guest memory (bool[n]); they may span adjacent regions.
 
-        *addr* and *length* are uint64[n] (any unsigned width for *length*), bytes.  An empty range
+        *addr* (uint64[n]) and *length* (uint64[n] or uint32[n]) are bytes.  An empty range
         counts as inside where its address is inside, or one past the end.
         """
         inside = np.zeros(addr.shape, np.bool_)

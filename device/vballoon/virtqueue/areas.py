@@ -81,5 +81,5 @@ class Area:
 
     def mark(self, offset: int, size: int) -> None:
         """Tell the dirty log, where ring writes are logged, that these bytes were stored."""
-        if self._log_addr is not None and self._memory.dirty_log is not None:
+        if size and self._log_addr is not None and self._memory.dirty_log is not None:
             self._memory.dirty_log.mark(self._log_addr + offset, size)

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from vballoon.errors import MemoryFault
 from vballoon.virtqueue.base import RingState, Virtqueue
 from vballoon.virtqueue.packed import ScalarPacked
+from vballoon.virtqueue.packed_batch import BatchPacked
 from vballoon.virtqueue.split import ScalarSplit
+from vballoon.virtqueue.split_batch import BatchSplit
 from vballoon_spec.virtio import features as f
+from vballoon_spec.virtio import packed, split
 
 if TYPE_CHECKING:
     from vballoon.memory import GuestMemory
@@ -40,14 +44,41 @@ def make_virtqueue(
 
     Raises :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``.
     """
-    kind = ScalarPacked if f.has(features, f.VIRTIO_F_RING_PACKED) else ScalarSplit
+    state = state or RingState()
+    kind = _KINDS[engine, f.has(features, f.VIRTIO_F_RING_PACKED)]
+    if engine == "batch" and not _is_mapped(memory, size, addresses, features):
+        kind = _KINDS["scalar", f.has(features, f.VIRTIO_F_RING_PACKED)]
     return kind(
         memory,
         size,
         addresses,
         features,
-        state or RingState(),
+        state,
         inflight=inflight,
         dirty_ring=dirty_ring,
         resubmit=resubmit,
     )
+
+
+_KINDS: dict[tuple[str, bool], type[ScalarSplit | ScalarPacked]] = {
+    ("scalar", False): ScalarSplit,
+    ("scalar", True): ScalarPacked,
+    ("batch", False): BatchSplit,
+    ("batch", True): BatchPacked,
+}
+
+
+def _is_mapped(memory: GuestMemory, size: int, addresses: RingAddresses, features: int) -> bool:
+    """Whether each area of the ring is one piece of mapped memory."""
+    event = f.has(features, f.VIRTIO_F_EVENT_IDX)
+    if f.has(features, f.VIRTIO_F_RING_PACKED):
+        sizes = (packed.ring_size(size), *[packed.PvirtqEventSuppress.SIZE] * 2)
+    else:
+        sizes = (split.desc_size(size), split.avail_size(size, event), split.used_size(size, event))
+    areas = (addresses.desc, addresses.driver, addresses.device)
+    try:
+        for addr, length in zip(areas, sizes, strict=True):
+            memory.window(addr, length)
+    except MemoryFault:
+        return False
+    return True

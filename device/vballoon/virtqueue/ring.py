@@ -18,6 +18,7 @@ from vballoon.memory import fence
 from vballoon.virtqueue import rules
 from vballoon.virtqueue.base import ChainBatch, RingState, Virtqueue, empty_batch
 from vballoon.virtqueue.chain import Chain, batch_of, joined
+from vballoon.virtqueue.circular import load_run, store_run
 from vballoon.virtqueue.inflight import InflightLog, NullInflight, Resubmit
 from vballoon_spec.virtio import features as f
 
@@ -63,7 +64,9 @@ class Ring(Virtqueue):
         self._inflight = inflight or NullInflight()
         self._slots = np.zeros(ids, np.uint16)
         self._outstanding = self._held = 0
-        self._order: deque[int] = deque()
+        self._mark = np.empty(ids, np.uint16)
+        self._order = np.zeros(size, np.uint16)  # ids as taken, circular; for in-order rings
+        self._oldest = 0
         self._kicks = True
         self._resubmit: deque[Any] = deque(self._earlier(resubmit) if resubmit else ())
         # What an earlier backend gave back, it may not have lived to announce.
@@ -155,10 +158,10 @@ class Ring(Virtqueue):
     def _book(self, batch: ChainBatch, slots: NDArray[np.uint16]) -> ChainBatch:
         """Note the buffers as outstanding."""
         self._slots[batch.ids] = slots
+        if self._in_order:
+            store_run(self._order, (self._oldest + self._outstanding) % self.size, batch.ids)
         self._outstanding += len(batch)
         self._held += int(slots.sum())
-        if self._in_order:
-            self._order.extend(batch.ids.tolist())
         return batch
 
     @abstractmethod
@@ -205,24 +208,29 @@ class Ring(Virtqueue):
         """The slots of each buffer, which are from now on not outstanding; or UsageError."""
         if ids.shape != written.shape:
             raise UsageError(f"{ids.size} buffers but {written.size} lengths")
+        at = ids.astype(np.intp)
         try:
-            slots = self._slots.take(ids)
+            slots = self._slots.take(at)
         except IndexError:
             raise UsageError("a buffer is given back that the queue cannot have") from None
-        if np.count_nonzero(slots) != ids.size or len(set(ids.tolist())) != ids.size:
+        if np.count_nonzero(slots) != ids.size or not self._distinct(at):
             raise UsageError("a buffer is given back that is not outstanding")
         self._check_order(ids)
-        self._slots[ids] = 0
+        self._slots[at] = 0
         return slots
+
+    def _distinct(self, ids: NDArray[np.intp]) -> bool:
+        """Whether no number occurs twice: each finds its own mark, not that of a later one."""
+        number = np.arange(ids.size, dtype=np.uint16)
+        self._mark[ids] = number
+        return bool((self._mark.take(ids) == number).all())
 
     def _check_order(self, ids: NDArray[np.uint16]) -> None:
         if not self._in_order:
             return
-        oldest = [self._order[i] for i in range(ids.size)]
-        if oldest != ids.tolist():
+        if not np.array_equal(load_run(self._order, self._oldest, ids.size), ids):
             raise UsageError("VIRTIO_F_IN_ORDER: buffers must be given back as they were taken")
-        for _ in oldest:
-            self._order.popleft()
+        self._oldest = (self._oldest + ids.size) % self.size
 
     @abstractmethod
     def _write_used(

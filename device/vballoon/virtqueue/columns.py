@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors of many chains as columns: collecting them, and checking them all at once.
+
+The batch engines never name a rule.  They find out how many chains, from the first one on, are in
+order beyond doubt; at the next one the scalar engine has the word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from vballoon.memory.records import RECORD, reachable, read_records
+from vballoon.virtqueue.base import ChainBatch
+from vballoon.virtqueue.chain import CHAIN_BYTES_MAX
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vballoon.memory import GuestMemory
+
+    Rows = NDArray[np.uint64]
+
+__all__ = ("Columns", "Part", "Tables", "flags_of", "lengths_of")
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+def lengths_of(rows: Rows) -> NDArray[np.uint32]:
+    """``len`` of raw descriptors (uint64[n, 2]), either format; a copy."""
+    return rows.view(np.uint32)[:, 2].copy()
+
+
+def flags_of(rows: Rows, word: int) -> NDArray[np.uint16]:
+    """``flags`` of raw descriptors: 16-bit *word* 6 of a split, 7 of a packed one; a copy."""
+    return rows.view(np.uint16)[:, word].copy()
+
+
+@dataclass(slots=True)
+class Part:
+    """Elements of several chains; those of one chain are in order, from part to part as well."""
+
+    chain: NDArray[np.intp]
+    addr: NDArray[np.uint64]
+    len: NDArray[np.uint32]
+    writable: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Tables:
+    """Indirect tables, at most one for each chain."""
+
+    chain: NDArray[np.intp]
+    addr: NDArray[np.uint64]
+    len: NDArray[np.uint64]
+
+    def first_bad(self, memory: GuestMemory, size: int, budget: int) -> int | None:
+        """The first chain whose table is not plain, or with which *budget* descriptors are spent.
+
+        Sorts the tables by chain.  Plain: of whole descriptors, no more of them than the queue
+        has, in one mapped region.
+        """
+        order = np.argsort(self.chain, kind="stable")
+        self.chain, self.addr, self.len = self.chain[order], self.addr[order], self.len[order]
+        bad = (self.len % RECORD != 0) | (self.len == 0) | (self.len > RECORD * size)
+        bad |= ~reachable(memory, self.addr, self.len)
+        bad |= np.cumsum(self.len) > RECORD * budget
+        return int(self.chain[np.argmax(bad)]) if bad.any() else None
+
+    def cut(self, end: int) -> None:
+        """Forget the tables of chains from *end* on."""
+        keep = self.chain < end
+        self.chain, self.addr, self.len = self.chain[keep], self.addr[keep], self.len[keep]
+
+    def read(
+        self, memory: GuestMemory
+    ) -> tuple[NDArray[np.intp], Rows, NDArray[np.intp], NDArray[np.intp]]:
+        """Every entry of every table, in four columns.
+
+        Its chain, its bytes, its index in its table, and how many follow it there.
+        """
+        count = (self.len // np.uint64(RECORD)).astype(np.intp)
+        rows = read_records(memory, self.addr, count)
+        end = np.cumsum(count)
+        place = np.arange(rows.shape[0])
+        index = place - np.repeat(end - count, count)
+        return np.repeat(self.chain, count), rows, index, np.repeat(end - 1, count) - place
+
+
+class Columns:
+    """The parts of a batch of *count* chains, put together."""
+
+    def __init__(self, count: int, parts: list[Part]) -> None:
+        self.chain = _join([p.chain for p in parts])
+        self.addr = _join([p.addr for p in parts])
+        self.len = _join([p.len for p in parts])
+        self.writable = _join([p.writable for p in parts])
+        keep = self.chain < count
+        if not keep.all():
+            self._pick(keep)
+        if len(parts) > 1:
+            self._pick(np.argsort(self.chain, kind="stable"))
+        self.first = np.zeros(count + 1, np.intp)
+        np.cumsum(np.bincount(self.chain, minlength=count), out=self.first[1:])
+
+    def _pick(self, which: NDArray[np.bool_] | NDArray[np.intp]) -> None:
+        self.chain, self.addr = self.chain[which], self.addr[which]
+        self.len, self.writable = self.len[which], self.writable[which]
+
+    def good(self, memory: GuestMemory, size: int) -> int:
+        """How many chains, from the first on, break no rule about their elements."""
+        bad = ~memory.contains(self.addr, self.len)
+        # A readable element after a writable one of the same chain.
+        bad[1:] |= self.writable[:-1] & ~self.writable[1:] & (self.chain[1:] == self.chain[:-1])
+        count = self.first.size - 1
+        total = np.zeros(self.len.size + 1, np.uint64)
+        np.cumsum(self.len, out=total[1:])
+        wrong = (total[self.first[1:]] - total[self.first[:-1]]) > CHAIN_BYTES_MAX
+        wrong |= np.diff(self.first) > size
+        wrong[self.chain[bad]] = True
+        return int(np.argmax(wrong)) if wrong.any() else count
+
+    def batch(self, memory: GuestMemory, ids: NDArray[np.uint16]) -> ChainBatch:
+        """The first ``ids.size`` chains."""
+        end = int(self.first[ids.size])
+        return ChainBatch(
+            ids=ids,
+            first=self.first[: ids.size + 1],
+            addr=self.addr[:end],
+            len=self.len[:end],
+            writable=self.writable[:end],
+            memory=memory,
+        )
+
+
+def _join(arrays: list[NDArray[_T]]) -> NDArray[_T]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

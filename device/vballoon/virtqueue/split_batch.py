@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The split virtqueue, a batch at a time, on mapped rings.
+
+Heads and descriptors are copied from the ring in one gather each, and only the copies are looked
+at.  Chains are followed together, one link of all of them in each round; indirect tables are read
+all at once.  Labels as in :mod:`vballoon.virtqueue.split`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vballoon.virtqueue.base import ChainBatch, empty_batch
+from vballoon.virtqueue.batching import FEW, Batching
+from vballoon.virtqueue.circular import load_run, store_run
+from vballoon.virtqueue.columns import Columns, Part, Tables, flags_of, lengths_of
+from vballoon.virtqueue.ring import BATCH_DESCRIPTORS
+from vballoon.virtqueue.split import ScalarSplit
+from vballoon_spec.virtio import split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+__all__ = ("BatchSplit",)
+
+_FLAGS, _NEXT = 6, 7  # 16-bit words of a descriptor
+_CHAINED = split.VIRTQ_DESC_F_NEXT | split.VIRTQ_DESC_F_INDIRECT
+
+
+class BatchSplit(Batching, ScalarSplit):
+    """Device side of a split virtqueue whose three areas are mapped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prepare()
+        assert self._desc.bytes is not None
+        assert self._driver.words is not None
+        assert self._device.bytes is not None
+        self._table = self._desc.bytes.view("V16")
+        self._heads = self._driver.words[split.AVAIL_RING_OFFSET // 2 :][: self.size]
+        elements = self._device.bytes[split.USED_RING_OFFSET :][: 8 * self.size]
+        self._elements = elements.view(np.uint32).reshape(-1, 2)
+
+    def _take_run(self, limit: int) -> ChainBatch | None:
+        pending = self._pending()
+        if not pending:
+            return None
+        count = min(limit, pending, self.size - self._held)
+        heads = load_run(self._heads, self._avail & (self.size - 1), count)
+        at = heads.astype(np.intp)
+        if count and int(heads.max()) >= self.size:
+            at = at[: int(np.argmax(heads >= self.size))]
+        at = at[: self._usable(at)]
+        if not at.size:
+            return empty_batch(self._memory)
+        rows = self._rows(at)
+        flags = flags_of(rows, _FLAGS)
+        if np.bitwise_or.reduce(flags) & _CHAINED:
+            batch, slots = self._chains(heads, rows)
+        else:
+            batch = self._singles(heads[: at.size], rows, (flags & split.VIRTQ_DESC_F_WRITE) != 0)
+            slots = self._ones[: len(batch)]
+        self._consume(len(batch), 0)
+        self._inflight.on_take(batch.ids, slots, None)
+        return self._book(batch, slots)
+
+    def _rows(self, at: NDArray[np.intp]) -> NDArray[np.uint64]:
+        return self._table.take(at).view(np.uint64).reshape(at.size, 2)
+
+    def _chains(
+        self, heads: NDArray[np.uint16], rows: NDArray[np.uint64]
+    ) -> tuple[ChainBatch, NDArray[np.uint16]]:
+        """The leading good buffers of those of which some have more than one descriptor."""
+        follow = _Follow(self, rows)
+        parts, end = follow.parts, follow.end
+        columns = Columns(end, parts)
+        good = columns.good(self._memory, self.size) if end else 0
+        held = np.cumsum(follow.slots[:good], dtype=np.int64) + self._held
+        good = int(np.searchsorted(held, self.size, side="right"))
+        return columns.batch(self._memory, heads[:good]), follow.slots[:good]
+
+    # giving
+
+    def _write_used(
+        self, ids: NDArray[np.uint16], written: NDArray[np.uint32], slots: NDArray[np.uint16]
+    ) -> Callable[[], None]:
+        elements = np.empty((ids.size, 2), np.uint32)
+        elements[:, 0], elements[:, 1] = ids, written
+        start = self._used & (self.size - 1)
+        store_run(self._elements, start, elements)
+        size, fits = split.VirtqUsedElem.SIZE, min(ids.size, self.size - start)
+        self._device.mark(split.USED_RING_OFFSET + size * start, size * fits)
+        self._device.mark(split.USED_RING_OFFSET, size * (ids.size - fits))
+        return lambda: self._publish((self._used + ids.size) & 0xFFFF)
+
+
+class _Follow:
+    """Following the chains at *rows* (their first descriptors) to their ends.
+
+    ``end`` is the number of chains, from the first on, that have one in good order; ``parts`` are
+    the elements found, ``slots`` (uint16[n]) how many of the ring's descriptors each chain has.
+    """
+
+    def __init__(self, ring: BatchSplit, rows: NDArray[np.uint64]) -> None:
+        self._ring = ring
+        self.end = rows.shape[0]
+        self.slots = np.zeros(self.end, np.uint16)
+        self.parts: list[Part] = []
+        self._tables: list[Tables] = []
+        self._room = ring.size - ring._held
+        chain = np.arange(self.end)
+        while chain.size:
+            chain, at = self._link(chain, rows)
+            # More links than the ring has left are a loop, or chains that share descriptors.
+            self._room -= chain.size
+            if chain.size < FEW or self._room < 0:
+                self._stop(chain)
+                break
+            rows = ring._rows(at)
+        if self._tables:
+            self._enter(_joined(self._tables))
+
+    def _stop(self, bad: NDArray[np.intp]) -> None:
+        if bad.size:
+            self.end = min(self.end, int(bad.min()))
+
+    def _link(
+        self, chain: NDArray[np.intp], rows: NDArray[np.uint64]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """One link of every chain; the chains that go on, and where."""
+        self.slots[chain] += 1
+        flags = flags_of(rows, _FLAGS)
+        indirect = (flags & split.VIRTQ_DESC_F_INDIRECT) != 0
+        if indirect.any():
+            self._point(chain[indirect], rows[indirect], flags[indirect])
+            chain, rows, flags = chain[~indirect], rows[~indirect], flags[~indirect]
+        self.parts.append(_elements(chain, rows, flags))
+        on = (flags & split.VIRTQ_DESC_F_NEXT) != 0
+        chain, at = chain[on], flags_of(rows[on], _NEXT).astype(np.intp)
+        self._stop(chain[at >= self._ring.size])
+        keep = chain < self.end
+        return chain[keep], at[keep]
+
+    def _point(
+        self, chain: NDArray[np.intp], rows: NDArray[np.uint64], flags: NDArray[np.uint16]
+    ) -> None:
+        """Descriptors that refer to tables; WRITE is ignored in them, NEXT is an error."""
+        if not self._ring._indirect:
+            self._stop(chain)
+        self._stop(chain[(flags & split.VIRTQ_DESC_F_NEXT) != 0])
+        self._tables.append(Tables(chain, rows[:, 0].copy(), lengths_of(rows).astype(np.uint64)))
+
+    def _enter(self, tables: Tables) -> None:
+        """Read the tables; those whose entries do not simply follow one another are not plain."""
+        memory, size = self._ring._memory, self._ring.size
+        tables.cut(self.end)
+        bad = tables.first_bad(memory, size, BATCH_DESCRIPTORS)
+        if bad is not None:
+            self.end = bad
+            tables.cut(bad)
+        if not tables.chain.size:
+            return
+        chain, rows, index, following = tables.read(memory)
+        flags = flags_of(rows, _FLAGS)
+        on = (flags & split.VIRTQ_DESC_F_NEXT) != 0
+        odd = (flags & split.VIRTQ_DESC_F_INDIRECT) != 0
+        odd |= on != (following > 0)
+        odd |= on & (flags_of(rows, _NEXT) != index + 1)
+        self._stop(chain[odd])
+        self.parts.append(_elements(chain, rows, flags))
+
+
+def _elements(chain: NDArray[np.intp], rows: NDArray[np.uint64], flags: NDArray[np.uint16]) -> Part:
+    writable = (flags & split.VIRTQ_DESC_F_WRITE) != 0
+    return Part(chain, rows[:, 0].copy(), lengths_of(rows), writable)
+
+
+def _joined(tables: list[Tables]) -> Tables:
+    return Tables(
+        np.concatenate([t.chain for t in tables]),
+        np.concatenate([t.addr for t in tables]),
+        np.concatenate([t.len for t in tables]),
+    )
