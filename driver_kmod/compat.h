@@ -1,36 +1,31 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Differences between kernel releases, and nothing else. VBW_HAVE_* come from
- * Kbuild, which looks into the headers; where C cannot tell, a version check
- * names the commit that made the difference.
+ * Kbuild, which looks into the headers; the commit that made the difference is
+ * named where it is known.
  */
 #ifndef VBW_COMPAT_H
 #define VBW_COMPAT_H
 
+#include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/mmzone.h>
 #include <linux/page-flags.h>
-#include <linux/version.h>
 
 /*
- * 5e0a760b4441 ("mm, treewide: rename MAX_ORDER to MAX_PAGE_ORDER"), 6.8, after
- * 23baf831a32c ("mm, treewide: redefine MAX_ORDER sanely"), 6.4.
+ * The largest order, whether MAX_ORDER (and its meaning) or MAX_PAGE_ORDER is
+ * what the release calls it: 23baf831a32c ("mm, treewide: redefine MAX_ORDER
+ * sanely"), 6.4, 5e0a760b4441 ("mm, treewide: rename MAX_ORDER to
+ * MAX_PAGE_ORDER"), 6.8.
  */
-#ifndef NR_PAGE_ORDERS
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 4, 0)
-#define NR_PAGE_ORDERS MAX_ORDER
-#else
-#define NR_PAGE_ORDERS (MAX_ORDER + 1)
-#endif
-#endif
-#define VBW_MAX_ORDER (NR_PAGE_ORDERS - 1)
+#define VBW_MAX_ORDER ilog2(MAX_ORDER_NR_PAGES)
 
 /*
  * How page_type says "head of a free block": 4ffca5a96678 ("mm: support only
  * one page_type per page"), 6.12, made the top byte a number; before, a bit
  * was cleared in a word whose top bits are set.
  */
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
+#ifdef VBW_HAVE_PAGE_TYPE_NUMBER
 #define VBW_BUDDY_MASK 0xff000000u
 #define VBW_BUDDY_VALUE ((u32)PGTY_buddy << 24)
 #else
@@ -40,7 +35,7 @@
 
 /* The reclaim counters moved from events to node statistics in 7.x. */
 #ifdef VBW_HAVE_NODE_SCAN
-#define vbw_scan_count(events, item) global_node_page_state(item)
+#define vbw_scan_count(events, item) ((void)(events), global_node_page_state(item))
 #else
 #define vbw_scan_count(events, item) ((events)[item])
 #endif

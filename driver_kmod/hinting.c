@@ -14,7 +14,7 @@
 #include "vbw.h"
 
 #define HINT_ORDER VBW_MAX_ORDER
-#define HINT_PAGES (1ul << HINT_ORDER)
+#define HINT_PAGES BIT(HINT_ORDER)
 #define HINT_GFP (__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC)
 
 static struct virtqueue *hint_vq(struct vbw_device *vb)
