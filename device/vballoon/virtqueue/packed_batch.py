@@ -57,6 +57,7 @@ class BatchPacked(Batching, ScalarPacked):
         if flags.size and np.bitwise_or.reduce(flags) & _CHAINED:
             batch, slots = self._lists(rows, flags, limit)
         else:
+            rows, flags = rows[:limit], flags[:limit]
             ids = flags_of(rows, _ID)
             usable = self._usable(ids.astype(np.intp))
             write = (flags[:usable] & packed.VIRTQ_DESC_F_WRITE) != 0
