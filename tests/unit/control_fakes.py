@@ -16,6 +16,7 @@ from vballoon.control.server import ControlServer
 from vballoon.errors import UsageError
 from vballoon.memory import GuestMemory
 from vballoon.skipmap import Round, RoundKind, SkipMap
+from vballoon.vhost_user.status import QueueStatus
 from vballoon_spec.virtio.balloon import StatTag
 
 
@@ -79,9 +80,12 @@ class FakeBalloon:
 
 @dataclass
 class FakeStatus:
-    name: str = "vhost-user"
-    frontend_connected: bool = True
+    transport: str = "vhost-user"
+    connected: bool = True
     features: tuple = ("VIRTIO_BALLOON_F_STATS_VQ",)
+    protocol_features: tuple = ("MQ",)
+    queues: tuple = (QueueStatus(0, "running", 128, taken=5), QueueStatus(2, "broken", 8, "rule-x"))
+    counters: dict = field(default_factory=lambda: {"GET_FEATURES": 1})
 
 
 class FakeTransport:
@@ -93,7 +97,7 @@ class FakeTransport:
 def served(path, balloon=None):
     """A control server on *path* in a thread of its own; gives (server, call in its loop)."""
     balloon = balloon or FakeBalloon()
-    operator = Operator(balloon, (FakeTransport(),))
+    operator = Operator(balloon, FakeTransport())
     server = ControlServer(operator)
     loop = asyncio.new_event_loop()
     ready, stop = threading.Event(), asyncio.Event()

@@ -198,8 +198,9 @@ def test_query_skip_bitmap(client, balloon):
     balloon.memory.regions[0].view[20 * 4096] = 1
     shown = client.execute("query-skip-bitmap")
     assert shown["pages"] == {
-        "ballooned": 10, "reported": 10, "reported-now": 9, "hinted": 0, "walked": 0,
+        "ballooned": 10, "reported": 9, "hinted": 0, "walked": 0,
     }  # fmt: skip
+    assert shown["reported-ever"] == 10
     assert shown["guest-size"] == 6 * MIB
     assert shown["regions"][1] == {
         "guest-phys-addr": 1 << 32, "size": 2 * MIB, "file-offset": 4 * MIB,
@@ -242,20 +243,18 @@ def test_memory_map(client, balloon):
 def test_query_status_names_what_is_there(client):
     status = client.execute("query-status")
     assert status["pid"] == os.getpid()
-    assert status["transports"] == [
-        {
-            "name": "vhost-user",
-            "frontend-connected": True,
-            "features": ["VIRTIO_BALLOON_F_STATS_VQ"],
-        }
-    ]
+    assert status["transport"] == "vhost-user"
+    assert status["connected"] is True
+    assert status["features"] == ["VIRTIO_BALLOON_F_STATS_VQ"]
+    assert status["queues"][0]["taken"] == 5
+    assert status["transport-counters"] == {"GET_FEATURES": 1}
     assert status["counters"]["inflated-pages"] == 3
 
 
 def test_quit_answers_first(path):
     with served(path), ControlClient(path) as client:
         assert client.execute("quit") == {}
-        with pytest.raises(UsageError, match="closed the connection|reset by peer|Broken pipe"):
+        with pytest.raises(UsageError, match=r"closed the connection|reset by|Broken"):
             client.execute("query-status")
         assert not path.exists()
 

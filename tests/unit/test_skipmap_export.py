@@ -196,6 +196,7 @@ def resize(directory, size):
 
 def lie_about_pages(manifest):
     manifest["regions"][0]["bitmaps"]["hinted"]["pages"] += 1
+    manifest["pages"]["hinted"] += 1
 
 
 @pytest.mark.parametrize(
@@ -244,6 +245,7 @@ def entry(m):
         (lambda m: m.update(regions=[3]), r"regions\[0\]"),
         (lambda m: m.update(created=[1]), "created"),
         (lambda m: m.update(poison="0"), "poison"),
+        (lambda m: m["pages"].update(walked=0), "pages.walked: not the sum"),
         (lambda m: m["regions"][0].update(size=-1), r"regions\[0\].size"),
         (lambda m: m["regions"][0].update(size=1 << 64), r"regions\[0\].size"),
         (lambda m: m["regions"][0].update(guest_phys_addr=5), "guest_phys_addr"),

@@ -153,13 +153,17 @@ def query_round(operator: Operator, kind: str | None = None) -> dict[str, Any]:
 
 @COMMANDS.command("query-skip-bitmap")
 def query_skip_bitmap(operator: Operator) -> dict[str, Any]:
-    """Show how many pages each provenance has, the guest's regions, and the rounds."""
+    """Show how many pages each provenance has, the guest's regions, and the rounds.
+
+    ``reported`` are the pages that are still holes of the backing file.
+    """
     skipmap = operator.require_memory()
     return {
         "page-size": 4096,
         "guest-size": operator.balloon.ram_bytes,
         "pages": {p.value: skipmap.count(p) for p in Provenance}
-        | {"reported-now": skipmap.reported_now().count()},
+        | {"reported": skipmap.reported_now().count()},
+        "reported-ever": skipmap.count(Provenance.REPORTED),
         "regions": [
             {"guest-phys-addr": r.guest_phys_addr, "size": r.size, "file-offset": r.file_offset}
             for r in skipmap.layout.regions
@@ -180,11 +184,7 @@ async def export_skip_bitmap(operator: Operator, directory: str) -> dict[str, An
         raise CommandError("Parameter 'directory' expects an absolute path")
     frozen = FrozenExport(operator.require_memory())
     manifest = await asyncio.to_thread(frozen.write, directory)
-    pages = dict.fromkeys((p.value for p in Provenance), 0)
-    for region in manifest.regions:
-        for provenance, file in region.bitmaps.items():
-            pages[provenance] += file.pages
-    return {"directory": directory, "pages": pages}
+    return {"directory": directory, "pages": manifest.pages}
 
 
 @COMMANDS.command("get-skip-bitmap-fd")
@@ -236,8 +236,10 @@ def query_memory_map(operator: Operator, cells: int) -> dict[str, Any]:
 
 @COMMANDS.command("query-status")
 def query_status(operator: Operator) -> dict[str, Any]:
-    """Show transports, front-ends, negotiated features, queues and counters."""
+    """Show the transport, its front-end, negotiated features, queues and counters."""
     balloon = operator.balloon
+    transport = plain(operator.transport.status())
+    transport["transport-counters"] = transport.pop("counters", {})
     return {
         "version": package_version(),
         "pid": os.getpid(),
@@ -245,7 +247,7 @@ def query_status(operator: Operator) -> dict[str, Any]:
         "guest-size": balloon.ram_bytes,
         "actual": balloon.actual_bytes,
         "guest-stats-interval": operator.stats_interval,
-        "transports": [plain(t.status()) for t in operator.transports],
+        **transport,
         "counters": plain(balloon.counters),
         "rounds": [r.as_dict() for r in balloon.skipmap.rounds.values()],
     }

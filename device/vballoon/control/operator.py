@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from vballoon.skipmap import SkipMap
 
@@ -85,7 +85,7 @@ class Operator:
     """Everything that a command can reach."""
 
     balloon: ControlledBalloon
-    transports: Sequence[ControlledTransport] = ()
+    transport: ControlledTransport
     stop: Callable[[], None] = lambda: None
     """Ends the program, after the reply was sent."""
     stats_interval: int = 0

@@ -29,6 +29,7 @@ from vballoon_spec.skipmap import (
     ManifestError,
     ManifestRegion,
     ManifestRound,
+    page_sums,
 )
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class FrozenExport:
             regions=regions,
             rounds=self._rounds,
             poison=self._poison,
+            pages=page_sums(regions),
         )
         with (directory / MANIFEST_FILE).open("w") as file:
             file.write(manifest.dumps())

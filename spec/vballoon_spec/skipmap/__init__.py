@@ -15,6 +15,7 @@ from vballoon_spec.skipmap.manifest import (
     ManifestError,
     ManifestRegion,
     ManifestRound,
+    page_sums,
 )
 
 __all__ = (
@@ -32,4 +33,5 @@ __all__ = (
     "ManifestError",
     "ManifestRegion",
     "ManifestRound",
+    "page_sums",
 )

@@ -24,6 +24,7 @@ __all__ = (
     "ManifestError",
     "ManifestRegion",
     "ManifestRound",
+    "page_sums",
 )
 
 FORMAT_NAME = "vballoon-skip-bitmap"
@@ -102,6 +103,8 @@ class Manifest:
     rounds: tuple[ManifestRound, ...]
     poison: int | None
     """The value that the guest expects in free pages; None where it did not negotiate one."""
+    pages: dict[str, int]
+    """Bits set, by provenance: the sums over the regions."""
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     page_size: int = PAGE_SIZE
@@ -133,6 +136,7 @@ class Manifest:
             regions=regions,
             rounds=tuple(_round(r) for r in top.items("rounds")),
             poison=top.optional("poison", int),
+            pages=_sums(top, regions),
         )
 
 
@@ -217,6 +221,24 @@ def _round(entry: _Reader) -> ManifestRound:
         pages=entry.number("pages"),
         bad_records=entry.number("bad_records"),
     )
+
+
+def _sums(top: _Reader, regions: tuple[ManifestRegion, ...]) -> dict[str, int]:
+    said = _Reader(top.get("pages", dict), "pages.")
+    sums = page_sums(regions)
+    for name, total in sums.items():
+        if said.number(name) != total:
+            raise ManifestError(f"pages.{name}: not the sum over the regions")
+    return sums
+
+
+def page_sums(regions: tuple[ManifestRegion, ...]) -> dict[str, int]:
+    """Bits set by provenance, summed over *regions*."""
+    sums: dict[str, int] = {}
+    for region in regions:
+        for name, bitmap in region.bitmaps.items():
+            sums[name] = sums.get(name, 0) + bitmap.pages
+    return sums
 
 
 def _check_disjoint(regions: tuple[ManifestRegion, ...]) -> None:
