@@ -17,6 +17,7 @@ from vfio_user.errors import DmaError, FatalError, RequestError, UsageError, Vfi
 from vfio_user.irqs import IrqTable
 from vfio_user.migration import MigrationMachine
 from vfio_user.regions import IoEvent, Region
+from vfio_user.run import run_program, serve
 from vfio_user.server import Server
 from vfio_user.session import Session, SessionLimits
 
@@ -39,4 +40,6 @@ __all__ = (
     "SessionLimits",
     "UsageError",
     "VfioUserError",
+    "run_program",
+    "serve",
 )

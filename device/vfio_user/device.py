@@ -74,13 +74,20 @@ class PciDevice:
         """A client has connected and negotiated."""
 
     def detached(self) -> None:
-        """The client has gone; its memory and its eventfds with it."""
+        """The client has gone; its memory and its eventfds are let go of next."""
 
     def dma_mapped(self, region: DmaRegion) -> None:
         """A piece of client memory can be used from now on."""
 
     def dma_unmapped(self, region: DmaRegion) -> None:
         """A piece of client memory must not be used any more when this returns."""
+
+    def dma_logging(self, active: bool) -> None:
+        """The client wants to know which of its memory the device writes, or no longer.
+
+        What goes through ``dma.write`` is logged there; a device that writes mapped memory
+        itself must call ``dma.log.mark``.
+        """
 
     def irq_state(self, index: int, start: int, count: int, masked: bool) -> None:
         """The client masked or unmasked vectors."""
@@ -128,15 +135,21 @@ class PciDevice:
         """DEVICE_RESET: configuration space, pending interrupts, migration state, registers."""
         self.config.reset()
         self.irqs.clear_pending()
-        self.dma.log.stop()
+        self.stop_logging()
         self.migration.reset()
         self.reset()
+
+    def stop_logging(self) -> None:
+        """End DMA logging, if it is on."""
+        if self.dma.log.active:
+            self.dma.log.stop()
+            self.dma_logging(False)
 
     def disconnect(self) -> None:
         """The client has gone: its memory is unmapped and its descriptors are closed."""
         self.dma.channel = None
+        self.detached()
         self.dma.clear()
-        self.dma.log.stop()
+        self.stop_logging()
         self.irqs.close()
         self.migration.reset()
-        self.detached()

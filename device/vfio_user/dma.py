@@ -142,8 +142,13 @@ class DmaTable:
         )
         self.regions.insert(position, region)
         self._starts.insert(position, region.address)
-        if self.on_map is not None:
-            self.on_map(region)
+        try:
+            if self.on_map is not None:
+                self.on_map(region)
+        except BaseException:
+            region.fd = None  # it stays the caller's
+            del self.regions[position], self._starts[position]
+            raise
         return region
 
     def unmap(self, request: DmaUnmap) -> None:

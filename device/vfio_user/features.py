@@ -80,6 +80,7 @@ def _mig_device_state(device: PciDevice, data: bytes, set_it: bool, room: int) -
 def _logging_start(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
     head, ranges = _control(data)
     page_size = device.dma.log.start(head.page_size, ranges)
+    device.dma_logging(True)
     chosen = LoggingControl(page_size=page_size, num_ranges=head.num_ranges, reserved=0)
     return chosen.build() + data[LoggingControl.SIZE :]
 
@@ -87,7 +88,7 @@ def _logging_start(device: PciDevice, data: bytes, set_it: bool, room: int) -> b
 def _logging_stop(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
     if data:  # Linux's VFIO has no data here, the specification has
         _control(data)
-    device.dma.log.stop()
+    device.stop_logging()
     return data
 
 

@@ -64,6 +64,7 @@ class IrqTable:
             [_Vector() for _ in range(counts.get(index, 0))] for index in range(PCI_NUM_IRQS)
         ]
         self._asserted = False
+        self._held: set[int] = set()
         self.on_state: Callable[[int, int, int, bool], None] | None = None
 
     def count(self, index: int) -> int:
@@ -78,11 +79,9 @@ class IrqTable:
         Raises :class:`~vfio_user.errors.UsageError` for a vector that the device does not have.
         """
         entry = self._entry(index, vector)
-        if entry.masked or entry.trigger is None:
-            entry.pending = True
-            return False
-        _signal(entry.trigger)
-        return True
+        entry.pending = True
+        self._deliver(index, entry)
+        return not entry.pending
 
     def set_intx(self, asserted: bool) -> None:
         """Drive the level of INTx."""
@@ -97,6 +96,15 @@ class IrqTable:
         _signal(entry.on_mask if masked else entry.on_unmask)
         self._mask(index, entry, masked)
 
+    def hold(self, index: int, held: bool) -> None:
+        """Keep back every edge of *index* (the function mask of MSI-X), or deliver them."""
+        if held:
+            self._held.add(index)
+        elif index in self._held:
+            self._held.discard(index)
+            for entry in self._vectors[index]:
+                self._deliver(index, entry)
+
     def pending(self, index: int) -> list[bool]:
         """Which vectors wait for delivery (the pending bits of MSI-X)."""
         return [entry.pending for entry in self._vectors[index]]
@@ -104,6 +112,7 @@ class IrqTable:
     def clear_pending(self) -> None:
         """Forget edges that were not delivered, and INTx: the device was reset."""
         self._asserted = False
+        self._held.clear()
         for vectors in self._vectors:
             for entry in vectors:
                 entry.pending = False
@@ -196,7 +205,7 @@ class IrqTable:
             entry.masked = False
             self._deliver_intx()
         else:
-            self._deliver(entry)
+            self._deliver(index, entry)
 
     def _act(self, request: IrqSet, entries: Sequence[_Vector]) -> None:
         if request.flags & IrqSetFlags.ACTION_TRIGGER:
@@ -229,10 +238,12 @@ class IrqTable:
         if index == PciIrq.INTX:
             self._deliver_intx()
         else:
-            self._deliver(entry)
+            self._deliver(index, entry)
 
-    def _deliver(self, entry: _Vector) -> None:
-        if entry.pending and not entry.masked and entry.trigger is not None:
+    def _deliver(self, index: int, entry: _Vector) -> None:
+        if index in self._held or entry.masked or entry.trigger is None:
+            return
+        if entry.pending:
             entry.pending = False
             _signal(entry.trigger)
 

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Virtio over PCI, served over vfio-user.
+
+:class:`VirtioPciFunction` puts any :class:`~vballoon.virtio.VirtioDevice` behind a modern virtio
+PCI function; the package ``vfio_user`` does the rest.
+"""
+
+from __future__ import annotations
+
+from vballoon.virtio_pci.function import DEFAULT_RING_FEATURES, VirtioPciFunction
+
+__all__ = ("DEFAULT_RING_FEATURES", "VirtioPciFunction")

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A modern virtio PCI function that carries any virtio device over vfio-user.
+
+Virtio 1.4, *Virtio Over PCI Bus*.  Register accesses only note what is to be done; starting and
+serving queues, which may need guest memory by message, happens in deferred work.  While that work
+waits for the client's memory, further accesses are served: a reset that arrives then is noted,
+and device_status keeps its value until the work has ended (the driver must wait for it to read 0).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
+
+from vballoon.errors import PeerError, QueueError
+from vballoon.memory import GuestMemory
+from vballoon.virtio import DeviceQueue, VirtioDevice
+from vballoon.virtio_pci import layout
+from vballoon.virtio_pci.interrupts import Interrupts
+from vballoon.virtio_pci.memory import ClientMemory
+from vballoon.virtio_pci.msix import MsixBar
+from vballoon.virtio_pci.registers import CommonRegisters, QueueRegisters, Status
+from vballoon.virtio_pci.rings import Rings
+from vballoon_spec.pci import BarFlags
+from vballoon_spec.vfio_user import PciIrq
+from vballoon_spec.virtio import features as f
+from vfio_user import DmaRegion, PciDevice, Region, RequestError
+
+__all__ = ("DEFAULT_RING_FEATURES", "VirtioPciFunction")
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RING_FEATURES = f.mask(
+    f.VIRTIO_F_VERSION_1,
+    f.VIRTIO_F_INDIRECT_DESC,
+    f.VIRTIO_F_EVENT_IDX,
+    f.VIRTIO_F_RING_RESET,
+)
+"""Ring and transport features offered unless the operator asks for others."""
+
+
+class VirtioPciFunction(PciDevice):
+    """The PCI function around *device*; implements :class:`~vballoon.virtio.Transport`.
+
+    *on_queue_broken(index, rule, detail)* is told when a queue has stopped for good.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        *,
+        ring_features: int = DEFAULT_RING_FEATURES,
+        engine: Literal["batch", "scalar"] = "batch",
+        on_queue_broken: Callable[[int, str, str], None] | None = None,
+    ) -> None:
+        self.device = device
+        self._on_queue_broken = on_queue_broken
+        vectors = layout.MsixLayout(device.num_queues + 1)
+        config, self._caps = layout.build_config(
+            device_id=device.device_id,
+            class_code=device.pci_class,
+            queues=device.num_queues,
+            config_size=len(device.read_config()),
+            msix=vectors,
+        )
+        self.registers = CommonRegisters(
+            offered=device.device_features | ring_features,
+            queues=device.num_queues,
+            size_max=device.queue_size_max,
+            vectors=vectors.vectors,
+            listener=self,
+        )
+        self.msix = MsixBar(vectors)
+        self.rings = Rings(engine=engine, notify=self._notify, on_broken=self._broken)
+        self._generation = 0
+        self._shown = device.read_config()
+        self._kicked: dict[int, None] = {}
+        self._busy = self._scheduled = self._reset_due = False
+        self._wanted: set[int] = set()
+        super().__init__(config, self._regions(), {PciIrq.INTX: 1, PciIrq.MSIX: vectors.vectors})
+        self.client_memory = ClientMemory(self.dma)
+        self.msix.irqs = self.irqs
+        self.interrupts = Interrupts(config, self.irqs, self._caps.msix)
+        self._add_window()
+        config.on_write(self._caps.express + 8, 2, self._flr)
+
+    def _regions(self) -> dict[int, Region]:
+        return {
+            layout.STRUCTURES_BAR: Region(
+                layout.STRUCTURES_SIZE,
+                read=self._read_structures,
+                write=self._write_structures,
+                bar=BarFlags.MEMORY_64,
+            ),
+            layout.MSIX_BAR: Region(
+                self.msix.layout.bar_size, read=self.msix.read, write=self.msix.write
+            ),
+        }
+
+    # -- Transport --------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest memory as it is now."""
+        return self.client_memory.table
+
+    @property
+    def features(self) -> int:
+        """The negotiated 64-bit feature word."""
+        return self.registers.features
+
+    @property
+    def queues(self) -> Mapping[int, DeviceQueue]:
+        """The rings that the driver has set up and that are started and enabled, by index."""
+        return self.rings.queues
+
+    def config_changed(self) -> None:
+        """Send the guest a configuration change notification."""
+        if self.registers.running:
+            self.interrupts.config_change(self.registers.config_vector)
+
+    # -- BAR 0 ------------------------------------------------------------------------------------
+
+    def _read_structures(self, offset: int, count: int) -> bytes:
+        page, within = offset & -layout.PAGE, offset % layout.PAGE
+        if page == layout.COMMON_PAGE:
+            return self.registers.read(within, count)
+        if page == layout.ISR_PAGE:
+            # The status is one byte; what is read behind it is nothing, and clears nothing.
+            return (b"\0" if within else bytes([self.interrupts.read_isr()])).ljust(count, b"\0")
+        if page == layout.DEVICE_PAGE:
+            return self._read_config(within, count)
+        return bytes(count)
+
+    def _write_structures(self, offset: int, data: bytes) -> None:
+        page, within = offset & -layout.PAGE, offset % layout.PAGE
+        if page == layout.NOTIFY_PAGE:
+            self._doorbell(within)
+        elif page == layout.COMMON_PAGE:
+            self.registers.write(within, data)
+        elif page == layout.DEVICE_PAGE:
+            data = data[: max(len(self._shown) - within, 0)]
+            if data:
+                self.device.write_config(within, data)
+
+    def _doorbell(self, within: int) -> None:
+        index, rest = divmod(within, layout.NOTIFY_MULTIPLIER)
+        if rest or index >= len(self.registers.queues):
+            raise RequestError(errno.EINVAL, f"no doorbell at {within:#x}")
+        self._kicked[index] = None
+        self._schedule()
+
+    def _read_config(self, within: int, count: int) -> bytes:
+        self._refresh_config()
+        return self._shown[within : within + count].ljust(count, b"\0")
+
+    def generation(self) -> int:
+        """config_generation: another one when the configuration has changed since the last look."""
+        self._refresh_config()
+        return self._generation
+
+    def _refresh_config(self) -> None:
+        now = self.device.read_config()
+        if now != self._shown:
+            self._shown = now
+            self._generation = (self._generation + 1) & 0xFF
+
+    def _add_window(self) -> None:
+        """*PCI configuration access capability*: BARs through configuration space."""
+        data = self._caps.pci_cfg + 16
+        self.config.on_read(data, 4, partial(self._window, write=False))
+        self.config.on_write(data, 4, partial(self._window, write=True))
+
+    def _window(self, _offset: int, _size: int, *, write: bool) -> None:
+        at = self._caps.pci_cfg
+        bar, length = self.config.data[at + 4], self.config.long(at + 12)
+        offset, data = self.config.long(at + 8), at + 16
+        if length not in (1, 2, 4) or offset % length or bar > 5:
+            return  # the driver must not; nothing happens
+        region = self.regions[bar]
+        try:
+            if write:
+                region.access_write(offset, bytes(self.config.data[data : data + length]))
+            else:
+                self.config.data[data : data + length] = region.access_read(offset, length)
+        except RequestError as error:
+            log.info("PCI configuration access refused: %s", error)
+
+    def _flr(self, _offset: int, _size: int) -> None:
+        """Bit 15 of PCI Express Device Control: function level reset."""
+        high = self._caps.express + 9
+        if self.config.data[high] & 0x80:
+            self.config.data[high] &= 0x7F
+            if self._busy:
+                self._reset_due = True
+            else:
+                self.full_reset()
+
+    # -- what the driver asks for through the registers -------------------------------------------
+
+    def device_reset(self) -> None:
+        """0 was written to device_status."""
+        self._reset_due = True
+        if not self._busy:
+            self._reset_now()
+
+    def driver_ok(self) -> None:
+        """The driver is ready: start the queues that it has enabled."""
+        self._wanted.update(i for i, q in enumerate(self.registers.queues) if q.enable)
+        self._schedule()
+
+    def queue_enabled(self, index: int) -> None:
+        """A queue is enabled, perhaps again after it was reset."""
+        if self.registers.running:
+            self._wanted.add(index)
+            self._schedule()
+
+    def queue_reset(self, index: int) -> None:
+        """A queue is to be reset; ``resetting`` is cleared when that is done."""
+        self._schedule()
+
+    # -- deferred work ----------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self.defer(self._work)
+
+    def _work(self) -> None:
+        """Do what is due: resets, memory, starting queues, serving them."""
+        self._scheduled = False
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            self._settle()
+            self._serve()
+        finally:
+            self._busy = False
+        if self._reset_due:
+            self._reset_now()
+        if self._kicked or self._wanted or any(q.resetting for q in self.registers.queues):
+            self._schedule()
+
+    def _settle(self) -> None:
+        """Bring queues and memory to where the registers and the client want them."""
+        for index, queue in enumerate(self.registers.queues):
+            if queue.resetting:
+                self._reset_queue(index, queue)
+        if self.client_memory.stale:
+            self._change_memory()
+        self._start()
+
+    def _start(self) -> None:
+        wanted, self._wanted = self._wanted, set()
+        if not self.registers.running:
+            return
+        new = []
+        for index in sorted(wanted):
+            queue = self.registers.queues[index]
+            if queue.enable and index not in self.rings.queues:
+                self.rings.put_up(index, queue, self.memory, self.features)
+                new += [index] if index in self.rings.queues else []
+        if new:
+            self.device.start()
+            # What the driver made available before is announced by no doorbell that is to come.
+            self._kicked.update(dict.fromkeys(new))
+
+    def _serve(self) -> None:
+        """Serve each queue that was kicked, a bounded amount."""
+        kicked, self._kicked = self._kicked, {}
+        for index in kicked:
+            if self._reset_due:
+                return
+            if index in self.rings.queues and self._process(self.rings.queues[index]):
+                self._kicked[index] = None
+
+    def _process(self, queue: DeviceQueue) -> bool:
+        try:
+            return self.device.process(queue)
+        except PeerError as error:
+            queue.fail(QueueError(error.rule, error.detail))
+        except Exception as error:
+            # A fault of the device stops that queue, not the server.
+            queue.fail(QueueError("internal", f"{type(error).__name__}: {error}"))
+        return False
+
+    def _stop(self, *, quiet: bool = False) -> None:
+        """The device gives back what it holds; no queue is up after that.
+
+        *quiet*: what would take a message to the client is not given back.
+        """
+        if not self.rings.queues:
+            return
+        self.client_memory.remote.quiet = quiet
+        try:
+            self.device.stop()
+        except PeerError as error:
+            log.info("stopping: %s", error)
+        finally:
+            self.client_memory.remote.quiet = False
+        self.rings.take_down()
+
+    def _reset_queue(self, index: int, queue: QueueRegisters) -> None:
+        """*Virtqueue Reset*: the others go on where they stand."""
+        others = {i for i in self.rings.queues if i != index}
+        self._stop()
+        self.rings.forget(index)
+        self._kicked.pop(index, None)
+        queue.reset()
+        self._wanted |= others
+
+    def _reset_now(self) -> None:
+        """*Device Reset*.  No message may wait for a client that waits for us."""
+        self._reset_due = False
+        self._stop(quiet=True)
+        self._kicked.clear()
+        self._wanted.clear()
+        self.rings.reset()
+        self.registers.reset()
+        self.interrupts.reset()
+        self.device.reset()
+
+    # -- notifications ----------------------------------------------------------------------------
+
+    def _notify(self, index: int) -> None:
+        self.interrupts.queue(self.registers.queues[index].vector)
+
+    def _broken(self, index: int, error: QueueError) -> None:
+        if self._on_queue_broken is not None:
+            self._on_queue_broken(index, error.rule, error.detail)
+        self.registers.status |= Status.NEEDS_RESET
+        self.config_changed()
+
+    # -- the client -------------------------------------------------------------------------------
+
+    def attached(self) -> None:
+        """A client is there: so is the transport, for the device."""
+        self.device.attach(self)
+
+    def detached(self) -> None:
+        """The client has gone.  Registers stay; queues go on when the next one has memory."""
+        self._stop(quiet=True)
+        self._kicked.clear()
+        self.device.detach()
+
+    def reset(self) -> None:
+        """DEVICE_RESET."""
+        self.msix.reset()
+        self._reset_now()
+
+    def dma_mapped(self, region: DmaRegion) -> None:
+        """Guest memory has grown: the table follows in deferred work."""
+        self.client_memory.add(region)
+        if self.registers.running:
+            self._wanted.update(i for i, q in enumerate(self.registers.queues) if q.enable)
+        self._schedule()
+
+    def dma_unmapped(self, region: DmaRegion) -> None:
+        """Guest memory has shrunk: nothing may be in use of it when this returns."""
+        gone = self.client_memory.remove(region)
+        if self.rings.queues and gone.view is not None and not self._busy:
+            self._change_memory(quiet=True)
+        self._schedule()
+        gone.close()
+
+    def dma_logging(self, active: bool) -> None:
+        """The client wants to know, or no longer, which pages are written."""
+        self.memory.dirty_log = self.dma.log if active else None
+
+    def _change_memory(self, *, quiet: bool = False) -> None:
+        """Another memory table, under queues that go on where they stood.
+
+        *quiet*: the client waits for us, so nothing can be asked of it.
+        """
+        up = set(self.rings.queues)
+        self._stop(quiet=quiet)
+        self.client_memory.refresh(self.dma.log if self.dma.log.active else None)
+        if self.device.transport is not None:
+            self.device.memory_changed()
+        self._wanted |= up

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notifications to the driver: MSI-X while it is enabled, else INTx with the ISR status.
+
+Virtio 1.4, *Used Buffer Notifications*, *Notification of Device Configuration Changes* and *ISR
+status capability*.
+"""
+
+from __future__ import annotations
+
+from vballoon_spec.pci import Command, MsixControl
+from vballoon_spec.vfio_user import PciIrq
+from vballoon_spec.virtio.pci import NO_VECTOR, IsrStatus
+from vfio_user import ConfigSpace, IrqTable
+
+__all__ = ("Interrupts",)
+
+
+class Interrupts:
+    """Which way an interrupt goes.  *msix* is the offset of the MSI-X capability."""
+
+    def __init__(self, config: ConfigSpace, irqs: IrqTable, msix: int) -> None:
+        self._config = config
+        self._irqs = irqs
+        self._control = msix + 2
+        self._isr = IsrStatus(0)
+        config.on_write(self._control, 2, self._changed)
+        config.on_write(0x04, 2, self._changed)  # Command: INTx can be disabled there
+
+    @property
+    def msix_enabled(self) -> bool:
+        """Whether the driver uses MSI-X."""
+        return bool(self._config.word(self._control) & MsixControl.ENABLE)
+
+    def queue(self, vector: int) -> None:
+        """A used buffer notification, on *vector*."""
+        self._send(vector, IsrStatus.QUEUE)
+
+    def config_change(self, vector: int) -> None:
+        """A configuration change notification, on *vector*."""
+        self._isr |= IsrStatus.CONFIG  # with MSI-X, too
+        self._send(vector, IsrStatus.CONFIG)
+
+    def _send(self, vector: int, reason: IsrStatus) -> None:
+        if self.msix_enabled:
+            if vector != NO_VECTOR:
+                self._irqs.trigger(PciIrq.MSIX, vector)
+            return
+        self._isr |= reason
+        self._update()
+
+    def read_isr(self) -> int:
+        """The ISR status; reading it clears it and takes INTx back."""
+        value, self._isr = int(self._isr), IsrStatus(0)
+        self._update()
+        return value
+
+    def reset(self) -> None:
+        """As after power-on."""
+        self._isr = IsrStatus(0)
+        self._irqs.clear_pending()
+        self._changed(0, 0)
+
+    def _changed(self, offset: int, size: int) -> None:
+        control = MsixControl(self._config.word(self._control))
+        self._irqs.hold(PciIrq.MSIX, bool(control & MsixControl.FUNCTION_MASK))
+        self._update()
+
+    def _update(self) -> None:
+        pending = bool(self._isr) and not self.msix_enabled
+        self._config.interrupt_status = pending
+        self._irqs.set_intx(pending and not self._config.command & Command.INTX_DISABLE)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The virtqueues behind the registers: put up, taken down, and where they stood meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from vballoon.errors import PeerError, QueueError
+from vballoon.virtio import DeviceQueue
+from vballoon.virtqueue import RingAddresses, RingState, make_virtqueue
+from vballoon_spec.virtio import features as f
+
+if TYPE_CHECKING:
+    from vballoon.memory import GuestMemory
+    from vballoon.virtio_pci.registers import QueueRegisters
+
+__all__ = ("Rings",)
+
+_COUNTERS = ("taken", "given", "notified", "kicked")
+
+
+class Rings:
+    """The queues that are up (``queues``, by index), and the state of those that were.
+
+    *notify(index)* sends a used buffer notification, *on_broken(index, error)* is told of a queue
+    that stopped.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Literal["batch", "scalar"],
+        notify: Callable[[int], None],
+        on_broken: Callable[[int, QueueError], None],
+    ) -> None:
+        self.queues: dict[int, DeviceQueue] = {}
+        self.broken: dict[int, QueueError] = {}
+        self._states: dict[int, RingState] = {}
+        self._counters: dict[int, tuple[int, ...]] = {}
+        self._engine = engine
+        self._notify = notify
+        self._on_broken = on_broken
+
+    def put_up(
+        self, index: int, registers: QueueRegisters, memory: GuestMemory, features: int
+    ) -> None:
+        """Start queue *index*, where it stood if it was up before; or it is broken at once."""
+        if index in self.queues or index in self.broken:
+            return
+        at = RingAddresses(registers.desc, registers.driver, registers.device)
+        packed = f.has(features, f.VIRTIO_F_RING_PACKED)
+        try:
+            ring = make_virtqueue(
+                memory,
+                registers.size,
+                at,
+                features,
+                self._states.get(index),
+                engine=self._engine,
+                dirty_ring=at.desc if packed else at.device,
+            )
+        except PeerError as error:
+            self._fail(index, QueueError(error.rule, error.detail))
+            return
+        queue = DeviceQueue(
+            index,
+            ring,
+            notify=lambda: self._notify(index),
+            on_broken=lambda queue, error: self._fail(queue.index, error),
+        )
+        for name, value in zip(_COUNTERS, self._counters.get(index, ()), strict=False):
+            setattr(queue, name, value)
+        self.queues[index] = queue
+
+    def _fail(self, index: int, error: QueueError) -> None:
+        self.broken[index] = error
+        self._on_broken(index, error)
+
+    def take_down(self) -> None:
+        """Stop every queue, and remember where it stands.  The device is stopped already."""
+        for index, queue in self.queues.items():
+            self._states[index] = queue.ring.state()
+            self._counters[index] = tuple(getattr(queue, name) for name in _COUNTERS)
+        self.queues = {}
+
+    def forget(self, index: int) -> None:
+        """Queue *index* starts from nothing next time."""
+        self.queues = {i: queue for i, queue in self.queues.items() if i != index}
+        for record in (self.broken, self._states, self._counters):
+            record.pop(index, None)
+
+    def reset(self) -> None:
+        """Forget all of them."""
+        self.queues = {}
+        self.broken.clear()
+        self._states.clear()
+        self._counters.clear()
