@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from tests.fakes.echo_device import EchoDevice
 
-from vballoon.vhost_user import VhostUserServer
+from vballoon.vhost_user import BackendEvents, VhostUserServer
 
 
 class Backend:
@@ -87,3 +87,24 @@ class KillableBackend:
         os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         assert os.WIFSIGNALED(status), "the backend had ended by itself"
+
+
+def open_fds() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+class Recorder(BackendEvents):
+    """Keeps the events that the transport tells."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def frontend_connected(self) -> None:
+        self.told.append(("connected",))
+
+    def frontend_disconnected(self, reason: str) -> None:
+        self.told.append(("disconnected", reason))
+
+    def queue_broken(self, index: int, rule: str, detail: str) -> None:
+        self.told.append(("broken", index, rule))

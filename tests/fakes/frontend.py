@@ -20,9 +20,10 @@ from tests.fakes.memory import Arena, make_memory
 import vballoon_spec.vhost_user as vu
 from vballoon.memory import GuestMemory
 from vballoon_spec.vhost_user import ProtocolFeature as P
-from vballoon_spec.vhost_user import Request as R
+from vballoon_spec.vhost_user import Request
 from vballoon_spec.virtio import features as f
 
+R = Request
 TIMEOUT = 10.0
 F_PROTOCOL = int(vu.VhostFeature.PROTOCOL_FEATURES)
 F_LOG_ALL = int(vu.VhostFeature.LOG_ALL)
@@ -208,8 +209,8 @@ class Frontend:
             mmap_offset=r.file_offset,
         )
 
-    def slot(self, number: int = 0, memory: GuestMemory | None = None) -> bytes:
-        return bytes(8) + self.region(number, memory).build()
+    def slot(self, number: int = 0) -> bytes:
+        return bytes(8) + self.region(number).build()
 
     def share_memory(self) -> None:
         """Every region, by ADD_MEM_REG if negotiated, else in one table."""

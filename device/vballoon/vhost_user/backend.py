@@ -310,9 +310,9 @@ class VhostUserBackend:
 
     def _report(self, vring: Vring, error: QueueError) -> None:
         self.unwatch(vring)  # a driver that kicks on does not cost us anything
+        self.events.queue_broken(vring.index, error.rule, error.detail)
         if vring.err is not None:
             self.io.signal(vring.err)
-        self.events.queue_broken(vring.index, error.rule, error.detail)
 
     # -- dirty log ----------------------------------------------------------------------------
 
