@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several subcommands share: how they are declared, and how numbers are shown."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ("Subparsers", "add_command", "parse_size", "size_text")
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Subparsers = object
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+
+
+def add_command(
+    commands: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """Declare subcommand *name*: one line of *summary*, and a help that teaches."""
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples.rstrip()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    unit = "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if count == int(count) else f"{count:.1f} {unit}"
+
+
+def parse_size(text: str) -> int:
+    """``2147483648``, ``0x80000000``, ``2G`` or ``2GiB`` in bytes; raises :class:`ValueError`."""
+    number = text.strip()
+    for suffix in ("iB", "B"):
+        number = number.removesuffix(suffix)
+    unit = number[-1:].upper()
+    if number.lower().startswith("0x") or unit not in _UNITS or not unit:
+        return int(number, 0)
+    value = float(number[:-1]) * _UNITS[unit]
+    if value != int(value):
+        raise ValueError(f"{text} is not a whole number of bytes")
+    return int(value)

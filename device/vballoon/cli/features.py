@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature bits by name, as an operator writes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vballoon.balloon.device import ALL_FEATURES
+from vballoon.errors import UsageError
+from vballoon.vhost_user import DEFAULT_RING_FEATURES
+from vballoon_spec.virtio import features as ring
+from vballoon_spec.virtio.balloon import BalloonFeature
+
+__all__ = ("Offered", "device_names", "parse_features")
+
+_PREFIXES = ("VIRTIO_BALLOON_F_", "VIRTIO_F_")
+_RING = {
+    "INDIRECT_DESC": ring.VIRTIO_F_INDIRECT_DESC,
+    "EVENT_IDX": ring.VIRTIO_F_EVENT_IDX,
+    "RING_PACKED": ring.VIRTIO_F_RING_PACKED,
+    "IN_ORDER": ring.VIRTIO_F_IN_ORDER,
+}
+"""Ring features that may be offered or not; VERSION_1 always is."""
+
+
+class Offered(NamedTuple):
+    """Two feature words."""
+
+    device: int
+    ring: int
+
+
+def device_names() -> dict[int, str]:
+    """The balloon's feature bits: number → the standard's name."""
+    return {f.bit_length() - 1: f"VIRTIO_BALLOON_F_{f.name}" for f in BalloonFeature}
+
+
+def parse_features(text: str) -> Offered:
+    """The words to offer for *text* (see ``vballoon serve --help``); raises UsageError."""
+    device, ring_word = int(ALL_FEATURES), int(DEFAULT_RING_FEATURES)
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if any(_is_plain(word) for word in words):
+        device = 0
+    for word in words:
+        name = _plain_name(word)
+        on = not word.startswith("-")
+        if name in BalloonFeature.__members__:
+            mask = int(BalloonFeature[name])
+            device = device | mask if on else device & ~mask
+        elif name in _RING:
+            mask = 1 << _RING[name]
+            ring_word = ring_word | mask if on else ring_word & ~mask
+        else:
+            known = ", ".join([*BalloonFeature.__members__, *_RING])
+            raise UsageError(f"unknown feature {word!r}; known: {known}")
+    return Offered(device, ring_word)
+
+
+def _plain_name(word: str) -> str:
+    name = word.lstrip("+-").upper().replace("-", "_")
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _is_plain(word: str) -> bool:
+    """Whether *word* names a balloon feature without + or -."""
+    return word[0] not in "+-" and _plain_name(word) in BalloonFeature.__members__

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory as a picture: the data, and the colours; no output.
+
+Memory is cut into cells, address rising from left to right and from top to bottom.  A cell's
+colour is a mixture: what more of its pages are, it looks more like; where pages are several things
+at once, the last one in :data:`CATEGORIES` is on top.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vballoon.skipmap import SkipExport
+
+__all__ = ("BACKGROUND", "CATEGORIES", "COLOURS", "MemoryPicture", "PictureRegion")
+
+Colour = tuple[int, int, int]
+
+CATEGORIES = ("resident", "reported", "ballooned", "hinted", "walked")
+"""Bottom to top."""
+COLOURS: dict[str, Colour] = {
+    # Okabe and Ito's palette, which people with colour-blindness can tell apart
+    "resident": (0, 114, 178),
+    "reported": (0, 158, 115),
+    "ballooned": (213, 94, 0),
+    "hinted": (240, 228, 66),
+    "walked": (204, 121, 167),
+}
+BACKGROUND: Colour = (44, 44, 44)
+"""A page that the host holds nothing of and that nobody said anything about."""
+MEANING = {
+    "resident": "held by the host",
+    "reported": "reported free, given back, still a hole",
+    "ballooned": "in the balloon",
+    "hinted": "hinted free",
+    "walked": "on the guest's free lists",
+    "untouched": "never touched",
+}
+FAINTEST = 0.3
+"""Opacity of a cell with a single page: visible."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureRegion:
+    """One region; *fill* is category → a byte for each cell, 0 to 255."""
+
+    guest_phys_addr: int
+    size: int
+    fill: dict[str, bytes]
+
+    def cells(self) -> int:
+        """How many cells."""
+        return len(next(iter(self.fill.values()), b""))
+
+    def colour(self, cell: int) -> Colour:
+        """The colour of *cell*."""
+        red, green, blue = (float(c) for c in BACKGROUND)
+        for category in CATEGORIES:
+            fill = self.fill[category][cell] if category in self.fill else 0
+            if fill:
+                alpha = FAINTEST + (1 - FAINTEST) * fill / 255
+                over = COLOURS[category]
+                red += (over[0] - red) * alpha
+                green += (over[1] - green) * alpha
+                blue += (over[2] - blue) * alpha
+        return int(red), int(green), int(blue)
+
+    def dominant(self, cell: int) -> str | None:
+        """The topmost category that at least half of *cell*'s pages are, or the fullest."""
+        present = [(self.fill[c][cell], c) for c in CATEGORIES if self.fill.get(c)]
+        present = [(fill, c) for fill, c in present if fill]
+        if not present:
+            return None
+        half = [c for fill, c in present if fill >= 128]
+        return half[-1] if half else max(present)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPicture:
+    """All regions, in cells of *cell_bytes* each; *pages* are the exact totals."""
+
+    cell_bytes: int
+    regions: Sequence[PictureRegion]
+    pages: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Guest memory in bytes."""
+        return sum(r.size for r in self.regions)
+
+    @classmethod
+    def from_reply(cls, reply: dict[str, Any]) -> MemoryPicture:
+        """From the answer to ``query-memory-map``."""
+        return cls(
+            cell_bytes=reply["cell-pages"] * 4096,
+            regions=[
+                PictureRegion(
+                    r["guest-phys-addr"],
+                    r["size"],
+                    {name: base64.b64decode(data) for name, data in r["fill"].items()},
+                )
+                for r in reply["regions"]
+            ],
+            pages=reply["pages"],
+        )
+
+    @classmethod
+    def from_export(cls, export: SkipExport, cells: int) -> MemoryPicture:
+        """From an exported bitmap, which does not know what is resident."""
+        from vballoon.skipmap.cells import cell_pages, fill_of_cells
+
+        pages = cell_pages(export.layout, cells)
+        bitmaps = {p.value: export.raw_bitmap(p) for p in export.provenances}
+        return cls(
+            cell_bytes=pages * 4096,
+            regions=[
+                PictureRegion(
+                    r.guest_phys_addr,
+                    r.size,
+                    {n: fill_of_cells(b, i, pages).tobytes() for n, b in bitmaps.items()},
+                )
+                for i, r in enumerate(export.layout.regions)
+            ],
+            pages=dict(export.manifest.pages),
+        )
