@@ -143,7 +143,7 @@ class Guest:
         }
 
     def pages(self, flag: int = KPF_BUDDY) -> NDArray[np.bool_]:
-        """Which page frames have a flag of ``/proc/kpageflags``, by default: are in the buddy lists.
+        """Which page frames have a flag of ``/proc/kpageflags``; by default: are in buddy lists.
 
         One element for each frame from 0 up, frames that do not exist included.
         """

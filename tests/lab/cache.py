@@ -66,6 +66,14 @@ def is_built(name: str, recipe: object) -> bool:
         return False
 
 
+def build_locked(name: str, recipe: object, lock: str, fill: Callable[[Path], None]) -> Path:
+    """:func:`build` under a lock; without it, and without writing, where nothing is to be done."""
+    if is_built(name, recipe):
+        return cache_dir() / name
+    with locked(lock):
+        return build(name, recipe, fill)
+
+
 def build(name: str, recipe: object, fill: Callable[[Path], None]) -> Path:
     """The folder ``name`` of the cache, filled by ``fill(folder)`` unless this recipe already made
     it.

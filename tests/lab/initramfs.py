@@ -103,8 +103,7 @@ def programs() -> Path:
     """The folder of the guest programs, compiled (static) when their sources changed."""
     sources = {name: (GUEST / f"{name}.c").read_text() for name in PROGRAMS}
     builder = kernel("6.12").build_root  # the one root that has a libc to link with
-    with cache.locked("programs"):
-        return cache.build("programs", sources, lambda path: _compile(path, builder))
+    return cache.build_locked("programs", sources, "programs", lambda path: _compile(path, builder))
 
 
 def _compile(out: Path, root: Path) -> None:
@@ -145,8 +144,9 @@ def base(guest_kernel: Kernel) -> Path:
         (compiled / cache.STAMP).read_text(),
         Path(__file__).read_text(),
     ]
-    with cache.locked("programs"):
-        folder = cache.build(name, recipe, lambda path: _write_base(path, guest_kernel, compiled))
+    folder = cache.build_locked(
+        name, recipe, "programs", lambda path: _write_base(path, guest_kernel, compiled)
+    )
     return folder / "initramfs"
 
 
@@ -165,16 +165,17 @@ def _write_base(out: Path, guest_kernel: Kernel, compiled: Path) -> None:
     order = guest_kernel.with_dependencies(MODULES)
     for name in order:
         archive.file(f"modules/{name}.ko", guest_kernel.module(name), 0o644)
-    lines = [
-        f"{name} {' '.join(guest_kernel.with_dependencies(_with_bus(name)))}\n" for name in order
-    ]
+    lines = [f"{name} {' '.join(_with_bus(name, guest_kernel))}\n" for name in order]
+    built_in = [name for name in MODULES if not guest_kernel.has_module(name)]
+    lines += [f"{name} built-in\n" for name in built_in]
     archive.file("modules/order", "".join(lines).encode(), 0o644)
     (out / "initramfs").write_bytes(archive.bytes())
 
 
-def _with_bus(name: str) -> list[str]:
+def _with_bus(name: str, guest_kernel: Kernel) -> list[str]:
     """A virtio driver needs the bus driver to find its device, which no dependency says."""
-    return ["virtio_pci", name] if name.startswith("virtio_") else [name]
+    names = ["virtio_pci", name] if name.startswith("virtio_") else [name]
+    return guest_kernel.with_dependencies(names)
 
 
 #: ``load NAME [PARAMETER...]``: what modprobe does, from the order worked out on the host. A driver
@@ -184,6 +185,7 @@ name=$(echo "$1" | tr - _); shift
 [ -d /sys/module/$name ] && exit 0
 set -- "$@"
 order=$(sed -n "s/^$name //p" /modules/order)
+[ "$order" = built-in ] && exit 0
 for module in ${order:-$name}; do
     [ -d /sys/module/$module ] && continue
     if [ ! -f /modules/$module.ko ]; then

@@ -32,7 +32,10 @@ PREREQUISITES = {
     "zstd": "zstd",
     "unshare": "util-linux",
     "chroot": "coreutils",
+    "mkfs.ext4": "e2fsprogs",
 }
+#: Some of these are where only root looks.
+PATH = os.environ.get("PATH", "/usr/bin") + ":/usr/sbin:/sbin"
 #: What a chroot needs before ``make`` and the compiler can run in it.
 BUILD_TOOLS = ["bash", "coreutils", "dash", "findutils", "gcc", "grep", "make", "mawk", "sed"]
 
@@ -63,7 +66,7 @@ def prerequisites(more: Mapping[str, str] | None = None) -> list[str]:
     ``more`` adds what a caller needs itself: the package by the command that it brings.
     """
     wanted = {**PREREQUISITES, **(more or {})}
-    missing = {package for tool, package in wanted.items() if not shutil.which(tool)}
+    missing = {package for tool, package in wanted.items() if not shutil.which(tool, path=PATH)}
     if not Path("/usr/share/keyrings/debian-archive-keyring.gpg").is_file():
         missing.add("debian-archive-keyring")
     return sorted(missing)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.lab import NAMES, GuestError, LabError, Machine, build_module, kernel
+from tests.lab import NAMES, GuestError, LabError, Machine, build_module, kernel, userland
 from tests.lab.guestkernels import in_root
 from tests.lab.initramfs import GUEST
 from tests.lab.sources import debian_mirror
@@ -135,6 +135,27 @@ def state(pid: str) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "Z"
+
+
+def test_our_python_runs_on_a_guest_kernel_with_soft_dirty_tracking() -> None:
+    program = """
+import ctypes, mmap, numpy, vballoon_spec
+memory = mmap.mmap(-1, 4096)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+def dirty():
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(address // 4096 * 8)
+        return int.from_bytes(file.read(8), "little") >> 55 & 1
+memory[0] = 1
+first = dirty()
+open("/proc/self/clear_refs", "w").write("4")
+second = dirty()
+memory[0] = 2
+print(first, second, dirty())
+"""
+    with userland.machine(memory=1024) as vm:
+        vm.guest.put("/tmp/program.py", program.encode())
+        assert vm.guest.sh("enter python /tmp/program.py", timeout=100) == "1 0 1"
 
 
 def test_module_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
