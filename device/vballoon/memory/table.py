@@ -68,14 +68,17 @@ class GuestMemory:
         *addr* (uint64[n]) and *length* (uint64[n] or uint32[n]) are bytes.  An empty range
         counts as inside where its address is inside, or one past the end.
         """
-        inside = np.zeros(addr.shape, np.bool_)
+        size64 = length.astype(np.uint64)
+        longest = int(size64.max()) if size64.size else 0
+        inside = None
         for start, size in self._spans:
-            # Below the span the subtraction wraps to something larger than any span.
-            offset = addr - np.uint64(start)
-            within = offset <= size
-            within &= length <= np.uint64(size) - offset
-            inside |= within
-        return inside
+            # Below the span the subtraction wraps to something larger than any span, and with no
+            # length above the span's size nothing else can wrap.
+            within = addr - np.uint64(start) <= np.uint64(size) - size64
+            if longest > size:
+                within &= size64 <= size
+            inside = within if inside is None else inside | within
+        return np.zeros(addr.shape, np.bool_) if inside is None else inside
 
     def holds(self, addr: int, length: int) -> bool:
         """:meth:`contains` for a single range of plain integers."""

@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.uint64]
 
-__all__ = ("Columns", "Part", "Tables", "flags_of", "lengths_of")
+__all__ = ("Columns", "Part", "Tables", "all_like_first", "lengths_of", "word16")
 
 _T = TypeVar("_T", bound=np.generic)
+
+
+def all_like_first(values: NDArray[np.uint16]) -> bool:
+    """Whether every entry of *values* is equal to the first one."""
+    return bool(np.count_nonzero(values == values[0]) == values.size)
 
 
 def lengths_of(rows: Rows) -> NDArray[np.uint32]:
@@ -33,9 +38,9 @@ def lengths_of(rows: Rows) -> NDArray[np.uint32]:
     return rows.view(np.uint32)[:, 2].copy()
 
 
-def flags_of(rows: Rows, word: int) -> NDArray[np.uint16]:
-    """``flags`` of raw descriptors: 16-bit *word* 6 of a split, 7 of a packed one; a copy."""
-    return rows.view(np.uint16)[:, word].copy()
+def word16(rows: Rows, word: int) -> NDArray[np.uint16]:
+    """16-bit *word* of raw descriptors (``flags``: word 6 of a split, 7 of a packed one)."""
+    return rows.view(np.uint16)[:, word]
 
 
 @dataclass(slots=True)

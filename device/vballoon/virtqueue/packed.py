@@ -35,7 +35,6 @@ _DESC = packed.PvirtqDesc.SIZE
 _LEN, _ID, _FLAGS = 8, 12, 14  # offsets in the descriptor
 _BOTH = packed.VIRTQ_DESC_F_AVAIL | packed.VIRTQ_DESC_F_USED
 _EVENT_DESC, _EVENT_FLAGS = 0, 2  # offsets in the event suppression structure
-_IDS = 1 << 16  # a buffer id is any 16-bit number
 
 
 class ScalarPacked(Ring):
@@ -57,7 +56,7 @@ class ScalarPacked(Ring):
             raise QueueError(rules.RING_SIZE, f"{size}")
         if not (0 <= state.avail < size and 0 <= state.used < size):
             raise QueueError(rules.RING_SIZE, f"{state} in a ring of {size}")
-        super().__init__(memory, size, features, ids=_IDS, inflight=inflight, resubmit=resubmit)
+        super().__init__(memory, size, features, inflight=inflight, resubmit=resubmit)
         # Used descriptors go into the descriptor ring itself, so that is what a log has to hear of.
         log_ring = None if dirty_ring is None else addresses.desc
         self._desc = Area(
@@ -130,7 +129,7 @@ class ScalarPacked(Ring):
         """
         chain = Chain(self._memory, self.size, id=rows[-1].id, slots=len(rows))
         chain.ring = b"".join(row.build() for row in rows)
-        if self._slots[chain.id]:
+        if self._is_busy(chain.id):
             raise QueueError(rules.BUFFER_REUSED, f"buffer id {chain.id}")
         if any(row.flags & packed.VIRTQ_DESC_F_INDIRECT for row in rows):
             if self._indirect and len(rows) > 1:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vballoon.memory import fence
-from vballoon.virtqueue.base import ChainBatch, empty_batch
+from vballoon.virtqueue.base import ChainBatch
 from vballoon.virtqueue.batching import Batching
 from vballoon.virtqueue.circular import load_run, store_run
-from vballoon.virtqueue.columns import Columns, Part, Tables, flags_of, lengths_of
+from vballoon.virtqueue.columns import Columns, Part, Tables, all_like_first, lengths_of, word16
 from vballoon.virtqueue.packed import _BOTH, ScalarPacked, _available
 from vballoon.virtqueue.ring import BATCH_DESCRIPTORS
 from vballoon_spec.virtio import packed
@@ -54,29 +54,54 @@ class BatchPacked(Batching, ScalarPacked):
         fence.acquire()
         raw = load_run(self._rows, self._avail, flags.size)
         rows = raw.view(np.uint64).reshape(flags.size, 2)
-        if flags.size and np.bitwise_or.reduce(flags) & _CHAINED:
-            batch, slots = self._lists(rows, flags, limit)
-        else:
-            rows, flags = rows[:limit], flags[:limit]
-            ids = flags_of(rows, _ID)
-            usable = self._usable(ids.astype(np.intp))
-            write = (flags[:usable] & packed.VIRTQ_DESC_F_WRITE) != 0
-            batch = self._singles(ids[:usable], rows[:usable], write)
-            slots = self._ones[: len(batch)]
+        batch, slots = self._buffers(rows, flags, limit)
         if not len(batch):
-            return empty_batch(self._memory)
-        used = int(slots.sum())
-        self._consume(len(batch), used)
-        self._inflight.on_take(batch.ids, slots, raw[:used].view(packed.PvirtqDesc.dtype()))
-        return self._book(batch, slots)
+            return batch
+        held = len(batch) if slots is None else int(slots.sum())
+        self._consume(len(batch), held)
+        self._log_take(batch, slots, raw[:held].view(packed.PvirtqDesc.dtype()))
+        return self._count(batch, held)
+
+    def _buffers(
+        self, rows: NDArray[np.uint64], flags: NDArray[np.uint16], limit: int
+    ) -> tuple[ChainBatch, NDArray[np.uint16] | None]:
+        """The leading good buffers, and the descriptors each has in the ring (None: one)."""
+        if not flags.size:
+            return self._empty, None
+        write: bool | NDArray[np.bool_] = bool(flags[0] & packed.VIRTQ_DESC_F_WRITE)
+        if all_like_first(flags):
+            chained = int(flags[0]) & _CHAINED
+        else:
+            chained = int(np.bitwise_or.reduce(flags)) & _CHAINED
+            write = (flags & packed.VIRTQ_DESC_F_WRITE) != 0
+        if chained:
+            return self._lists(rows, flags, limit)
+        ids = word16(rows, _ID)[:limit].copy()
+        at = self._claimed(ids)
+        batch = self._singles(ids[: at.size], rows[: at.size], write)
+        self._keep(batch, at, None)
+        return batch, None
+
+    def _claimed(self, ids: NDArray[np.uint16]) -> NDArray[np.intp]:
+        """The leading ids that were free and are now taken."""
+        at = ids.astype(np.intp)
+        try:
+            return at[: self._claim(at)]
+        except IndexError:
+            self._admit(int(at.max()))
+            return at[: self._claim(at)]
 
     def _available_run(self, limit: int) -> NDArray[np.uint16]:
         """Flags of the leading available descriptors, as if the wrap counter were 1."""
         room = min(self.size - self._held, max(limit, 64))
         flags = load_run(self._flag_column, self._avail, room)
+        if not room:
+            return flags
         if not self._avail_wrap:
             flags ^= np.uint16(_BOTH)
         flags[self.size - self._avail :] ^= np.uint16(_BOTH)
+        if _available(int(flags[0]), True) and all_like_first(flags):
+            return flags
         ready = (flags & np.uint16(_BOTH)) == packed.VIRTQ_DESC_F_AVAIL
         return flags if np.count_nonzero(ready) == room else flags[: int(ready.argmin())]
 
@@ -88,15 +113,17 @@ class BatchPacked(Batching, ScalarPacked):
         A list that is cut off by the end of the run is left to the scalar engine.
         """
         last = np.flatnonzero((flags & packed.VIRTQ_DESC_F_NEXT) == 0)[:limit]
-        ids = flags_of(rows, _ID)[last]
-        last = last[: self._usable(ids.astype(np.intp))]
+        ids = word16(rows, _ID)[last]
+        at = self._claimed(ids)
+        last = last[: at.size]
         slots = np.diff(last, prepend=-1)
         chain = np.repeat(np.arange(last.size), slots)
-        rows, flags = rows[: chain.size], flags[: chain.size]
-        end, parts = self._elements(chain, rows, flags, slots)
+        end, parts = self._elements(chain, rows[: chain.size], flags[: chain.size], slots)
         columns = Columns(end, parts)
         good = columns.good(self._memory, self.size) if end else 0
-        return columns.batch(self._memory, ids[:good]), slots[:good].astype(np.uint16)
+        batch, count = columns.batch(self._memory, ids[:good]), slots[:good].astype(np.uint16)
+        self._keep(batch, at, count)
+        return batch, count
 
     def _elements(
         self,
@@ -124,7 +151,7 @@ class BatchPacked(Batching, ScalarPacked):
         tables.cut(end)
         if tables.chain.size:
             owner, entries, _, _ = tables.read(self._memory)
-            write = (flags_of(entries, _FLAGS) & packed.VIRTQ_DESC_F_WRITE) != 0
+            write = (word16(entries, _FLAGS) & packed.VIRTQ_DESC_F_WRITE) != 0
             parts.append(Part(owner, entries[:, 0].copy(), lengths_of(entries), write))
         return end, parts
 

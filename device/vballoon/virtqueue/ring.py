@@ -35,6 +35,8 @@ BATCH_DESCRIPTORS = 1 << 16
 """Descriptors after which a batch is closed.  Indirect tables let a guest put a queue's worth of
 descriptors behind every head; this bounds the memory and the time of one call."""
 
+_IDS = 1 << 16  # buffer ids of a packed ring are any 16-bit numbers
+
 SCALAR_DESCRIPTORS = 4096
 """The same for chains that are walked one descriptor at a time (about 3 µs each)."""
 
@@ -52,19 +54,18 @@ class Ring(Virtqueue):
         size: int,
         features: int,
         *,
-        ids: int,
         inflight: InflightLog | None,
         resubmit: Resubmit | None,
     ) -> None:
         self.size = size
         self._memory = memory
+        self._empty = empty_batch(memory)
         self._event_idx = f.has(features, f.VIRTIO_F_EVENT_IDX)
         self._indirect = f.has(features, f.VIRTIO_F_INDIRECT_DESC)
         self._in_order = f.has(features, f.VIRTIO_F_IN_ORDER)
         self._inflight = inflight or NullInflight()
-        self._slots = np.zeros(ids, np.uint16)
+        self._slots = np.zeros(size, np.uint16)
         self._outstanding = self._held = 0
-        self._mark = np.empty(ids, np.uint16)
         self._order = np.zeros(size, np.uint16)  # ids as taken, circular; for in-order rings
         self._oldest = 0
         self._kicks = True
@@ -83,7 +84,7 @@ class Ring(Virtqueue):
         """See :meth:`Virtqueue.take`."""
         limit = self.size if limit is None else min(limit, self.size)
         if limit <= 0:
-            return empty_batch(self._memory)
+            return self._empty
         if self._resubmit:
             return self._take_again(limit)
         batch = self._take_new(limit)
@@ -93,7 +94,7 @@ class Ring(Virtqueue):
 
     def _take_new(self, limit: int) -> ChainBatch:
         """Parts of a batch, until nothing is left or the first malformed chain is reached."""
-        batch = empty_batch(self._memory)
+        batch = self._empty
         while len(batch) < limit and batch.addr.size < BATCH_DESCRIPTORS:
             try:
                 part = self._take_part(limit - len(batch))
@@ -113,7 +114,7 @@ class Ring(Virtqueue):
     def _take_walking(self, limit: int) -> ChainBatch:
         chains = self._gather(self._walk_available(limit))
         if not chains:
-            return empty_batch(self._memory)
+            return self._empty
         batch = batch_of(self._memory, chains)
         slots = np.array([c.slots for c in chains], np.uint16)
         self._consume(len(chains), int(slots.sum()))
@@ -157,12 +158,26 @@ class Ring(Virtqueue):
 
     def _book(self, batch: ChainBatch, slots: NDArray[np.uint16]) -> ChainBatch:
         """Note the buffers as outstanding."""
+        if len(batch):
+            self._admit(int(batch.ids.max()))
         self._slots[batch.ids] = slots
+        return self._count(batch, int(slots.sum()))
+
+    def _count(self, batch: ChainBatch, slots: int) -> ChainBatch:
+        """Count the buffers, which occupy *slots* descriptors of the ring, as outstanding."""
         if self._in_order:
             store_run(self._order, (self._oldest + self._outstanding) % self.size, batch.ids)
         self._outstanding += len(batch)
-        self._held += int(slots.sum())
+        self._held += slots
         return batch
+
+    def _is_busy(self, ident: int) -> bool:
+        return ident < self._slots.size and bool(self._slots[ident])
+
+    def _admit(self, ident: int) -> None:
+        """Make room for buffer ids above the queue size, which packed rings may use."""
+        if ident >= self._slots.size:
+            self._slots = np.concatenate((self._slots, np.zeros(_IDS - self.size, np.uint16)))
 
     @abstractmethod
     def _walk_available(self, limit: int) -> Iterable[Chain]:
@@ -208,22 +223,20 @@ class Ring(Virtqueue):
         """The slots of each buffer, which are from now on not outstanding; or UsageError."""
         if ids.shape != written.shape:
             raise UsageError(f"{ids.size} buffers but {written.size} lengths")
-        at = ids.astype(np.intp)
+        before, at = self._slots.copy(), ids.astype(np.intp)
         try:
-            slots = self._slots.take(at)
+            slots = before.take(at)
+            self._slots[at] = 0
+            # One less for each, or else one of them was not outstanding or is there twice.
+            if np.count_nonzero(self._slots) != self._outstanding - ids.size:
+                raise UsageError("a buffer is given back that is not outstanding")
+            self._check_order(ids)
         except IndexError:
             raise UsageError("a buffer is given back that the queue cannot have") from None
-        if np.count_nonzero(slots) != ids.size or not self._distinct(at):
-            raise UsageError("a buffer is given back that is not outstanding")
-        self._check_order(ids)
-        self._slots[at] = 0
+        except UsageError:
+            self._slots[:] = before
+            raise
         return slots
-
-    def _distinct(self, ids: NDArray[np.intp]) -> bool:
-        """Whether no number occurs twice: each finds its own mark, not that of a later one."""
-        number = np.arange(ids.size, dtype=np.uint16)
-        self._mark[ids] = number
-        return bool((self._mark.take(ids) == number).all())
 
     def _check_order(self, ids: NDArray[np.uint16]) -> None:
         if not self._in_order:

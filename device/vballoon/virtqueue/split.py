@@ -51,7 +51,7 @@ class ScalarSplit(Ring):
     ) -> None:
         if not 0 < size <= split.QUEUE_SIZE_MAX or size & (size - 1):
             raise QueueError(rules.RING_SIZE, f"{size}")
-        super().__init__(memory, size, features, ids=size, inflight=inflight, resubmit=resubmit)
+        super().__init__(memory, size, features, inflight=inflight, resubmit=resubmit)
         event = self._event_idx
         self._desc = Area(memory, addresses.desc, split.desc_size(size), split.DESC_ALIGN)
         self._driver = Area(
@@ -87,7 +87,7 @@ class ScalarSplit(Ring):
         """The chain at descriptor *head*, every rule checked."""
         if head >= self.size:
             raise QueueError(rules.HEAD_RANGE, f"{head} in a table of {self.size}")
-        if self._slots[head]:
+        if self._is_busy(head):
             raise QueueError(rules.BUFFER_REUSED, f"head {head}")
         chain = Chain(self._memory, self.size, id=head)
         table: int | None = None  # address of the indirect table that we are in

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vballoon.virtqueue.base import ChainBatch, empty_batch
+from vballoon.virtqueue.base import ChainBatch
 from vballoon.virtqueue.batching import FEW, Batching
 from vballoon.virtqueue.circular import load_run, store_run
-from vballoon.virtqueue.columns import Columns, Part, Tables, flags_of, lengths_of
+from vballoon.virtqueue.columns import Columns, Part, Tables, all_like_first, lengths_of, word16
 from vballoon.virtqueue.ring import BATCH_DESCRIPTORS
 from vballoon.virtqueue.split import ScalarSplit
 from vballoon_spec.virtio import split
@@ -52,21 +52,31 @@ class BatchSplit(Batching, ScalarSplit):
         count = min(limit, pending, self.size - self._held)
         heads = load_run(self._heads, self._avail & (self.size - 1), count)
         at = heads.astype(np.intp)
-        if count and int(heads.max()) >= self.size:
+        try:
+            at = at[: self._claim(at)]
+        except IndexError:  # a head outside the table; those in front of it may be good
             at = at[: int(np.argmax(heads >= self.size))]
-        at = at[: self._usable(at)]
+            at = at[: self._claim(at)]
         if not at.size:
-            return empty_batch(self._memory)
-        rows = self._rows(at)
-        flags = flags_of(rows, _FLAGS)
-        if np.bitwise_or.reduce(flags) & _CHAINED:
-            batch, slots = self._chains(heads, rows)
-        else:
-            batch = self._singles(heads[: at.size], rows, (flags & split.VIRTQ_DESC_F_WRITE) != 0)
-            slots = self._ones[: len(batch)]
-        self._consume(len(batch), 0)
-        self._inflight.on_take(batch.ids, slots, None)
-        return self._book(batch, slots)
+            return self._empty
+        batch, slots = self._buffers(heads[: at.size], self._rows(at))
+        held = self._keep(batch, at, slots)
+        self._consume(len(batch), held)
+        self._log_take(batch, slots, None)
+        return self._count(batch, held)
+
+    def _buffers(
+        self, heads: NDArray[np.uint16], rows: NDArray[np.uint64]
+    ) -> tuple[ChainBatch, NDArray[np.uint16] | None]:
+        """The leading good buffers, and the descriptors each has in the ring (None: one)."""
+        flags = word16(rows, _FLAGS)
+        if all_like_first(flags):
+            chained, write = int(flags[0]) & _CHAINED, bool(flags[0] & split.VIRTQ_DESC_F_WRITE)
+            if not chained:
+                return self._singles(heads, rows, write), None
+        elif not np.bitwise_or.reduce(flags) & _CHAINED:
+            return self._singles(heads, rows, (flags & split.VIRTQ_DESC_F_WRITE) != 0), None
+        return self._chains(heads, rows)
 
     def _rows(self, at: NDArray[np.intp]) -> NDArray[np.uint64]:
         return self._table.take(at).view(np.uint64).reshape(at.size, 2)
@@ -133,14 +143,14 @@ class _Follow:
     ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """One link of every chain; the chains that go on, and where."""
         self.slots[chain] += 1
-        flags = flags_of(rows, _FLAGS)
+        flags = word16(rows, _FLAGS)
         indirect = (flags & split.VIRTQ_DESC_F_INDIRECT) != 0
         if indirect.any():
             self._point(chain[indirect], rows[indirect], flags[indirect])
             chain, rows, flags = chain[~indirect], rows[~indirect], flags[~indirect]
         self.parts.append(_elements(chain, rows, flags))
         on = (flags & split.VIRTQ_DESC_F_NEXT) != 0
-        chain, at = chain[on], flags_of(rows[on], _NEXT).astype(np.intp)
+        chain, at = chain[on], word16(rows[on], _NEXT).astype(np.intp)
         self._stop(chain[at >= self._ring.size])
         keep = chain < self.end
         return chain[keep], at[keep]
@@ -165,11 +175,11 @@ class _Follow:
         if not tables.chain.size:
             return
         chain, rows, index, following = tables.read(memory)
-        flags = flags_of(rows, _FLAGS)
+        flags = word16(rows, _FLAGS)
         on = (flags & split.VIRTQ_DESC_F_NEXT) != 0
         odd = (flags & split.VIRTQ_DESC_F_INDIRECT) != 0
         odd |= on != (following > 0)
-        odd |= on & (flags_of(rows, _NEXT) != index + 1)
+        odd |= on & (word16(rows, _NEXT) != index + 1)
         self._stop(chain[odd])
         self.parts.append(_elements(chain, rows, flags))
 
