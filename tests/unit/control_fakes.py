@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tests.unit.test_skipmap_map import MIB, make_memory
 
 from vballoon.balloon.counters import Counters
+from vballoon.cli.listening import Listening
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import UsageError
@@ -106,15 +107,18 @@ def served(path, balloon=None):
     refused = []
 
     async def main():
+        listening = Listening()
         try:
-            server.start(path)
-        except OSError as error:
+            listening.open(str(path), private=True)
+            server.start(listening.take(str(path)))
+        except UsageError as error:
             refused.append(error)
             return
         finally:
             ready.set()
         await stop.wait()
         server.close()
+        listening.close()
         for _ in range(100):
             if not server.clients:
                 break

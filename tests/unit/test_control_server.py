@@ -362,7 +362,7 @@ def test_clients_that_come_and_go_leave_nothing(server, path):
 def test_the_socket_is_the_owner_s_alone_and_a_dead_one_is_replaced(path):
     with served(path):
         assert path.stat().st_mode & 0o777 == 0o600
-        with pytest.raises(OSError, match="another server"), served(path):
+        with pytest.raises(UsageError, match="another server"), served(path):
             pass
     assert not path.exists()
     stale = socket.socket(socket.AF_UNIX)

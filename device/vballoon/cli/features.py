@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vballoon import vhost_user, virtio_pci
 from vballoon.balloon.device import ALL_FEATURES
 from vballoon.errors import UsageError
-from vballoon.vhost_user import DEFAULT_RING_FEATURES
 from vballoon_spec.virtio import features as ring
 from vballoon_spec.virtio.balloon import BalloonFeature
 
@@ -24,10 +24,11 @@ _RING = {
 
 
 class Offered(NamedTuple):
-    """Two feature words."""
+    """Feature words: the balloon's, and those of rings and transport by transport."""
 
     device: int
     ring: int
+    pci_ring: int
 
 
 def device_names() -> dict[int, str]:
@@ -37,7 +38,7 @@ def device_names() -> dict[int, str]:
 
 def parse_features(text: str) -> Offered:
     """The words to offer for *text* (see ``vballoon serve --help``); raises UsageError."""
-    device, ring_word = int(ALL_FEATURES), int(DEFAULT_RING_FEATURES)
+    device, added, removed = int(ALL_FEATURES), 0, 0
     words = [word.strip() for word in text.split(",") if word.strip()]
     if any(_is_plain(word) for word in words):
         device = 0
@@ -49,11 +50,16 @@ def parse_features(text: str) -> Offered:
             device = device | mask if on else device & ~mask
         elif name in _RING:
             mask = 1 << _RING[name]
-            ring_word = ring_word | mask if on else ring_word & ~mask
+            added = added | mask if on else added & ~mask
+            removed = removed & ~mask if on else removed | mask
         else:
             known = ", ".join([*BalloonFeature.__members__, *_RING])
             raise UsageError(f"unknown feature {word!r}; known: {known}")
-    return Offered(device, ring_word)
+    return Offered(
+        device,
+        vhost_user.DEFAULT_RING_FEATURES & ~removed | added,
+        virtio_pci.DEFAULT_RING_FEATURES & ~removed | added,
+    )
 
 
 def _plain_name(word: str) -> str:

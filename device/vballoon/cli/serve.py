@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vballoon.cli.common import Subparsers, add_command
 from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from vballoon.cli.listening import Listening
 
 __all__ = ("add", "run")
 
@@ -96,18 +96,33 @@ def run(options: argparse.Namespace) -> int:
     if options.print_capabilities:
         print('{\n  "type": "balloon"\n}')
         return 0
-    from vballoon.cli import serving
+    from vballoon.cli.listening import Listening
 
     machines = _machines(options)
-    serving.set_up_logging(options.log_level)
-    return serving.serve(machines)
+    listening = Listening()
+    try:
+        for machine in machines:
+            _listen(listening, machine)
+        from vballoon.cli import serving
+
+        serving.set_up_logging(options.log_level)
+        return serving.serve(machines, listening)
+    finally:
+        listening.close()
 
 
-def _machines(options: argparse.Namespace) -> list[dict[str, object]]:
+def _listen(listening: Listening, machine: dict[str, Any]) -> None:
+    if "control" in machine:  # whoever may write to it commands the balloon
+        listening.open(machine["control"], private=True)
+    if "vfio-user" in machine:
+        listening.open(machine["vfio-user"])
+    elif "vhost-user" in machine and not machine.get("client"):
+        listening.open(machine["vhost-user"])
+
+
+def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The machines to serve, each as the options that describe it."""
-    from vballoon.cli.serving import read_config
-
-    given = {
+    given: dict[str, Any] = {
         "vhost-user": options.vhost_user,
         "vfio-user": options.vfio_user,
         "fd": options.fd,
@@ -116,7 +131,11 @@ def _machines(options: argparse.Namespace) -> list[dict[str, object]]:
     if options.config is not None:
         if options.control or options.client or options.no_discard or options.features:
             raise UsageError("--config FILE takes everything but --log-level from the file")
-        return read_config(_path(options.config))
+        from pathlib import Path
+
+        from vballoon.cli.config import read_config
+
+        return read_config(Path(options.config))
     if not given:
         raise UsageError("serve: one of --vhost-user, --vfio-user, --fd or --config is needed")
     given |= {"client": options.client, "no-discard": options.no_discard}
@@ -124,9 +143,3 @@ def _machines(options: argparse.Namespace) -> list[dict[str, object]]:
     if options.control:
         given["control"] = options.control
     return [given]
-
-
-def _path(text: str) -> Path:
-    from pathlib import Path
-
-    return Path(text)

@@ -7,33 +7,29 @@ import asyncio
 import logging
 import signal
 import sys
-import tomllib
 from typing import TYPE_CHECKING, Any
 
+import fdsocket
 from vballoon.balloon import Balloon
+from vballoon.cli.config import WHERE
 from vballoon.cli.features import device_names, parse_features
+from vballoon.cli.transports import VfioUser, VhostUser
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import UsageError
-from vballoon.vhost_user import BackendEvents, VhostUserServer
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import socket
+    from collections.abc import Callable
 
-__all__ = ("read_config", "serve", "set_up_logging")
+    from vballoon.cli.features import Offered
+    from vballoon.cli.listening import Listening
+    from vballoon.cli.transports import ServedTransport
+    from vballoon.vhost_user import BackendStatus
+
+__all__ = ("serve", "set_up_logging")
 
 log = logging.getLogger("vballoon.serve")
-
-_KINDS: dict[str, type] = {
-    "vhost-user": str,
-    "vfio-user": str,
-    "fd": int,
-    "control": str,
-    "client": bool,
-    "no-discard": bool,
-    "features": str,
-}
-_WHERE = ("vhost-user", "vfio-user", "fd")
 
 
 class _OneLine(logging.Formatter):
@@ -50,38 +46,12 @@ def set_up_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def read_config(path: Path) -> list[dict[str, Any]]:
-    """The ``[[vm]]`` tables of the TOML file *path*; raises :class:`UsageError`."""
-    try:
-        data = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    machines = data.get("vm")
-    if set(data) != {"vm"} or not isinstance(machines, list) or not machines:
-        raise UsageError(f"{path}: [[vm]] tables are expected, and nothing else")
-    for number, machine in enumerate(machines, start=1):
-        _check_machine(f"{path}: vm {number}", machine)
-    return machines
-
-
-def _check_machine(where: str, machine: dict[str, Any]) -> None:
-    for key, value in machine.items():
-        if key not in _KINDS:
-            raise UsageError(f"{where}: unknown key {key!r}; known: {', '.join(_KINDS)}")
-        if type(value) is not _KINDS[key]:
-            raise UsageError(f"{where}: {key} must be of type {_KINDS[key].__name__}")
-    if sum(key in machine for key in _WHERE) != 1:
-        raise UsageError(f"{where}: exactly one of {', '.join(_WHERE)} is needed")
-
-
-def serve(machines: list[dict[str, Any]]) -> int:
+def serve(machines: list[dict[str, Any]], listening: Listening) -> int:
     """Serve all *machines* until SIGTERM, SIGINT or ``quit``; returns the exit code."""
-    return asyncio.run(_serve(machines))
+    return asyncio.run(_serve(machines, listening))
 
 
-async def _serve(machines: list[dict[str, Any]]) -> int:
+async def _serve(machines: list[dict[str, Any]], listening: Listening) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,8 +59,7 @@ async def _serve(machines: list[dict[str, Any]]) -> int:
     served: list[Machine] = []
     try:
         for options in machines:
-            served.append(Machine(options, stop))
-            served[-1].open()
+            served.append(Machine(options, listening, stop.set))
         tasks = [asyncio.create_task(machine.run()) for machine in served]
         told = asyncio.create_task(stop.wait())
         # one machine's end (an inherited connection, a fault) does not end the others
@@ -107,68 +76,58 @@ async def _serve(machines: list[dict[str, Any]]) -> int:
     return 0
 
 
-class _Events(BackendEvents):
-    """What happens on the transport, as events of the control socket."""
-
-    def __init__(self, control: ControlServer) -> None:
-        self._control = control
-
-    def frontend_connected(self) -> None:
-        self._control.event("FRONTEND_CONNECTED", {})
-
-    def frontend_disconnected(self, reason: str) -> None:
-        self._control.event("FRONTEND_DISCONNECTED", {"reason": reason})
-
-    def queue_broken(self, index: int, rule: str, detail: str) -> None:
-        self._control.event("QUEUE_BROKEN", {"queue": index, "rule": rule, "detail": detail})
-
-
 class Machine:
     """One balloon and everything around it.  *options* are as in a ``[[vm]]`` table."""
 
-    def __init__(self, options: dict[str, Any], stop: asyncio.Event) -> None:
+    def __init__(
+        self, options: dict[str, Any], listening: Listening, stop: Callable[[], None]
+    ) -> None:
         features = parse_features(options.get("features", ""))
-        self._options = options
-        self._control_path = options.get("control")
-        self.balloon = Balloon(features.device, discard=not options.get("no-discard", False))
-        operator = Operator(self.balloon, self, stop=stop.set)
-        self.control = ControlServer(operator)
-        if "vfio-user" in options:
-            raise UsageError("vfio-user is not served by this version")
-        self.server = VhostUserServer(
-            self.balloon,
-            path=options.get("vhost-user"),
-            fd=options.get("fd"),
-            client=options.get("client", False),
-            ring_features=features.ring,
-            events=_Events(self.control),
-            device_names=device_names(),
-        )
+        balloon = Balloon(features.device, discard=not options.get("no-discard", False))
+        self._operator = Operator(balloon, self, stop=stop)
+        self._control = ControlServer(self._operator)
+        self._transport = _transport(options, listening, features, balloon, self._control.event)
+        if "control" in options:
+            self._control.start(listening.take(options["control"]))
+        where = (f"{key} {options[key]}" for key in (*WHERE, "control") if key in options)
+        log.info("serving %s", ", ".join(where))
 
-    def status(self) -> Any:
+    def status(self) -> BackendStatus:
         """The transport's state."""
-        return self.server.status()
-
-    def open(self) -> None:
-        """Make both sockets ready."""
-        if self._control_path is not None:
-            try:
-                self.control.start(self._control_path)
-            except OSError as error:
-                raise UsageError(f"{self._control_path}: {error.strerror or error}") from None
-        self.server.open()
-        where = self._options.get("vhost-user") or f"descriptor {self._options.get('fd')}"
-        control = f", control socket {self._control_path}" if self._control_path else ""
-        log.info("vhost-user on %s%s", where, control)
+        return self._transport.status()
 
     async def run(self) -> None:
         """Serve front-ends until closed."""
         try:
-            await self.server.serve()
+            await self._transport.run()
         except asyncio.CancelledError:
             pass
 
     def close(self) -> None:
         """Let go of everything; safe to call again."""
-        self.server.close()
-        self.control.close()
+        self._transport.close()
+        self._control.close()
+
+
+def _transport(
+    options: dict[str, Any],
+    listening: Listening,
+    features: Offered,
+    balloon: Balloon,
+    emit: Callable[[str, dict[str, Any]], None],
+) -> ServedTransport:
+    names = device_names()
+    if "vfio-user" in options:
+        sock = listening.take(options["vfio-user"])
+        return VfioUser(balloon, features, emit, names, sock=sock)
+    if options.get("client"):
+        return VhostUser(balloon, features, emit, names, path=options["vhost-user"])
+    sock = _adopt(options["fd"]) if "fd" in options else listening.take(options["vhost-user"])
+    return VhostUser(balloon, features, emit, names, sock=sock)
+
+
+def _adopt(number: int) -> socket.socket:
+    try:
+        return fdsocket.adopt(number)
+    except OSError as error:
+        raise UsageError(error.strerror or str(error)) from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import os
 import socket
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -43,45 +42,26 @@ class ControlServer:
         self._throttle = EventThrottle(self._broadcast)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener: socket.socket | None = None
-        self._path: str | os.PathLike[str] | None = None
-        self._inode = -1
         self._poll: asyncio.TimerHandle | None = None
 
-    def start(self, path: str | os.PathLike[str]) -> None:
-        """Listen at *path* (mode 0600) and subscribe to the balloon's events.
-
-        Raises :class:`OSError` where that is not possible.
-        """
+    def start(self, listener: socket.socket) -> None:
+        """Accept clients on *listener* (taken over), and subscribe to the balloon's events."""
         self._loop = asyncio.get_running_loop()
-        self._path = path
-        mask = os.umask(0o177)  # whoever may write to the socket commands the balloon
-        try:
-            self._listener = fdsocket.listen(path, backlog=CLIENTS_MAX)
-        finally:
-            os.umask(mask)
-        self._inode = os.stat(path).st_ino
-        self._loop.add_reader(self._listener, self._accept)
+        self._listener = listener
+        self._loop.add_reader(listener, self._accept)
         self.operator.balloon.events = self.event
         self.operator.interval_changed = self._poll_stats
 
     def close(self) -> None:
-        """Stop listening, remove the socket file and disconnect the clients."""
+        """Stop listening and disconnect the clients."""
         if self._poll is not None:
             self._poll.cancel()
         if self._listener is not None and self._loop is not None:
             self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
-            self._remove_path()
         for client in tuple(self.clients):
             client.finish()
-
-    def _remove_path(self) -> None:
-        try:
-            if self._path is not None and os.stat(self._path).st_ino == self._inode:
-                os.unlink(self._path)  # and not the socket of a server that came after us
-        except OSError:
-            pass
 
     def event(self, name: str, data: dict[str, Any]) -> None:
         """Something happened that clients want to know."""
