@@ -275,8 +275,16 @@ class VirtioPciFunction(PciDevice):
         for index in kicked:
             if self._reset_due:
                 return
-            if index in self.rings.queues and self._process(self.rings.queues[index]):
+            if index in self.rings.queues and self._serve_one(index):
                 self._kicked[index] = None
+
+    def _serve_one(self, index: int) -> bool:
+        registers = self.registers.queues[index]
+        if self.client_memory.check_shared((registers.desc, registers.driver)):
+            return self._process(self.rings.queues[index])
+        self._change_memory()
+        self._start()
+        return True
 
     def _process(self, queue: DeviceQueue) -> bool:
         try:
@@ -345,6 +353,7 @@ class VirtioPciFunction(PciDevice):
         """The client has gone.  Registers stay; queues go on when the next one has memory."""
         self._stop(quiet=True)
         self._kicked.clear()
+        self.client_memory.forget_files()
         self.device.detach()
 
     def reset(self) -> None:

@@ -3,11 +3,20 @@
 
 Regions that came with a file are mapped; the others (the client's ROMs and frame buffers, and all
 of RAM that it does not share) are reached by DMA_READ and DMA_WRITE.
+
+**A file need not be what the guest uses.**  QEMU sends the descriptor of any RAM that has a file,
+also where it maps the file privately (``memory-backend-memfd,share=off``).  The guest's writes
+then never reach the file, and nothing says so.  But a driver that announces buffers has written to
+its rings; where the file has only zeroes instead, the client is asked for the same bytes by
+message, and if it has something else, the file is not believed any more.  (A file that has old
+contents, a template say, is believed: it is the operator's to share it.)
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterable
 
 from vballoon.errors import MemoryFault, ProtocolError
 from vballoon.memory import DirtyLog, GuestMemory, MemoryRegion
@@ -15,7 +24,13 @@ from vfio_user import DmaError, DmaRegion, DmaTable, RequestError
 
 __all__ = ("ClientMemory",)
 
+log = logging.getLogger(__name__)
+
 _EINVAL = 22
+_SAMPLE = 64
+"""Bytes of a ring that are compared: four descriptors."""
+
+FileId = tuple[int, int]
 
 
 class RemotePages:
@@ -55,7 +70,10 @@ class ClientMemory:
         self.table = GuestMemory()
         self.stale = False
         """Whether :attr:`table` is no longer what the client has mapped."""
+        self._dma = dma
         self._regions: dict[int, MemoryRegion] = {}
+        self._shared: set[FileId] = set()
+        self._private: set[FileId] = set()
 
     def add(self, region: DmaRegion) -> None:
         """A region was mapped; raises :class:`~vfio_user.RequestError` if it cannot be used."""
@@ -66,6 +84,8 @@ class ClientMemory:
         self.stale = True
 
     def _make(self, region: DmaRegion) -> MemoryRegion:
+        if region.fd is not None and _file_id(region.fd) in self._private:
+            region.close()
         if region.fd is None:
             return MemoryRegion(
                 guest_phys_addr=region.address, size=region.size, remote=self.remote
@@ -83,7 +103,67 @@ class ClientMemory:
         self.stale = True
         return self._regions.pop(region.address)
 
+    def check_shared(self, addresses: Iterable[int]) -> bool:
+        """Whether the files behind *addresses*, where a driver has written, are what it uses.
+
+        False: one of them is not; its regions are reached by messages from now on, and
+        :attr:`stale` is set.
+        """
+        for addr in addresses:
+            region = self._suspect(addr)
+            if region is not None and self._differs(addr):
+                self._distrust(region)
+                return False
+        return True
+
+    def _suspect(self, addr: int) -> DmaRegion | None:
+        """The region of *addr*, if its file is empty there and was never seen to be used."""
+        try:
+            region = self._dma.find(addr, _SAMPLE)
+            if region.fd is None or _file_id(region.fd) in self._shared:
+                return None
+            if any(self.table.read(addr, _SAMPLE)):
+                self._shared.add(_file_id(region.fd))
+                return None
+        except (DmaError, MemoryFault):
+            return None
+        return region
+
+    def _differs(self, addr: int) -> bool:
+        """Whether the client has something where the file has nothing."""
+        channel = self._dma.channel
+        try:
+            return channel is not None and any(channel.dma_read(addr, _SAMPLE))
+        except DmaError as error:
+            log.info("cannot compare guest memory: %s", error)
+            return False
+
+    def _distrust(self, found: DmaRegion) -> None:
+        log.error(
+            "guest memory is not shared with this device (share=off): it is reached by messages, "
+            "and nothing in it can be discarded"
+        )
+        assert found.fd is not None  # a suspect has a file
+        file = _file_id(found.fd)
+        self._private.add(file)
+        for region in self._dma.regions:
+            if region.fd is not None and _file_id(region.fd) == file:
+                region.close()
+                self._regions.pop(region.address).close()
+                self._regions[region.address] = self._make(region)
+        self.stale = True
+
+    def forget_files(self) -> None:
+        """The client has gone: what is known of its files is about others next time."""
+        self._shared.clear()
+        self._private.clear()
+
     def refresh(self, log: DirtyLog | None) -> None:
         """Make :attr:`table` what the client has mapped; *log* is told of writes."""
         self.table = GuestMemory(self._regions.values(), dirty_log=log)
         self.stale = False
+
+
+def _file_id(fd: int) -> FileId:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino

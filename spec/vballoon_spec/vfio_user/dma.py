@@ -87,7 +87,7 @@ class DmaAccess(WireStruct):
 
 
 class DmaAccess32(WireStruct):
-    """The same messages as QEMU 10.1 to 11.1 lays them out: *count* has 32 bits.
+    """The same messages as the sources of QEMU 10.1 lay them out: *count* has 32 bits.
 
     Its data therefore begins four bytes early, at offset 12 of the payload, while the size of the
     message is still that of the 16-byte form.
