@@ -21,25 +21,25 @@ __all__ = ("BACKGROUND", "CATEGORIES", "COLOURS", "MemoryPicture", "PictureRegio
 
 Colour = tuple[int, int, int]
 
-CATEGORIES = ("resident", "reported", "ballooned", "hinted", "walked")
-"""Bottom to top."""
+CATEGORIES = ("resident", "hinted", "walked", "reported", "ballooned")
+"""Bottom to top: what was given back to the host is on top of what is said to be free."""
 COLOURS: dict[str, Colour] = {
     # Okabe and Ito's palette, which people with colour-blindness can tell apart
     "resident": (0, 114, 178),
-    "reported": (0, 158, 115),
-    "ballooned": (213, 94, 0),
     "hinted": (240, 228, 66),
     "walked": (204, 121, 167),
+    "reported": (0, 158, 115),
+    "ballooned": (213, 94, 0),
 }
 BACKGROUND: Colour = (44, 44, 44)
 """A page that the host holds nothing of and that nobody said anything about."""
 MEANING = {
     "resident": "held by the host",
-    "reported": "reported free, given back, still a hole",
-    "ballooned": "in the balloon",
     "hinted": "hinted free",
     "walked": "on the guest's free lists",
-    "untouched": "never touched",
+    "reported": "reported free, given back, still a hole",
+    "ballooned": "in the balloon",
+    "untouched": "never touched, nothing said",
 }
 FAINTEST = 0.3
 """Opacity of a cell with a single page: visible."""
