@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vballoon.errors import QueueError, UsageError
+from vballoon.errors import PeerError, QueueError, UsageError
 from vballoon.memory import fence
 from vballoon.virtqueue import rules
 from vballoon.virtqueue.base import ChainBatch, RingState, Virtqueue, empty_batch
@@ -147,9 +147,9 @@ class Ring(Virtqueue):
                     raise QueueError(rules.BUFFER_REUSED, f"{chain.id}")
                 if held + chain.slots > self.size:
                     raise QueueError(rules.RING_OVERRUN, f"{held} and {chain.slots} of {self.size}")
-            except QueueError:
+            except PeerError as error:
                 if not good:
-                    raise
+                    raise QueueError(error.rule, error.detail) from None
                 break
             good.append(chain)
             ids.add(chain.id)

@@ -61,6 +61,8 @@ class BatchSplit(Batching, ScalarSplit):
             return self._empty
         batch, slots = self._buffers(heads[: at.size], self._rows(at))
         held = self._keep(batch, at, slots)
+        if not held:
+            return batch
         self._consume(len(batch), held)
         self._log_take(batch, slots, None)
         return self._count(batch, held)
