@@ -23,9 +23,9 @@ def on_qemu(folder: Path, kernel: str, transport: str) -> bool:
     from tests.lab import Machine, setup
 
     setup([kernel])
+    CONSOLE.print(f"booting Linux {kernel} on stock QEMU, attached over {transport}…")
     with (
         Backend(transport) as backend,
-        CONSOLE.status(f"booting Linux {kernel} on stock QEMU, attached over {transport}…"),
         Machine(
             kernel=kernel, machine="q35", memory=1024, smp=2, extra=backend.device("q35")
         ) as vm,
