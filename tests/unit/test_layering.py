@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The import directions of docs/architecture.md, read from the sources.
+
+A room imports only from rooms above it; construct stays in ``spec/``; sockets, asyncio and calls
+on guest memory stay in the modules that are made for them.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ROOMS = (
+    "errors", "memory", "virtqueue", "skipmap", "virtio", "balloon", "vhost_user", "virtio_pci",
+    "control", "snapshot", "cli",
+)  # fmt: skip
+"""From the ground up."""
+FORBIDDEN_PAIRS = {
+    ("vhost_user", "balloon"): "transports import virtio, never balloon",
+    ("virtio_pci", "balloon"): "transports import virtio, never balloon",
+    ("vhost_user", "virtio_pci"): "transports never import each other",
+    ("virtio_pci", "vhost_user"): "transports never import each other",
+}
+KNOWN_THIRD = {"construct", "numpy", "qemu", "rich", "PIL", "pytest", "hypothesis"}
+OWN = {"vballoon", "vballoon_spec", "fdsocket", "vfio_user"}
+THIRD_PARTY = {
+    "vballoon": {"numpy", "qemu", "rich", "PIL"},
+    "vballoon_spec": {"construct", "numpy"},
+    "vballoon_spec.conformance": {"construct", "numpy", "pytest", "rich"},
+    "fdsocket": set(),
+    "vfio_user": {"numpy"},
+}
+IO = {"socket", "selectors", "asyncio"}
+IO_ROOMS = {"control", "snapshot", "cli"}
+MAPPING = {"mmap", "fcntl"}
+MAPPING_MODULES = {
+    "vballoon.memory": "maps guest memory",
+    "vballoon.skipmap.store": "maps its own bitmap",
+    "vballoon.vhost_user.inflight": "maps the inflight region, which is not guest memory",
+}
+
+
+def imports(tree: ast.AST, *, typing_too: bool = True) -> list[str]:
+    """The dotted names that *tree* imports; ``from a import b`` gives ``a.b``."""
+    found = []
+    for node in ast.walk(tree) if typing_too else runtime_nodes(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def runtime_nodes(tree: ast.AST):
+    """All nodes but those under ``if TYPE_CHECKING:``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from runtime_nodes(node)
+
+
+def modules() -> dict[str, Path]:
+    """Module name → file, of both source roots."""
+    found = {}
+    for root in ("device", "spec"):
+        for path in sorted((ROOT / root).rglob("*.py")):
+            parts = path.relative_to(ROOT / root).with_suffix("").parts
+            found[".".join(p for p in parts if p != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What *module* imports that it must not, one sentence for each."""
+    tree = ast.parse(source)
+    names = imports(tree)
+    return (
+        _packages(module, names)
+        + _rooms(module, names)
+        + _io(module, imports(tree, typing_too=False))
+    )
+
+
+def _packages(module: str, names: list[str]) -> list[str]:
+    """Between packages, and to third parties."""
+    top = module.split(".")[0]
+    allowed = THIRD_PARTY[top]
+    if module.startswith("vballoon_spec.conformance"):
+        allowed = THIRD_PARTY["vballoon_spec.conformance"]
+    said = []
+    for name in names:
+        other = name.split(".")[0]
+        if (
+            other in ("construct", "numpy", "qemu", "rich", "PIL", "pytest")
+            and other not in allowed
+        ):
+            said.append(f"{module} imports {other}")
+        if top == "vballoon_spec" and other in OWN - {"vballoon_spec"}:
+            said.append(f"{module} imports {name}: spec imports nothing from the device")
+        if top == "fdsocket" and other in OWN - {"fdsocket"}:
+            said.append(f"{module} imports {name}: fdsocket knows no protocol")
+        if top == "vfio_user" and (
+            other == "vballoon"
+            or (other == "vballoon_spec" and not name.startswith(
+                ("vballoon_spec.wire", "vballoon_spec.vfio_user", "vballoon_spec.pci")
+            ))
+        ):  # fmt: skip
+            said.append(f"{module} imports {name}: vfio_user knows no virtio")
+    return said
+
+
+def _rooms(module: str, names: list[str]) -> list[str]:
+    """Between the rooms of vballoon."""
+    if not module.startswith("vballoon."):
+        return []
+    room = module.split(".")[1]
+    said = []
+    for name in names:
+        if not name.startswith("vballoon."):
+            continue
+        other = name.split(".")[1]
+        if other not in ROOMS:
+            said.append(f"{module} imports {name}: no such room")
+        elif room != "__main__" and ROOMS.index(other) > ROOMS.index(room):
+            said.append(f"{module} imports {name}: {other} is below {room}")
+        if (room, other) in FORBIDDEN_PAIRS:
+            said.append(f"{module} imports {name}: {FORBIDDEN_PAIRS[room, other]}")
+    return said
+
+
+def _io(module: str, names: list[str]) -> list[str]:
+    """Sockets and loops in shells, mappings where they belong."""
+    top, *rest = module.split(".")
+    last = rest[-1] if rest else ""
+    shell = (
+        top == "fdsocket"
+        or last in ("shell", "server", "run")
+        or (top == "vballoon" and rest and rest[0] in IO_ROOMS)
+        or module.startswith("vballoon_spec.conformance")  # it drives backends over sockets
+    )
+    said = []
+    for name in names:
+        other = name.split(".")[0]
+        if other in IO and not shell:
+            said.append(f"{module} imports {other}: only shells do")
+        if other in MAPPING and top == "vballoon" and not any(
+            module == m or module.startswith(m + ".") for m in MAPPING_MODULES
+        ) and rest[0] not in IO_ROOMS:  # fmt: skip
+            said.append(f"{module} imports {other}: only memory maps guest memory")
+    return said
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_up_only(module):
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+PLANTED = [
+    ("vballoon.memory.pages", "from vballoon.virtqueue import base", "is below memory"),
+    ("vballoon.skipmap.bits", "import vballoon.balloon", "is below skipmap"),
+    ("vballoon.vhost_user.session", "from vballoon.balloon import Balloon", "never balloon"),
+    ("vballoon.vhost_user.server", "from vballoon import virtio_pci", "never import each other"),
+    ("vballoon.virtio_pci.rings", "import vballoon.vhost_user.vring", "never import each other"),
+    ("vballoon.balloon.device", "import construct as c", "imports construct"),
+    ("vballoon.balloon.device", "import asyncio", "only shells do"),
+    ("vballoon.vhost_user.session", "def f():\n    import socket", "only shells do"),
+    ("vballoon.balloon.device", "import mmap", "only memory maps"),
+    ("vballoon.balloon.device", "from vballoon.engine import x", "no such room"),
+    ("vballoon_spec.wire", "from vballoon.errors import PeerError", "nothing from the device"),
+    ("vballoon_spec.wire", "import pytest", "imports pytest"),
+    ("fdsocket.stream", "import vfio_user", "knows no protocol"),
+    ("vfio_user.device", "from vballoon.errors import PeerError", "knows no virtio"),
+    ("vfio_user.device", "import vballoon_spec.virtio.balloon", "knows no virtio"),
+    ("vfio_user.session", "import socket", "only shells do"),
+    ("vballoon_spec.wire", "import socket", "only shells do"),
+]
+
+
+@pytest.mark.parametrize(("module", "source", "says"), PLANTED, ids=[p[1] for p in PLANTED])
+def test_a_planted_import_is_found(module, source, says):
+    """The test above can fail: for every rule one import that breaks it."""
+    assert module in MODULES
+    assert any(says in sentence for sentence in violations(module, source))
+
+
+def test_every_room_is_in_the_list():
+    there = {name.split(".")[1] for name in MODULES if name.startswith("vballoon.")}
+    assert there - {"__main__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_source_file_has_its_licence_and_says_what_it_is_for(module):
+    text = MODULES[module].read_text()
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert ast.get_docstring(ast.parse(text)), "no module docstring"
+    assert text.count("\n") <= 500
