@@ -23,8 +23,17 @@ class LinuxGuest:
 
     def dirty(self) -> None:
         """A process fills memory and holds it."""
+        self._settle()
         self.vm.guest.start(f"memhog {self.freed // MIB}", log="/run/hog.log", fifo="/run/hog")
         self.vm.guest.wait_for("grep -q filled /run/hog.log")
+
+    def _settle(self, quiet: float = 3.0) -> None:
+        """Until reporting has nothing left to give back from the boot."""
+        size, since = self.resident(), time.monotonic()
+        while time.monotonic() - since < quiet:
+            time.sleep(0.2)
+            if self.resident() != size:
+                size, since = self.resident(), time.monotonic()
 
     def free(self) -> None:
         """It lets go of it; what its free lists gain is what was freed."""
