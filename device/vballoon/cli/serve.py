@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from typing import TYPE_CHECKING, Any
 
 from vballoon.cli.common import Subparsers, add_command
@@ -100,6 +101,8 @@ def run(options: argparse.Namespace) -> int:
 
     machines = _machines(options)
     listening = Listening()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)  # until the loop takes them over: the files go here, too
     try:
         for machine in machines:
             _listen(listening, machine)
@@ -109,6 +112,10 @@ def run(options: argparse.Namespace) -> int:
         return serving.serve(machines, listening)
     finally:
         listening.close()
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(0)
 
 
 def _listen(listening: Listening, machine: dict[str, Any]) -> None:

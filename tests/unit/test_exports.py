@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public names of every package: a change of them is a decision, not an accident."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+PUBLIC = {
+    "fdsocket": """MAX_FDS AddressInUse FdStream Receiver TruncatedError adopt close_fds connect
+        is_listening listen receive_some send_some""",
+    "vfio_user": """ConfigSpace DmaChannel DmaError DmaLog DmaRegion DmaTable FatalError IoEvent
+        IrqTable MigrationMachine PciDevice Region RequestError Server Session SessionLimits
+        UsageError VfioUserError run_program serve""",
+    "vballoon.errors": """MemoryFault PeerError ProtocolError QueueError UsageError
+        VballoonError""",
+    "vballoon.memory": """PAGE_SIZE VHOST_LOG_PAGE BitmapLog DirtyLog Discarder GuestMemory
+        MemoryRegion RemoteMemory data_extents""",
+    "vballoon.virtqueue": """RULES ChainBatch InflightLog NullInflight Resubmit RingAddresses
+        RingState Virtqueue empty_batch make_virtqueue""",
+    "vballoon.skipmap": """PAGE_SHIFT PAGE_SIZE VOIDS BitmapLayout FrozenExport Instant PageBitmap
+        Provenance RegionBits Round RoundKind SkipExport SkipMap VoidReason combine
+        write_export""",
+    "vballoon.virtio": "DeviceQueue Transport VirtioDevice",
+    "vballoon.balloon": "Balloon ConfigSpace Counters GuestStats Role settle_roles",
+    "vballoon.vhost_user": """DEFAULT_RING_FEATURES PROTOCOL_FEATURES BackendEvents BackendStatus
+        QueueStatus RegionStatus Session VhostUserBackend VhostUserServer feature_names""",
+    "vballoon.virtio_pci": "DEFAULT_RING_FEATURES VirtioPciFunction",
+    "vballoon.control": "ControlClient",
+    "vballoon.cli": "main vhost_user_main",
+    "vballoon_spec.wire": "WireError WireStruct c_struct dtype_of struct_format",
+    "vballoon_spec.skipmap": """FORMAT_NAME FORMAT_VERSION LIVE_MAGIC LIVE_VERSION MANIFEST_FILE
+        PAGE_SIZE PROVENANCES BitmapFile LiveHeader LiveRoundState Manifest ManifestError
+        ManifestRegion ManifestRound page_sums""",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_public_names_are_these(package):
+    assert set(importlib.import_module(package).__all__) == set(PUBLIC[package].split())
+
+
+def all_modules():
+    for top in ("fdsocket", "vfio_user", "vballoon", "vballoon_spec"):
+        package = importlib.import_module(top)
+        yield top
+        for info in pkgutil.walk_packages(package.__path__, f"{top}."):
+            if not info.name.endswith("__main__") and ".suite" not in info.name:
+                yield info.name
+
+
+@pytest.mark.parametrize("name", list(all_modules()))
+def test_what_a_module_offers_is_there_and_documented(name):
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", ()):
+        thing = getattr(module, public)
+        declared = "<locals>" not in getattr(thing, "__qualname__", "<locals>")
+        if declared and (inspect.isclass(thing) or inspect.isfunction(thing)):
+            assert inspect.getdoc(thing), f"{name}.{public} has no docstring"
