@@ -32,7 +32,7 @@ __all__ = ("DmaChannel", "DmaRegion", "DmaTable")
 
 PAGE_SIZE = 4096
 _SPACE_END = 1 << 64
-_MAP_FLAGS = DmaMapFlags.READABLE | DmaMapFlags.WRITEABLE
+_MAP_FLAGS = int(DmaMapFlags.READABLE | DmaMapFlags.WRITEABLE)  # int: ~ is to keep other bits
 
 
 class DmaChannel(Protocol):

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ("handle",)
 
-_GET, _SET, _PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
+# Plain integers: ~ of a flag would lose the bits that have no name.
+_GET, _SET, _PROBE = int(FeatureFlags.GET), int(FeatureFlags.SET), int(FeatureFlags.PROBE)
+_INDEX = int(FeatureFlags.INDEX_MASK)
 _METHODS = _GET | _SET
 
 
@@ -43,8 +45,8 @@ def handle(device: PciDevice, payload: bytes, *, limit: int) -> bytes:
     """
     head = DeviceFeature.parse(payload[: DeviceFeature.SIZE])
     data = payload[DeviceFeature.SIZE :]
-    methods, serve = _FEATURES.get(head.flags & FeatureFlags.INDEX_MASK, (0, None))
-    asked = head.flags & ~FeatureFlags.INDEX_MASK
+    methods, serve = _FEATURES.get(head.flags & _INDEX, (0, None))
+    asked = head.flags & ~_INDEX
     wanted = asked & _METHODS
     if serve is None or asked & ~(_METHODS | _PROBE) or wanted & ~methods:
         raise RequestError(errno.EINVAL, f"DEVICE_FEATURE {head.flags:#x}")

@@ -120,18 +120,23 @@ class DmaRequests:
                 self.layout = Layout.WIDE
 
     def _probe(self, addr: int, body: bytes) -> None:
-        """Ask for the four bytes at which *body* has its first that is not zero."""
+        """Ask for single bytes where *body* has its first that is not zero."""
         first = next(position for position, byte in enumerate(body) if byte)
         for offset in (first - _PAD, first):  # where it is in the 64-bit form, in the 32-bit form
-            if self.layout is Layout.UNKNOWN and offset + _PAD <= len(body) - _PAD:
-                self._learn(self._read_body(addr + offset, _PAD))
+            if self.layout is Layout.UNKNOWN:
+                self._learn(self._read_body(addr + offset, 1))
 
     def _write(self, addr: int, data: bytes) -> None:
         assumed = self.layout
         self._write_as(assumed, addr, data)
-        if assumed is Layout.UNKNOWN and any(data):
-            self._read(addr, len(data))  # it is not all zero, so now the layout shows
-            self._write_as(self.layout, addr, data)
+        if assumed is not Layout.UNKNOWN or not any(data):
+            return
+        # Taken for the 32-bit form, the data was four zeros and then what fits of *data*.
+        if self._read(addr, len(data)) == data:
+            return
+        guess = Layout.NARROW if self.layout is Layout.UNKNOWN else self.layout
+        self._write_as(guess, addr, data)
+        self._read(addr, len(data))
 
     def _write_as(self, layout: Layout, addr: int, data: bytes) -> None:
         if layout is Layout.NARROW:

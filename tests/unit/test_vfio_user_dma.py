@@ -1,0 +1,642 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vfio_user.dma``, ``dirty``, ``remote``: client memory, mapped, by message, and logged.
+
+vfio-user specification (QEMU 11.1), ``VFIO_USER_DMA_MAP``, ``_UNMAP``, ``_READ``, ``_WRITE`` and
+``VFIO_DEVICE_FEATURE_DMA_LOGGING_START`` to ``_REPORT``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.fakes.pci_device import Gadget
+from tests.fakes.vfio_client import FakeClient, Ram, descriptors, message
+
+from vballoon_spec.vfio_user import (
+    Command,
+    DeviceFeature,
+    DmaMap,
+    DmaUnmap,
+    Feature,
+    FeatureFlags,
+    LoggingControl,
+    LoggingRange,
+    LoggingReport,
+    RegionAccess,
+)
+from vfio_user import DmaError, DmaLog, RequestError, SessionLimits
+from vfio_user.errors import VfioUserError
+from vfio_user.remote import Layout
+
+PAGE = 4096
+BASE = 0x10000
+
+
+@pytest.fixture
+def gadget() -> Iterator[Gadget]:
+    device = Gadget()
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def client(gadget: Gadget) -> Iterator[FakeClient]:
+    client = FakeClient(gadget)
+    client.negotiate()
+    open_before = descriptors()
+    yield client
+    client.close()
+    for ram in client.ram:
+        ram.close()
+    assert descriptors() == open_before, "descriptors leaked"
+
+
+def dma_map(client: FakeClient, address: int, size: int, expect: int = 0, **fields: int) -> None:
+    values = {"argsz": 32, "flags": 3, "offset": 0, "address": address, "size": size, **fields}
+    client.call(Command.DMA_MAP, DmaMap(**values).build(), expect=expect)
+
+
+class TestMap:
+    def test_with_a_descriptor(self, gadget: Gadget, client: FakeClient) -> None:
+        ram = Ram(BASE, 4 * PAGE)
+        client.map(ram)
+        assert gadget.log[-1] == ("map", BASE, 4 * PAGE)
+        ram.write(BASE + 10, b"hello")
+        assert gadget.dma.read(BASE + 10, 5) == b"hello"
+        gadget.dma.write(BASE + PAGE, b"back")
+        assert ram.read(BASE + PAGE, 4) == b"back"
+        assert client.dma_sizes == []
+
+    def test_from_an_offset_of_the_file(self, gadget: Gadget, client: FakeClient) -> None:
+        ram = Ram(BASE, 4 * PAGE)
+        ram.write(BASE + 2 * PAGE, b"third")
+        client.map(ram, offset=2 * PAGE)
+        assert gadget.dma.read(BASE, 5) == b"third"
+
+    def test_nothing_is_mapped_before_it_is_touched(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        client.map(Ram(BASE, PAGE))
+        assert gadget.dma.regions[0]._view is None
+
+    def test_over_an_existing_region(self, client: FakeClient) -> None:
+        dma_map(client, 4 * PAGE, 4 * PAGE)
+        for address, size in ((4, 4), (3, 2), (7, 2), (5, 1), (3, 9)):
+            dma_map(client, address * PAGE, size * PAGE, expect=errno.EEXIST)
+        dma_map(client, 3 * PAGE, PAGE)
+        dma_map(client, 8 * PAGE, PAGE)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"address": BASE + 1, "size": PAGE},
+            {"address": BASE, "size": PAGE + 1},
+            {"address": BASE, "size": 0},
+            {"address": BASE, "size": PAGE, "argsz": 31},
+            {"address": BASE, "size": PAGE, "flags": 0},
+            {"address": BASE, "size": PAGE, "flags": 7},
+        ],
+    )
+    def test_malformed(self, client: FakeClient, fields: dict[str, int]) -> None:
+        dma_map(client, expect=errno.EINVAL, **fields)
+
+    @pytest.mark.parametrize(
+        ("address", "size"),
+        [
+            (2**64 - PAGE, PAGE),
+            (2**64 - PAGE, 2 * PAGE),
+            (PAGE, 2**64 - PAGE),
+            (0, 2**64 - PAGE + PAGE * 0),
+        ],
+    )
+    def test_past_the_end_of_the_address_space(
+        self, client: FakeClient, address: int, size: int
+    ) -> None:
+        expect = errno.ENOSPC if address + size > 2**64 - PAGE else 0
+        dma_map(client, address, size, expect=expect)
+
+    def test_too_many(self, gadget: Gadget) -> None:
+        client = FakeClient(gadget, limits=SessionLimits(max_dma_maps=2))
+        client.negotiate()
+        dma_map(client, 0, PAGE)
+        dma_map(client, PAGE, PAGE)
+        dma_map(client, 2 * PAGE, PAGE, expect=errno.EINVAL)
+        client.close()
+
+    @pytest.mark.parametrize(("offset", "size"), [(0, 5), (4, 1), (1, 4), (2**51, 1)])
+    def test_outside_of_the_file(self, client: FakeClient, offset: int, size: int) -> None:
+        """A mapping past the end of its file would be a SIGBUS later."""
+        ram = Ram(BASE, 4 * PAGE)
+        before = descriptors()
+        request = DmaMap(argsz=32, flags=3, offset=offset * PAGE, address=BASE, size=size * PAGE)
+        client.call(Command.DMA_MAP, request.build(), [ram.fd], expect=errno.EINVAL)
+        assert descriptors() == before
+        ram.close()
+
+    def test_an_unaligned_offset(self, client: FakeClient) -> None:
+        ram = Ram(BASE, 4 * PAGE)
+        request = DmaMap(argsz=32, flags=3, offset=100, address=BASE, size=PAGE)
+        client.call(Command.DMA_MAP, request.build(), [ram.fd], expect=errno.EINVAL)
+        ram.close()
+
+    def test_a_descriptor_that_is_no_file(self, client: FakeClient) -> None:
+        ours, theirs = os.pipe()
+        request = DmaMap(argsz=32, flags=3, offset=0, address=BASE, size=PAGE)
+        client.call(Command.DMA_MAP, request.build(), [ours], expect=errno.EINVAL)
+        os.close(ours)
+        os.close(theirs)
+
+    def test_a_device_that_refuses(self, gadget: Gadget, client: FakeClient) -> None:
+        def refuse(what: str) -> None:
+            raise RequestError(errno.EPERM, what)
+
+        gadget.refuse = refuse
+        ram = Ram(BASE, PAGE)
+        client.map(ram, expect=errno.EPERM)
+        assert gadget.dma.regions == []
+        ram.close()
+
+
+class TestUnmap:
+    def test_exactly_one(self, gadget: Gadget, client: FakeClient) -> None:
+        client.map(Ram(BASE, PAGE))
+        dma_map(client, BASE + PAGE, PAGE)
+        client.unmap(BASE, PAGE)
+        assert [r.address for r in gadget.dma.regions] == [BASE + PAGE]
+        assert gadget.log[-1] == ("unmap", BASE, PAGE)
+        with pytest.raises(DmaError):
+            gadget.dma.read(BASE, 1)
+
+    @pytest.mark.parametrize(
+        ("address", "size"),
+        [(BASE + PAGE, 3 * PAGE), (BASE, PAGE), (BASE, 5 * PAGE), (0, PAGE), (2**64 - 1, 1)],
+    )
+    def test_must_match_a_mapping(self, client: FakeClient, address: int, size: int) -> None:
+        dma_map(client, BASE, 4 * PAGE)
+        client.unmap(address, size, expect=errno.ENOENT)
+        client.unmap(BASE, 4 * PAGE)
+
+    def test_all(self, gadget: Gadget, client: FakeClient) -> None:
+        for number in range(5):
+            dma_map(client, number * 2 * PAGE, PAGE)
+        client.unmap(0, 0, flags=2)
+        assert gadget.dma.regions == []
+
+    def test_bad_requests(self, client: FakeClient) -> None:
+        dma_map(client, BASE, PAGE)
+        client.unmap(BASE, PAGE, flags=2, expect=errno.EINVAL)
+        client.unmap(BASE, PAGE, flags=1, expect=errno.EINVAL)
+        client.unmap(BASE, PAGE, flags=3, expect=errno.EINVAL)
+        client.unmap(BASE, PAGE, flags=4, expect=errno.EINVAL)
+        for argsz in (8, (1 << 20) + 8):
+            request = DmaUnmap(argsz=argsz, flags=0, address=BASE, size=PAGE)
+            client.call(Command.DMA_UNMAP, request.build(), expect=errno.EINVAL)
+        client.call(Command.DMA_UNMAP, bytes(8), expect=errno.EINVAL)
+        client.unmap(BASE, PAGE)
+
+    def test_a_view_that_is_still_held_stays_readable(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        ram = Ram(BASE, PAGE)
+        client.map(ram)
+        view = gadget.dma.regions[0].view
+        client.unmap(BASE, PAGE)
+        ram.write(BASE, b"late")
+        assert view is not None
+        assert bytes(view[:4]) == b"late"
+
+
+class TestLookup:
+    def test_vectorised(self, gadget: Gadget, client: FakeClient) -> None:
+        dma_map(client, 0, 2 * PAGE)
+        dma_map(client, 2 * PAGE, PAGE)
+        rows = [
+            (0, 0, True),
+            (0, 2 * PAGE, True),
+            (0, 2 * PAGE + 1, False),
+            (2 * PAGE, PAGE, True),
+            (PAGE, 2 * PAGE, False),  # in two regions
+            (3 * PAGE, 1, False),
+            (PAGE, 2**64 - 1, False),
+            (2**64 - 1, 2, False),
+        ]
+        found = gadget.dma.contains(
+            np.array([r[0] for r in rows], np.uint64), np.array([r[1] for r in rows], np.uint64)
+        )
+        assert found.tolist() == [r[2] for r in rows]
+
+    def test_adjacent_regions_are_joined(self, gadget: Gadget, client: FakeClient) -> None:
+        client.map(Ram(BASE, PAGE))
+        client.map(Ram(BASE + PAGE, PAGE), mapped=False)
+        gadget.dma.write(BASE + PAGE - 3, b"across")
+        assert gadget.dma.read(BASE + PAGE - 3, 6) == b"across"
+        with pytest.raises(DmaError):
+            gadget.dma.read(BASE + 2 * PAGE - 3, 6)
+
+    def test_permissions(self, gadget: Gadget, client: FakeClient) -> None:
+        client.map(Ram(0, PAGE), flags=1)
+        client.map(Ram(PAGE, PAGE), flags=2)
+        assert gadget.dma.read(0, 4) == bytes(4)
+        gadget.dma.write(PAGE, b"x")
+        with pytest.raises(DmaError):
+            gadget.dma.write(PAGE - 1, b"xy")
+        with pytest.raises(DmaError):
+            gadget.dma.read(PAGE, 1)
+
+    @given(st.lists(st.tuples(st.booleans(), st.integers(0, 15), st.integers(1, 6)), max_size=20))
+    @settings(max_examples=60, deadline=None)
+    def test_the_table_never_overlaps(self, steps: list[tuple[bool, int, int]]) -> None:
+        device = Gadget()
+        table, owner = device.dma, [-1] * 32
+        for mapping, page, count in steps:
+            pages = range(page, page + count)
+            free = all(owner[p] < 0 for p in pages)
+            exact = owner.count(page) == count and owner[page] == page
+            span = {"address": page * PAGE, "size": count * PAGE}
+            if mapping:
+                mine, refusal, ok = page, errno.EEXIST, free
+                request = DmaMap(argsz=32, flags=3, offset=0, **span)
+                act = partial(table.map, request, None, limit=99)
+            else:
+                mine, refusal, ok = -1, errno.ENOENT, exact
+                act = partial(table.unmap, DmaUnmap(argsz=24, flags=0, **span))
+            if ok:
+                act()
+                owner[page : page + count] = [mine] * count
+            else:
+                with pytest.raises(RequestError) as caught:
+                    act()
+                assert caught.value.errno == refusal
+        assert [r.address // PAGE for r in table.regions] == sorted({o for o in owner if o >= 0})
+        device.close()
+
+
+class TestMessages:
+    """Memory that came without a descriptor: DMA_READ and DMA_WRITE, in both layouts."""
+
+    @pytest.fixture(params=[False, True], ids=["count64", "count32"])
+    def remote(self, request: pytest.FixtureRequest, gadget: Gadget) -> Iterator[FakeClient]:
+        client = FakeClient(gadget, narrow=request.param)
+        client.negotiate()
+        client.map(Ram(BASE, 0x100000), mapped=False)
+        yield client
+        client.close()
+        client.ram[0].close()
+
+    def test_read(self, gadget: Gadget, remote: FakeClient) -> None:
+        remote.ram[0].write(BASE, bytes(range(1, 200)))
+        assert gadget.dma.read(BASE, 199) == bytes(range(1, 200))
+
+    def test_write(self, gadget: Gadget, remote: FakeClient) -> None:
+        gadget.dma.write(BASE + 3, b"from the device")
+        assert remote.ram[0].read(BASE, 24) == b"\0\0\0from the device\0\0\0\0\0\0"
+
+    @pytest.mark.parametrize("lead", range(10))
+    @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9])
+    def test_the_layout_shows_in_the_first_data(
+        self, gadget: Gadget, remote: FakeClient, lead: int, size: int
+    ) -> None:
+        """Zeroes tell nothing; the first byte that is not zero settles it, wherever it is."""
+        expected = bytes(lead) + b"\xa5" + bytes(9)
+        remote.ram[0].write(BASE, expected)
+        assert gadget.dma.read(BASE, size) == expected[:size]
+        known = remote.session.requests.layout
+        if lead < size:
+            assert known is (Layout.NARROW if remote.narrow else Layout.WIDE)
+        else:
+            assert known is Layout.UNKNOWN
+        assert gadget.dma.read(BASE, 20) == expected.ljust(20, b"\0")
+
+    @given(st.lists(st.tuples(st.integers(0, 40), st.binary(max_size=24)), max_size=8))
+    @settings(max_examples=60, deadline=None)
+    def test_writes_and_reads_in_either_layout(self, steps: list[tuple[int, bytes]]) -> None:
+        for narrow in (False, True):
+            device = Gadget()
+            client = FakeClient(device, narrow=narrow)
+            client.negotiate()
+            ram = Ram(0, PAGE)
+            client.map(ram, mapped=False)
+            model = bytearray(64)
+            for offset, data in steps:
+                device.dma.write(offset, data)
+                model[offset : offset + len(data)] = data
+                assert ram.read(0, 64) == model[:64]
+                assert device.dma.read(0, 64) == model[:64]
+            client.close()
+            ram.close()
+            device.close()
+
+    def test_split_by_what_the_client_takes(self, gadget: Gadget) -> None:
+        client = FakeClient(gadget)
+        client.negotiate(b'{"capabilities":{"max_data_xfer_size":4096}}' + b" " * 99 + b"\0")
+        client.map(Ram(BASE, 4 * PAGE), mapped=False)
+        data = os.urandom(2 * PAGE + 42)
+        client.session.requests.layout = Layout.WIDE
+        gadget.dma.write(BASE + 7, data)
+        assert client.dma_sizes == [PAGE, PAGE, 42]
+        assert gadget.dma.read(BASE + 7, len(data)) == data
+        client.close()
+        client.ram[0].close()
+
+    def test_a_client_that_takes_nothing(self, gadget: Gadget) -> None:
+        client = FakeClient(gadget)
+        client.negotiate(b'{"capabilities":{"max_data_xfer_size":0}}' + b" " * 99 + b"\0")
+        dma_map(client, BASE, PAGE)
+        with pytest.raises(DmaError):
+            gadget.dma.read(BASE, 1)
+        client.close()
+
+    def test_refused(self, gadget: Gadget, remote: FakeClient) -> None:
+        remote.dma_error = errno.EIO
+        for access in (lambda: gadget.dma.read(BASE, 4), lambda: gadget.dma.write(BASE, b"x")):
+            with pytest.raises(DmaError) as caught:
+                access()
+            assert caught.value.errno == errno.EIO
+
+    def test_no_answer_and_a_late_one(self, gadget: Gadget, remote: FakeClient) -> None:
+        remote.silent = True
+        with pytest.raises(DmaError) as caught:
+            gadget.dma.read(BASE, 4)
+        assert caught.value.errno == errno.ETIMEDOUT
+        remote.inbox.clear()
+        remote.send(message(Command.DMA_READ, bytes(20), msg_id=1, flags=1))
+        assert remote.inbox == [], "a late answer is no error"
+        remote.silent = False
+        assert gadget.dma.read(BASE, 4) == bytes(4)
+
+    @pytest.mark.parametrize(
+        ("command", "payload"),
+        [
+            (Command.DMA_READ, b""),
+            (Command.DMA_READ, bytes(19)),
+            (Command.DMA_READ, bytes(21)),
+            (Command.DMA_READ, bytes(20)),  # another address
+            (Command.DMA_WRITE, bytes(20)),
+        ],
+    )
+    def test_answers_that_do_not_fit(
+        self, gadget: Gadget, client: FakeClient, command: int, payload: bytes
+    ) -> None:
+        dma_map(client, BASE, PAGE)
+        client.silent = True
+        client.before_dma = lambda: client.session.feed(
+            message(command, payload, msg_id=1, flags=1)
+        )
+        with pytest.raises(DmaError) as caught:
+            gadget.dma.read(BASE, 4)
+        assert caught.value.errno == errno.EPROTO
+
+    def test_nobody_there(self, gadget: Gadget, remote: FakeClient) -> None:
+        remote.close()
+        with pytest.raises(DmaError):
+            gadget.dma.read(BASE, 4)
+
+    def test_over_the_twin_socket(self, gadget: Gadget) -> None:
+        client = FakeClient(gadget, twin=True)
+        wanted = b'{"capabilities":{"twin_socket":{"supported":true}}}' + b" " * 99 + b"\0"
+        reply = client.call(Command.VERSION, bytes(4) + wanted)
+        os.close(reply.fds[0])
+        client.map(Ram(BASE, PAGE), mapped=False)
+        gadget.dma.write(BASE, b"twin")
+        assert gadget.dma.read(BASE, 4) == b"twin"
+        assert client.session.take_output() == []
+        client.session.feed_twin(message(Command.DMA_READ))
+        assert client.session.closed, "a command on the socket for replies"
+        client.close()
+        client.ram[0].close()
+
+
+class TestWhileTheDeviceWaits:
+    """Commands that arrive in the middle of the device's own DMA."""
+
+    @pytest.fixture
+    def waiting(self, gadget: Gadget) -> Iterator[FakeClient]:
+        client = FakeClient(gadget)
+        client.negotiate()
+        client.map(Ram(BASE, PAGE), mapped=False)
+        client.ram[0].write(BASE, b"data")
+        yield client
+        client.close()
+        client.ram[0].close()
+
+    def meanwhile(self, client: FakeClient, data: bytes) -> None:
+        client.before_dma = lambda: (
+            setattr(client, "before_dma", None),
+            client.session.feed(data),
+        )[0]
+
+    def test_register_accesses_are_served(self, gadget: Gadget, waiting: FakeClient) -> None:
+        request = RegionAccess(offset=8, region=0, count=4).build()
+        self.meanwhile(
+            waiting,
+            message(Command.REGION_WRITE, request + b"abcd", msg_id=5)
+            + message(Command.REGION_READ, request, msg_id=6),
+        )
+        seen: list[bytes] = []
+        gadget.defer(lambda: seen.append(gadget.dma.read(BASE, 4)))
+        waiting.run()
+        assert seen == [b"data"]
+        assert [(r.id, r.payload[16:]) for r in waiting.inbox] == [(5, b""), (6, b"abcd")]
+
+    def test_not_while_a_command_is_being_served(self, gadget: Gadget, waiting: FakeClient) -> None:
+        """The command's own effects come first; it is answered first, too."""
+        order: list[str] = []
+
+        def poke(offset: int, data: bytes) -> None:
+            order.append(f"begin {data.decode()}")
+            gadget.dma.read(BASE, 4)
+            order.append(f"end {data.decode()}")
+
+        gadget.regions[0].write = poke
+        request = RegionAccess(offset=8, region=0, count=1).build()
+        self.meanwhile(waiting, message(Command.REGION_WRITE, request + b"2", msg_id=2))
+        waiting.send(message(Command.REGION_WRITE, request + b"1", msg_id=1))
+        assert order == ["begin 1", "end 1", "begin 2", "end 2"]
+        assert [r.id for r in waiting.inbox] == [1, 2]
+
+    def test_a_reset_ends_the_wait(self, gadget: Gadget, waiting: FakeClient) -> None:
+        waiting.silent = True
+        self.meanwhile(waiting, message(Command.DEVICE_RESET, msg_id=9))
+        failed: list[int] = []
+
+        def work() -> None:
+            try:
+                gadget.dma.read(BASE, 4)
+            except DmaError as error:
+                failed.append(error.errno)
+                assert ("reset",) not in gadget.log, "reset in the middle of the work"
+
+        gadget.defer(work)
+        waiting.run()
+        assert failed == [errno.ECANCELED]
+        assert gadget.log[-1] == ("reset",)
+        assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
+
+    def test_the_client_goes(self, gadget: Gadget, waiting: FakeClient) -> None:
+        waiting.silent = True
+        waiting.before_dma = waiting.session.receive_eof
+        with pytest.raises(DmaError) as caught:
+            gadget.dma.read(BASE, 4)
+        assert caught.value.errno == errno.ENOTCONN
+
+    def test_deferred_work_that_fails_harms_nobody(
+        self, gadget: Gadget, waiting: FakeClient
+    ) -> None:
+        gadget.defer(lambda: 1 // 0)
+        gadget.defer(lambda: gadget.log.append(("next",)))
+        waiting.run()
+        assert gadget.log[-1] == ("next",)
+
+
+class TestLogging:
+    """``VFIO_DEVICE_FEATURE_DMA_LOGGING_*``"""
+
+    START = Feature.DMA_LOGGING_START | FeatureFlags.SET
+    STOP = Feature.DMA_LOGGING_STOP | FeatureFlags.SET
+    REPORT = Feature.DMA_LOGGING_REPORT | FeatureFlags.GET
+
+    def start(
+        self, client: FakeClient, page_size: int = PAGE, *ranges: tuple[int, int], expect: int = 0
+    ) -> bytes:
+        control = LoggingControl(page_size=page_size, num_ranges=len(ranges), reserved=0).build()
+        control += b"".join(LoggingRange(iova=i, length=n).build() for i, n in ranges)
+        head = DeviceFeature(argsz=8 + len(control), flags=self.START).build()
+        return client.call(Command.DEVICE_FEATURE, head + control, expect=expect).payload
+
+    def report(
+        self, client: FakeClient, iova: int, length: int, page_size: int = PAGE, expect: int = 0
+    ) -> int:
+        words = -(-(-(-length // page_size) if page_size else 1) // 64)
+        report = LoggingReport(iova=iova, length=length, page_size=page_size).build()
+        head = DeviceFeature(argsz=32 + 8 * words, flags=self.REPORT).build()
+        reply = client.call(Command.DEVICE_FEATURE, head + report, expect=expect)
+        if expect:
+            return 0
+        assert DeviceFeature.parse(reply.payload[:8]).argsz == len(reply.payload) == 32 + 8 * words
+        return int.from_bytes(reply.payload[32:], "little")
+
+    @pytest.fixture
+    def logging(self, client: FakeClient) -> FakeClient:
+        client.map(Ram(BASE, 0x20 * PAGE))
+        client.map(Ram(0x40 * PAGE, 0x10 * PAGE), mapped=False)
+        self.start(client)
+        return client
+
+    def test_only_writes_and_only_since_the_last_report(
+        self, gadget: Gadget, logging: FakeClient
+    ) -> None:
+        assert self.report(logging, BASE, 0x20 * PAGE) == 0
+        gadget.dma.write(BASE, b"x")
+        gadget.dma.write(BASE + 6 * PAGE - 1, bytes(2 * PAGE + 2))
+        gadget.dma.read(BASE + 10 * PAGE, 4)
+        assert self.report(logging, BASE, 0x20 * PAGE) == 0b111100001 | 0b100000000
+        assert self.report(logging, BASE, 0x20 * PAGE) == 0
+
+    def test_other_page_sizes(self, gadget: Gadget, logging: FakeClient) -> None:
+        def write() -> None:
+            gadget.dma.write(BASE, b"x")
+            gadget.dma.write(BASE + 6 * PAGE, bytes(4 * PAGE))
+
+        write()
+        assert self.report(logging, BASE, 0x10 * PAGE, PAGE // 2) == 0xFF003
+        write()
+        assert self.report(logging, BASE, 0x10 * PAGE, PAGE * 2) == 0b11001
+        write()
+        assert self.report(logging, BASE, 0x10 * PAGE, PAGE * 16) == 1
+
+    def test_memory_reached_by_messages(self, gadget: Gadget, logging: FakeClient) -> None:
+        gadget.dma.write(0x41 * PAGE, b"x")
+        assert self.report(logging, 0x40 * PAGE, 0x10 * PAGE) == 0b10
+
+    def test_ranges(self, gadget: Gadget, client: FakeClient) -> None:
+        client.map(Ram(BASE, 0x20 * PAGE))
+        self.start(client, PAGE, (BASE + PAGE, PAGE), (BASE + 4 * PAGE, 2 * PAGE))
+        gadget.dma.write(BASE, bytes(8 * PAGE))
+        assert self.report(client, BASE, 0x20 * PAGE) == 0b110010
+
+    def test_the_page_size_is_the_devices_choice(self, client: FakeClient) -> None:
+        reply = self.start(client, 2 << 20)
+        assert LoggingControl.parse(reply[8:24]).page_size == PAGE
+
+    def test_starting_twice_keeps_what_is_logged(self, gadget: Gadget, logging: FakeClient) -> None:
+        gadget.dma.write(BASE, b"x")
+        self.start(logging)
+        assert self.report(logging, BASE, PAGE) == 1
+
+    def test_stopping(self, gadget: Gadget, logging: FakeClient) -> None:
+        gadget.dma.write(BASE, b"x")
+        for data in (b"", LoggingControl(page_size=PAGE, num_ranges=0, reserved=0).build()):
+            head = DeviceFeature(argsz=8 + len(data), flags=self.STOP).build()
+            logging.call(Command.DEVICE_FEATURE, head + data)
+        self.report(logging, BASE, PAGE, expect=errno.EINVAL)
+        assert gadget.log.count(("logging", False)) == 1
+
+    def test_it_ends_with_the_client_and_with_a_reset(self, gadget: Gadget) -> None:
+        for end in ("reset", "close"):
+            client = FakeClient(gadget)
+            client.negotiate()
+            self.start(client)
+            if end == "reset":
+                client.call(Command.DEVICE_RESET)
+                assert not gadget.dma.log.active
+            client.close()
+            assert not gadget.dma.log.active
+
+    def test_bad_requests(self, logging: FakeClient) -> None:
+        bad = errno.EINVAL
+        self.start(logging, 0, expect=bad)
+        self.start(logging, 3000, expect=bad)
+        self.start(logging, PAGE, (0, 0), expect=bad)
+        self.start(logging, PAGE, (PAGE, 2**64 - 1), expect=bad)
+        self.report(logging, BASE + 1, PAGE, expect=bad)
+        self.report(logging, BASE, 0, expect=bad)
+        self.report(logging, BASE, PAGE, 3000, expect=bad)
+        self.report(logging, BASE, PAGE, 0, expect=bad)
+        self.report(logging, 2**64 - PAGE, 2 * PAGE, expect=bad)
+        control = LoggingControl(page_size=PAGE, num_ranges=2, reserved=0).build()
+        head = DeviceFeature(argsz=64, flags=self.START).build()
+        logging.call(Command.DEVICE_FEATURE, head + control + bytes(16), expect=bad)
+        huge = LoggingReport(iova=0, length=2**48, page_size=PAGE).build()
+        head = DeviceFeature(argsz=0xFFFFFFFF, flags=self.REPORT).build()
+        logging.call(Command.DEVICE_FEATURE, head + huge, expect=bad)
+
+    def test_no_room_for_the_bitmap(self, logging: FakeClient) -> None:
+        report = LoggingReport(iova=BASE, length=PAGE, page_size=PAGE).build()
+        head = DeviceFeature(argsz=39, flags=self.REPORT).build()
+        logging.call(Command.DEVICE_FEATURE, head + report, expect=errno.EINVAL)
+
+    @given(
+        st.lists(st.tuples(st.integers(0, 1 << 18), st.integers(1, 1 << 14)), max_size=10),
+        st.integers(0, 40),
+        st.integers(1, 60),
+        st.sampled_from([512, 4096, 8192, 65536]),
+    )
+    @settings(max_examples=80, deadline=None)
+    def test_against_a_set_of_pages(
+        self, writes: list[tuple[int, int]], first: int, pages: int, page_size: int
+    ) -> None:
+        log, base = DmaLog(), (1 << 27) - (1 << 17)  # across a border of the log's own chunks
+        log.start(PAGE, [])
+        dirty = set()
+        for addr, size in writes:
+            log.mark(base + addr, size)
+            dirty |= set(range((base + addr) // PAGE, -(-(base + addr + size) // PAGE)))
+        iova, length = base + first * PAGE, pages * PAGE
+        bitmap = int.from_bytes(log.report(iova, length, page_size, 1 << 20), "little")
+        for bit in range(-(-length // page_size)):
+            low, high = iova + bit * page_size, min(iova + (bit + 1) * page_size, iova + length)
+            wanted = any(p in dirty for p in range(low // PAGE, -(-high // PAGE)))
+            assert bool(bitmap >> bit & 1) == wanted
+        assert bitmap >> -(-length // page_size) == 0
+
+
+def test_every_error_of_this_package_is_one_family() -> None:
+    assert issubclass(DmaError, VfioUserError)
+    assert issubclass(RequestError, VfioUserError)

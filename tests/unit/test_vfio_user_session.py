@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vfio_user.session``, ``stream``: the byte stream, and everything that can be wrong with it.
+
+vfio-user specification (QEMU 11.1), *Header*, ``VFIO_USER_VERSION``, *Socket Disconnection
+Behavior*.  Each case of bad input asserts its one outcome and that no descriptor is left open.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.fakes.pci_device import CRASH, FAIL, Gadget
+from tests.fakes.vfio_client import (
+    QEMU_VERSION_DATA,
+    FakeClient,
+    Ram,
+    descriptors,
+    message,
+    split,
+)
+
+from vballoon_spec.vfio_user import (
+    Capabilities,
+    Command,
+    DmaMap,
+    Header,
+    HeaderFlags,
+    IrqSet,
+    PciIrq,
+    RegionAccess,
+    Version,
+)
+from vfio_user import Session, SessionLimits
+
+REPLY, ERROR, NO_REPLY = HeaderFlags.TYPE_REPLY, HeaderFlags.ERROR, HeaderFlags.NO_REPLY
+
+
+@pytest.fixture
+def gadget() -> Iterator[Gadget]:
+    device = Gadget()
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def client(gadget: Gadget) -> Iterator[FakeClient]:
+    client = FakeClient(gadget)
+    client.negotiate()
+    open_before = descriptors()
+    yield client
+    client.close()
+    assert descriptors() == open_before, "descriptors leaked"
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+def version(data: bytes = b"", major: int = 0, minor: int = 0) -> bytes:
+    return Version(major=major, minor=minor).build() + data
+
+
+class TestNegotiation:
+    """``VFIO_USER_VERSION``"""
+
+    @pytest.fixture
+    def fresh(self, gadget: Gadget) -> FakeClient:
+        return FakeClient(gadget)
+
+    def test_what_qemu_proposes(self, fresh: FakeClient) -> None:
+        caps = fresh.negotiate()
+        assert caps.names == {
+            "max_msg_fds",
+            "max_data_xfer_size",
+            "pgsizes",
+            "max_dma_maps",
+            "migration",
+            "write_multiple",
+        }
+        assert (caps.max_msg_fds, caps.max_data_xfer_size) == (16, 1 << 20)
+        assert (caps.pgsizes, caps.write_multiple, caps.migration_pgsize) == (4096, True, 4096)
+        assert fresh.session.device.log == [("attached",)]  # type: ignore[attr-defined]
+
+    def test_a_subset_of_what_was_proposed(self, fresh: FakeClient) -> None:
+        caps = fresh.negotiate(b'{"capabilities":{"max_dma_maps":1}}' + b" " * 20 + b"\0")
+        assert caps.names == {"max_dma_maps"}
+
+    def test_no_json_at_all(self, fresh: FakeClient) -> None:
+        caps = fresh.negotiate(b"")
+        assert caps.max_msg_fds == 16
+        assert fresh.session.client == Capabilities()
+
+    def test_empty_json(self, fresh: FakeClient) -> None:
+        reply = fresh.call(Command.VERSION, version(b"{}\0"))
+        assert json.loads(reply.payload[Version.SIZE : -1])["capabilities"]
+
+    def test_a_higher_minor_is_answered_with_ours(self, fresh: FakeClient) -> None:
+        reply = fresh.call(Command.VERSION, version(minor=7))
+        assert Version.parse(reply.payload[: Version.SIZE]) == Version(major=0, minor=0)
+
+    @pytest.mark.parametrize(
+        "payload",
+        [
+            b"",
+            b"\0\0",
+            version(major=1),
+            version(major=999),
+            version(b"{}"),
+            version(b"{\0"),
+            version(b'{"capabilities": "23"}\0'),
+            version(b'{"capabilities": {"max_msg_fds": -1}}\0'),
+        ],
+    )
+    def test_malformed_ends_the_connection(self, fresh: FakeClient, payload: bytes) -> None:
+        fresh.call(Command.VERSION, payload, expect=errno.EINVAL)
+        assert fresh.session.closed
+        assert not fresh.session.device.log  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("command", [*(set(Command) - {Command.VERSION}), 0, 999])
+    def test_nothing_else_comes_first(self, fresh: FakeClient, command: int) -> None:
+        fresh.call(command, bytes(32), expect=errno.EINVAL)
+        assert fresh.session.closed
+
+    def test_only_once(self, client: FakeClient) -> None:
+        client.call(Command.VERSION, version(), expect=errno.EINVAL)
+        assert not client.session.closed
+
+    def test_twin_socket_only_if_both_want_it(self, gadget: Gadget) -> None:
+        wanted = b'{"capabilities":{"twin_socket":{"supported":true}}}' + b" " * 20 + b"\0"
+        refused = FakeClient(gadget).negotiate(wanted)
+        assert not refused.twin_socket
+        both = FakeClient(gadget, twin=True)
+        reply = both.call(Command.VERSION, version(wanted))
+        caps = Capabilities.parse(reply.payload[Version.SIZE :])
+        assert (caps.twin_socket, caps.twin_socket_fd_index, len(reply.fds)) == (True, 0, 1)
+        os.close(reply.fds[0])
+        both.close()
+        unasked = FakeClient(gadget, twin=True)
+        assert not unasked.negotiate().twin_socket
+        unasked.close()
+
+
+class TestBadInput:
+    """Headers and payloads that cannot be."""
+
+    @pytest.mark.parametrize("size", [0, 15])
+    def test_too_small_ends_the_connection(self, client: FakeClient, size: int) -> None:
+        head = Header(id=0xBAD1, command=8, size=size, flags=0, error=0)
+        client.send(head.build())
+        assert [(r.id, r.error) for r in client.inbox] == [(0xBAD1, errno.EINVAL)]
+        assert client.session.closed
+
+    def test_too_large_ends_the_connection(self, client: FakeClient) -> None:
+        limit = client.session.limits.max_message
+        head = Header(id=1, command=8, size=limit + 1, flags=0, error=0)
+        client.send(head.build())
+        assert client.inbox[0].error == errno.EINVAL
+        assert client.session.closed
+
+    def test_messages_before_a_bad_header_are_answered_first(self, client: FakeClient) -> None:
+        good = message(Command.DEVICE_RESET, msg_id=1)
+        bad = Header(id=2, command=13, size=3, flags=0, error=0).build()
+        client.send(good + bad + good)
+        assert [(r.id, r.error) for r in client.inbox] == [(1, 0), (2, errno.EINVAL)]
+
+    def test_the_largest_message_is_fine(self, client: FakeClient) -> None:
+        data = bytes(client.session.limits.max_data_xfer_size)
+        client.write(2, 0, data, expect=errno.EINVAL)  # past the region, but well-formed
+        assert not client.session.closed
+
+    @pytest.mark.parametrize("command", [0, 14, 19, 999, 0xFFFF, Command.DMA_READ])
+    def test_unknown_commands(self, client: FakeClient, command: int) -> None:
+        client.call(command, b"\0", expect=errno.EINVAL)
+        assert not client.session.closed
+
+    @pytest.mark.parametrize(
+        "command", sorted(set(Command) - {Command.DMA_READ, Command.DMA_WRITE, Command.VERSION})
+    )
+    def test_truncated_payloads(self, client: FakeClient, command: Command) -> None:
+        payload = b"\0" * 3
+        client.call(command, payload, expect=errno.EINVAL)
+        assert not client.session.closed
+
+    def test_unsolicited_reply(self, client: FakeClient) -> None:
+        client.send(message(Command.DEVICE_SET_IRQS, flags=REPLY, msg_id=0xBAD2))
+        assert [(r.id, r.error) for r in client.inbox] == [(0xBAD2, errno.EINVAL)]
+
+    def test_an_unsolicited_error_reply_is_not_answered(self, client: FakeClient) -> None:
+        client.send(message(Command.DMA_READ, flags=REPLY | ERROR))
+        assert client.inbox == []
+
+    @pytest.mark.parametrize(
+        "command", sorted(set(Command) - {Command.DMA_MAP, Command.DEVICE_SET_IRQS})
+    )
+    def test_descriptors_where_none_belong(
+        self, client: FakeClient, eventfd: int, command: Command
+    ) -> None:
+        before = descriptors()
+        client.call(command, bytes(16), [eventfd, eventfd], expect=errno.EINVAL)
+        assert descriptors() == before
+
+    def test_more_descriptors_than_negotiated(self, client: FakeClient, eventfd: int) -> None:
+        before = descriptors()
+        request = IrqSet(argsz=20, flags=0x24, index=PciIrq.MSIX, start=0, count=17)
+        client.call(Command.DEVICE_SET_IRQS, request.build(), [eventfd] * 17, expect=errno.EINVAL)
+        assert descriptors() == before
+
+    def test_a_bad_request_closes_its_descriptors(self, client: FakeClient, eventfd: int) -> None:
+        before = descriptors()
+        request = IrqSet(argsz=20, flags=0x22, index=PciIrq.MSIX, start=0, count=1)
+        client.call(
+            Command.DEVICE_SET_IRQS, request.build(), [eventfd, eventfd], expect=errno.EINVAL
+        )
+        assert descriptors() == before
+
+    def test_a_bad_size_closes_the_descriptors_of_its_message(
+        self, client: FakeClient, eventfd: int
+    ) -> None:
+        before = descriptors()
+        client.send(Header(id=1, command=2, size=1, flags=0, error=0).build(), [eventfd])
+        assert descriptors() == before
+
+    def test_what_comes_after_the_end_is_dropped(self, client: FakeClient, eventfd: int) -> None:
+        before = descriptors()
+        client.send(Header(id=1, command=2, size=1, flags=0, error=0).build())
+        client.inbox.clear()
+        client.send(message(Command.DEVICE_RESET), [eventfd])
+        assert client.inbox == []
+        assert descriptors() == before
+
+    def test_message_ids_may_be_reused(self, client: FakeClient) -> None:
+        one = message(Command.DEVICE_RESET, msg_id=7)
+        client.send(one * 3)
+        assert [r.id for r in client.inbox] == [7, 7, 7]
+
+    def test_a_callback_that_refuses(self, client: FakeClient) -> None:
+        client.write(0, FAIL, b"x", expect=errno.ENOSPC)
+
+    def test_a_callback_that_fails(self, client: FakeClient) -> None:
+        client.write(0, CRASH, b"x", expect=errno.EIO)
+        client.write(0, 0, b"x")
+
+    def test_no_reply_means_no_reply(self, client: FakeClient) -> None:
+        request = RegionAccess(offset=8, region=0, count=4).build() + b"abcd"
+        client.post(Command.REGION_WRITE, request)
+        assert client.read(0, 8, 4) == b"abcd"
+        client.post(999, b"")
+        client.post(Command.REGION_WRITE, b"short")
+
+
+def a_conversation() -> bytes:
+    region = RegionAccess(offset=0, region=0, count=4).build()
+    parts = [
+        (Command.VERSION, version(QEMU_VERSION_DATA)),
+        (Command.DEVICE_GET_INFO, (16).to_bytes(4, "little") + bytes(12)),
+        (Command.REGION_WRITE, region + b"wxyz"),
+        (Command.REGION_READ, region),
+        (Command.DEVICE_RESET, b""),
+        (999, b"?"),
+    ]
+    return b"".join(message(c, p, msg_id=i) for i, (c, p) in enumerate(parts))
+
+
+class TestStream:
+    """Vectors whole, byte by byte, with something behind them, and descriptors at odd places."""
+
+    def replies(self, chunks: list[tuple[bytes, list[int]]]) -> list[tuple[int, int, bytes]]:
+        device = Gadget()
+        session = Session(device)
+        found = []
+        for data, fds in chunks:
+            session.feed(data, [os.dup(fd) for fd in fds])
+            for out, out_fds in session.take_output():
+                head, payload = split(out)
+                found.append((head.id, head.error, payload))
+                for fd in out_fds:
+                    os.close(fd)
+        session.receive_eof()
+        device.close()
+        return found
+
+    def test_whole_and_byte_by_byte(self) -> None:
+        conversation = a_conversation()
+        whole = self.replies([(conversation, [])])
+        assert [(i, e) for i, e, _ in whole] == [*((i, 0) for i in range(5)), (5, errno.EINVAL)]
+        assert whole[3][2][16:] == b"wxyz"
+        assert self.replies([(bytes([b]), []) for b in conversation]) == whole
+
+    @given(cuts=st.lists(st.integers(0, 400), max_size=8))
+    @settings(max_examples=50, deadline=None)
+    def test_cut_anywhere(self, cuts: list[int]) -> None:
+        conversation = a_conversation()
+        places = sorted({0, len(conversation), *(c for c in cuts if c < len(conversation))})
+        chunks = [(conversation[a:b], []) for a, b in pairwise(places)]
+        assert self.replies(chunks) == self.replies([(conversation, [])])
+
+    def test_trailing_bytes_wait(self) -> None:
+        conversation = a_conversation()
+        assert self.replies([(conversation + b"\1" * 15, [])]) == self.replies([(conversation, [])])
+
+    @pytest.mark.parametrize("cut", [1, 15, 16, 17, 47, 48])
+    def test_descriptors_belong_to_the_last_message_begun(self, cut: int) -> None:
+        """A read that brings descriptors ends behind the bytes that they were sent with."""
+        ram = Ram(0x10000, 0x10000)
+        before = descriptors()
+        hello = message(Command.VERSION, version(QEMU_VERSION_DATA))
+        reset = message(Command.DEVICE_RESET, msg_id=2)
+        request = DmaMap(argsz=32, flags=3, offset=0, address=ram.address, size=ram.size)
+        mapping = message(Command.DMA_MAP, request.build(), msg_id=3)
+        found = self.replies(
+            [(hello + reset + mapping[:cut], [ram.fd]), (mapping[cut:] + reset, [])]
+        )
+        assert [(i, e) for i, e, _ in found] == [(1, 0), (2, 0), (3, 0), (2, 0)]
+        assert descriptors() == before
+        ram.close()
+
+
+class TestEnd:
+    """*Socket Disconnection Behavior*"""
+
+    def test_the_device_stays_and_the_clients_things_go(self, gadget: Gadget, eventfd: int) -> None:
+        before = descriptors()
+        client = FakeClient(gadget)
+        client.negotiate()
+        ram = Ram(0x10000, 0x10000)
+        client.map(ram)
+        client.assign(PciIrq.MSIX, [eventfd, eventfd])
+        client.write(0, 0x20, b"kept")
+        client.close()
+        client.close()  # twice is once
+        assert gadget.dma.regions == []
+        assert gadget.log[-2:] == [("detached",), ("unmap", ram.address, ram.size)]
+        ram.close()
+        assert descriptors() == before
+        second = FakeClient(gadget)
+        second.negotiate()
+        assert second.read(0, 0x20, 4) == b"kept"
+        second.close()
+
+    def test_in_the_middle_of_a_message(self, gadget: Gadget, eventfd: int) -> None:
+        client = FakeClient(gadget)
+        client.negotiate()
+        before = descriptors()
+        client.send(message(Command.DMA_MAP, bytes(32))[:20], [eventfd])
+        assert descriptors() == before + 1
+        client.close()
+        assert descriptors() == before
+
+    def test_before_negotiation(self, gadget: Gadget) -> None:
+        FakeClient(gadget).close()
+        assert gadget.log == []
+
+    def test_output_that_was_never_sent_is_closed(self, gadget: Gadget) -> None:
+        client = FakeClient(gadget)
+        client.negotiate()
+        before = descriptors()
+        request = (32).to_bytes(4, "little") + bytes(4) + (2).to_bytes(4, "little") + bytes(20)
+        client.session.feed(message(Command.DEVICE_GET_REGION_INFO, request))
+        assert descriptors() == before + 1
+        client.close()
+        assert descriptors() == before
+
+    def test_too_many_commands_waiting(self, gadget: Gadget) -> None:
+        limits = SessionLimits(max_queued=3)
+        client = FakeClient(gadget, limits=limits)
+        client.negotiate()
+        client.send(message(Command.DEVICE_RESET) * 4)
+        assert "more commands" in client.session.closed
+        client.close()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.sampled_from(sorted(Command)), st.integers(0, 0xFFFF)),
+            st.binary(max_size=80),
+            st.sampled_from([0, 0, 0, 1, 0x10, 0x20, 0x21, 2]),
+            st.integers(0, 3),
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_any_sequence_of_messages_is_answered_or_ends_the_connection(
+    messages: list[tuple[int, bytes, int, int]],
+) -> None:
+    """Every command gets exactly one reply (or none, as asked); nothing escapes; nothing leaks."""
+    before = descriptors()
+    device = Gadget()
+    client = FakeClient(device)
+    client.negotiate()
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    for number, (command, payload, flags, fds) in enumerate(messages):
+        client.inbox.clear()
+        closed = bool(client.session.closed)
+        client.send(message(command, payload, flags=flags, msg_id=number), [fd] * fds)
+        client.run()
+        due = not closed and flags & 0x10 == 0 and flags & 0x21 != 0x21
+        assert [r.id for r in client.inbox] == ([number] if due else [])
+        for reply in client.inbox:
+            for got in reply.fds:
+                os.close(got)
+    client.close()
+    device.close()
+    os.close(fd)
+    assert descriptors() == before
