@@ -22,6 +22,7 @@ from vballoon.skipmap import (
     write_export,
 )
 from vballoon_spec.skipmap import Manifest, ManifestError
+from vballoon_spec.virtio.balloon import BalloonFeature
 
 B, R, H, W = Provenance
 
@@ -270,3 +271,16 @@ def test_a_manifest_with_a_wrong_field_is_refused_by_name(filled, tmp_path, chan
     assert Manifest.loads(text).dumps() == text
     extended = json.loads(text) | {"a later key": 1}
     assert Manifest.loads(json.dumps(extended)).dumps() == text
+
+
+@pytest.mark.parametrize("negotiated", [True, False])
+def test_the_map_knows_the_value_that_the_driver_wrote(negotiated):
+    from tests.fakes.rig import Rig
+
+    rig = Rig()
+    rig.balloon.stop()
+    rig.balloon.write_config(12, b"\xaa\xbb\xcc\xdd")
+    if not negotiated:
+        rig.features &= ~int(BalloonFeature.PAGE_POISON)
+    rig.balloon.start()
+    assert rig.balloon.skipmap.poison == (0xDDCCBBAA if negotiated else None)

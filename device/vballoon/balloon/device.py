@@ -108,6 +108,8 @@ class Balloon(VirtioDevice):
         assert self.transport is not None  # a transport starts what it has attached to
         self.roles = settle_roles(self.transport.features, self.transport.queues)
         self.config.lock()
+        poisons = self.transport.features & BalloonFeature.PAGE_POISON
+        self.skipmap.poison = self.config.fields.poison_val if poisons else None
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
         """Serve a batch according to the queue's role."""
