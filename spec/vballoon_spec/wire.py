@@ -186,7 +186,7 @@ def c_struct(cls: type[WireStruct], name: str) -> str:
             suffix, inner = f"[{inner.count}]", inner.subcon
         elif isinstance(inner, c.Bytes):
             suffix, inner = f"[{inner.length}]", c.Int8ul
-        if not isinstance(inner, c.FormatField):
+        if not isinstance(inner, c.FormatField) or inner.fmtstr not in _C_TYPES:
             raise TypeError(f"{cls.__name__}.{sub.name}: no C type")
         lines.append(f"\t{_C_TYPES[inner.fmtstr]} {sub.name}{suffix};")
     return f"struct {name} {{\n" + "\n".join(lines) + "\n} __packed;\n"

@@ -58,10 +58,10 @@ def backing_page_size(fd: int) -> int:
 class MemoryRegion:
     """A contiguous range of guest-physical memory.  Immutable, until it is closed.
 
-    ``guest_phys_addr`` and ``size`` are bytes, multiples of 4096; ``userspace_addr`` is the
-    front-end's virtual address of the same bytes (0: not known); ``file_offset`` says where the
-    region starts in the file behind ``fd`` (None: no file); ``view`` is the mapping (uint8[size])
-    or None; ``page_size`` is that of the backing file, bytes; ``remote`` reaches memory without a
+    ``guest_phys_addr``, ``size`` and ``file_offset`` (where the region starts in the file behind
+    ``fd``; None: no file) are bytes, multiples of 4096; ``userspace_addr`` is the front-end's
+    virtual address of the same bytes (0: not known); ``view`` is the mapping (uint8[size]) or
+    None; ``page_size`` is that of the backing file, bytes; ``remote`` reaches memory without a
     mapping.
     """
 
@@ -79,8 +79,10 @@ class MemoryRegion:
     ) -> None:
         _check_range("memory-region-address", guest_phys_addr, size)
         _check_range("memory-region-userspace", userspace_addr, size)
-        if guest_phys_addr % PAGE_SIZE or size % PAGE_SIZE:
-            raise ProtocolError("memory-region-alignment", f"{guest_phys_addr:#x}+{size:#x}")
+        if (guest_phys_addr | size | file_offset) % PAGE_SIZE:
+            raise ProtocolError(
+                "memory-region-alignment", f"{guest_phys_addr:#x}+{size:#x} at {file_offset:#x}"
+            )
         self.guest_phys_addr = guest_phys_addr
         self.size = size
         self.userspace_addr = userspace_addr
