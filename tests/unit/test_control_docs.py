@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vballoon.control.commands import COMMANDS
+from vballoon.control.commands_snapshot import COMMANDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "control.md"
 MARK = "compares -->\n"

@@ -101,6 +101,7 @@ def test_every_command_is_listed_with_help(client):
         "set-guest-stats-interval", "start-hinting", "stop-hinting", "start-walk", "stop-walk",
         "query-round", "query-skip-bitmap", "export-skip-bitmap", "get-skip-bitmap-fd",
         "query-memory-map", "query-status", "query-commands", "quit",
+        "query-guest-memory", "get-guest-memory-fd", "get-memmap-layout",
     }  # fmt: skip
     assert all(len(c["help"]) > 10 for c in listed)
     assert all(a["help"] for c in listed for a in c["arguments"])

@@ -15,7 +15,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import fdsocket
-from vballoon.control.commands import COMMANDS, package_version
+from vballoon.control.commands import package_version
+from vballoon.control.commands_snapshot import COMMANDS
 from vballoon.control.events import EventThrottle
 from vballoon.control.session import REQUESTS_MAX, CommandError, QmpSession, Request
 from vballoon.control.table import Reply
