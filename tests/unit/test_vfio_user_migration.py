@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vfio_user.migration``, ``features``: the states, the way between them, and the data stream.
+
+vfio-user specification (QEMU 11.1), ``VFIO_USER_DEVICE_FEATURE``, *Direct State Transitions*,
+*Complex State Transitions*, ``VFIO_USER_MIG_DATA_READ`` and ``_WRITE``.  Paths are not compared
+with the table of the code but with what a search along the specification's arcs finds.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections import deque
+from collections.abc import Iterator
+
+import pytest
+from tests.fakes.pci_device import Gadget
+from tests.fakes.vfio_client import FakeClient
+
+from vballoon_spec.vfio_user import (
+    MIG_ARCS,
+    Command,
+    DeviceFeature,
+    DeviceState,
+    Feature,
+    FeatureFlags,
+    MigData,
+    MigState,
+)
+from vfio_user import MigrationMachine, PciDevice, RequestError, SessionLimits
+from vfio_user.migration import MAX_STATE_SIZE, NEXT_HOP
+
+GET, SET, PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
+S = DeviceState
+SAVING = {S.PRE_COPY, S.STOP_COPY}
+REACHABLE = {S.STOP, S.RUNNING, S.STOP_COPY, S.RESUMING, S.PRE_COPY}
+
+
+@pytest.fixture
+def gadget() -> Iterator[Gadget]:
+    device = Gadget()
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def client(gadget: Gadget) -> FakeClient:
+    client = FakeClient(gadget, limits=SessionLimits(max_data_xfer_size=64))
+    client.negotiate()
+    return client
+
+
+def feature(
+    client: FakeClient, flags: int, data: bytes = b"", *, argsz: int = 64, expect: int = 0
+) -> bytes:
+    request = DeviceFeature(argsz=argsz, flags=flags).build() + data
+    reply = client.call(Command.DEVICE_FEATURE, request, expect=expect)
+    return reply.payload[DeviceFeature.SIZE :]
+
+
+def go(client: FakeClient, state: int, *, expect: int = 0) -> None:
+    data = MigState(device_state=state, data_fd=0).build()
+    answer = feature(client, Feature.MIG_DEVICE_STATE | SET, data, argsz=16, expect=expect)
+    assert expect or answer == data
+
+
+def shortest(start: DeviceState, end: DeviceState) -> list[DeviceState] | None:
+    """Breadth first along the arcs, never through a saving state; None: there is no way."""
+    if (start, end) == (S.STOP_COPY, S.PRE_COPY):
+        return None  # explicitly not allowed
+    queue: deque[list[DeviceState]] = deque([[start]])
+    while queue:
+        path = queue.popleft()
+        if path[-1] == end:
+            return path[1:]
+        if len(path) > 1 and path[-1] in SAVING:
+            continue
+        queue.extend([*path, b] for a, b in MIG_ARCS if a == path[-1] and b not in path)
+    return None
+
+
+class TestStates:
+    @pytest.mark.parametrize(("start", "end"), list(itertools.product(S, S)))
+    def test_the_way_is_the_shortest_that_is_allowed(
+        self, start: DeviceState, end: DeviceState
+    ) -> None:
+        device = Gadget()
+        machine = MigrationMachine(device)
+        machine.state = start
+        if start is S.RESUMING:
+            machine._incoming += b"state"
+        expected = [] if start == end else shortest(start, end)
+        if expected is None or (start == end and start not in REACHABLE):
+            if start != end:
+                with pytest.raises(RequestError) as caught:
+                    machine.go(end)
+                assert caught.value.errno == errno.EINVAL
+            assert machine.state == start
+        else:
+            assert machine.go(end) == expected
+            assert machine.state == end
+        device.close()
+
+    def test_error_is_no_target_and_no_start(self) -> None:
+        assert not [pair for pair in NEXT_HOP if S.ERROR in pair]
+
+    @pytest.mark.parametrize("state", [S.ERROR, S.RUNNING_P2P, S.PRE_COPY_P2P, 8, 0xABCD])
+    def test_states_that_cannot_be_asked_for(self, client: FakeClient, state: int) -> None:
+        go(client, state, expect=errno.EINVAL)
+        assert client.session.device.migration.state == S.RUNNING
+
+    def test_get_says_where_it_is(self, client: FakeClient) -> None:
+        for state in (S.RUNNING, S.PRE_COPY, S.STOP_COPY, S.STOP, S.RESUMING):
+            go(client, state)
+            data = feature(client, Feature.MIG_DEVICE_STATE | GET)
+            assert MigState.parse(data).device_state == state
+            client.session.device.state = b"state"  # type: ignore[attr-defined]
+            if state is S.RESUMING:
+                self.send(client, b"state")
+                go(client, S.RUNNING)
+
+    def send(self, client: FakeClient, data: bytes, expect: int = 0) -> None:
+        head = MigData(argsz=8 + len(data), size=len(data)).build()
+        client.call(Command.MIG_DATA_WRITE, head + data, expect=expect)
+
+    def test_the_device_stands_still_where_it_should(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        gadget.log.clear()
+        for state in (S.PRE_COPY, S.STOP_COPY, S.STOP, S.RUNNING):
+            go(client, state)
+        assert gadget.log == [("running", False), ("running", True)]
+
+    def test_a_device_that_refuses_stays(self, gadget: Gadget, client: FakeClient) -> None:
+        go(client, S.RESUMING)
+        self.send(client, b"rubbish")
+        go(client, S.RUNNING, expect=errno.EINVAL)
+        assert gadget.migration.state == S.RESUMING
+
+    def test_reset_leads_back_from_anywhere(self, gadget: Gadget, client: FakeClient) -> None:
+        for state in (S.ERROR, S.STOP_COPY, S.RESUMING):
+            gadget.migration.state = state
+            client.call(Command.DEVICE_RESET)
+            assert gadget.migration.state == S.RUNNING
+
+
+class TestData:
+    def read(self, client: FakeClient, size: int, *, argsz: int = 0, expect: int = 0) -> bytes:
+        request = MigData(argsz=argsz or 8 + size, size=size).build()
+        reply = client.call(Command.MIG_DATA_READ, request, expect=expect)
+        if expect:
+            return b""
+        head = MigData.parse(reply.payload[:8])
+        assert (head.argsz, head.size) == (len(reply.payload), len(reply.payload) - 8)
+        return reply.payload[8:]
+
+    def write(self, client: FakeClient, data: bytes, *, size: int = -1, expect: int = 0) -> None:
+        size = len(data) if size < 0 else size
+        head = MigData(argsz=8 + size, size=size).build()
+        client.call(Command.MIG_DATA_WRITE, head + data, expect=expect)
+
+    def test_a_state_moves_to_another_device(self, gadget: Gadget, client: FakeClient) -> None:
+        gadget.state = b"state" + bytes(range(100))
+        go(client, S.PRE_COPY)
+        assert self.read(client, 64) == b""
+        go(client, S.STOP_COPY)
+        stream = b""
+        while True:
+            part = self.read(client, 40)
+            stream += part
+            if len(part) < 40:
+                break
+        assert self.read(client, 40) == b""
+        other = Gadget()
+        second = FakeClient(other, limits=SessionLimits(max_data_xfer_size=64))
+        second.negotiate()
+        go(second, S.RESUMING)
+        for at in range(0, len(stream), 33):
+            self.write(second, stream[at : at + 33])
+        go(second, S.RUNNING)
+        assert other.state == gadget.state == stream
+        other.close()
+
+    def test_only_in_their_states(self, gadget: Gadget, client: FakeClient) -> None:
+        for state in (S.RUNNING, S.STOP, S.RESUMING):
+            gadget.migration.state = state
+            self.read(client, 4, expect=errno.EINVAL)
+        for state in (S.RUNNING, S.STOP, S.STOP_COPY, S.PRE_COPY):
+            gadget.migration.state = state
+            self.write(client, b"data", expect=errno.EINVAL)
+
+    def test_sizes(self, client: FakeClient) -> None:
+        go(client, S.STOP_COPY)
+        self.read(client, 65, expect=errno.EINVAL)
+        self.read(client, 8, argsz=15, expect=errno.EINVAL)
+        client.call(Command.MIG_DATA_READ, bytes(7), expect=errno.EINVAL)
+        go(client, S.RESUMING)
+        self.write(client, bytes(65), expect=errno.EINVAL)
+        self.write(client, b"abc", size=4, expect=errno.EINVAL)
+        self.write(client, b"abcd", size=3, expect=errno.EINVAL)
+
+    def test_more_than_a_device_can_have(self, gadget: Gadget) -> None:
+        gadget.migration.go(S.RESUMING)
+        gadget.migration.write(bytes(MAX_STATE_SIZE))
+        with pytest.raises(RequestError) as caught:
+            gadget.migration.write(b"x")
+        assert caught.value.errno == errno.EFBIG
+
+    def test_a_device_that_fails_to_save(self, gadget: Gadget, client: FakeClient) -> None:
+        def refuse(what: str) -> None:
+            raise RequestError(errno.EBUSY, what)
+
+        gadget.refuse = refuse
+        go(client, S.STOP_COPY, expect=errno.EBUSY)
+
+
+class TestDeviceFeature:
+    def test_what_is_supported(self, client: FakeClient) -> None:
+        assert feature(client, Feature.MIGRATION | GET, argsz=16) == (5).to_bytes(8, "little")
+
+    @pytest.mark.parametrize(
+        ("index", "methods"),
+        [
+            (Feature.MIGRATION, GET),
+            (Feature.MIG_DEVICE_STATE, GET | SET),
+            (Feature.DMA_LOGGING_START, SET),
+            (Feature.DMA_LOGGING_STOP, SET),
+            (Feature.DMA_LOGGING_REPORT, GET),
+        ],
+    )
+    def test_probing(self, client: FakeClient, index: Feature, methods: FeatureFlags) -> None:
+        for asked in (FeatureFlags(0), GET, SET, GET | SET):
+            request = DeviceFeature(argsz=8, flags=index | PROBE | asked).build()
+            allowed = asked & methods == asked
+            reply = client.call(
+                Command.DEVICE_FEATURE, request, expect=0 if allowed else errno.EINVAL
+            )
+            assert not allowed or reply.payload == request
+
+    @pytest.mark.parametrize(
+        ("flags", "data", "argsz"),
+        [
+            (Feature.MIGRATION | SET, b"", 64),
+            (Feature.MIGRATION | GET | SET, b"", 64),
+            (Feature.MIG_DEVICE_STATE | GET | SET, bytes(8), 64),
+            (Feature.MIGRATION, b"", 64),
+            (Feature.MIGRATION | GET | 1 << 19, b"", 64),
+            (Feature.MIGRATION | GET | 1 << 31, b"", 64),
+            (0 | GET, b"", 64),
+            (3 | GET, b"", 64),
+            (0xFFFF | PROBE, b"", 64),
+            (Feature.MIGRATION | PROBE, b"", 2),
+            (Feature.MIGRATION | GET, b"", 8),
+            (Feature.MIGRATION | GET, b"", 15),
+            (Feature.MIG_DEVICE_STATE | SET, MigState(device_state=1, data_fd=0).build(), 8),
+            (Feature.MIG_DEVICE_STATE | SET, bytes(7), 64),
+            (Feature.MIG_DEVICE_STATE | SET, bytes(9), 64),
+        ],
+    )
+    def test_refused(self, client: FakeClient, flags: int, data: bytes, argsz: int) -> None:
+        feature(client, flags, data, argsz=argsz, expect=errno.EINVAL)
+        assert client.session.device.migration.state == S.RUNNING
+
+    def test_short(self, client: FakeClient) -> None:
+        client.call(Command.DEVICE_FEATURE, bytes(7), expect=errno.EINVAL)
+
+    def test_a_device_that_does_not_migrate(self, gadget: Gadget, client: FakeClient) -> None:
+        gadget.migratable = False  # type: ignore[misc]
+        for flags in (Feature.MIGRATION | GET, Feature.MIG_DEVICE_STATE | GET | PROBE):
+            feature(client, flags, expect=errno.EINVAL)
+        feature(client, Feature.DMA_LOGGING_START | SET | PROBE)
+
+    def test_the_default_device_has_no_state(self) -> None:
+        for act in (lambda: PciDevice.save_state(None), lambda: PciDevice.load_state(None, b"")):  # type: ignore[arg-type]
+            with pytest.raises(RequestError):
+                act()

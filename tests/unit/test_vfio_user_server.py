@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vfio_user.server``, ``run``: the shell on real sockets, with a client in a thread of its own.
+
+vfio-user specification (QEMU 11.1), *Client/server interactions*, *Backend Program Conventions*.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.fakes.pci_device import Gadget
+from tests.fakes.vfio_client import QEMU_VERSION_DATA, Ram, descriptors, message
+
+import fdsocket
+from vballoon_spec.vfio_user import (
+    Capabilities,
+    Command,
+    DmaAccess,
+    DmaMap,
+    Header,
+    HeaderFlags,
+    RegionAccess,
+    RegionIoFds,
+    Version,
+)
+from vfio_user import DmaError, PciDevice, Server, server
+
+REPLY = HeaderFlags.TYPE_REPLY
+
+
+class Wire:
+    """A blocking client on a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(10)
+        self.number = 0
+
+    @classmethod
+    def connect(cls, path: Path, data: bytes = QEMU_VERSION_DATA) -> Wire:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(path))
+        wire = cls(sock)
+        wire.version, wire.fds = wire.call(
+            Command.VERSION, Version(major=0, minor=0).build() + data
+        )
+        return wire
+
+    def send(self, data: bytes, fds: list[int] | None = None) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.sock.sendmsg([data], rights)
+
+    def receive(self) -> tuple[Header, bytes, list[int]]:
+        raw, fds, _, _ = socket.recv_fds(self.sock, Header.SIZE, 16)
+        if not raw:
+            raise EOFError
+        head = Header.parse(raw)
+        payload = b""
+        while len(payload) < head.size - Header.SIZE:
+            payload += self.sock.recv(head.size - Header.SIZE - len(payload))
+        return head, payload, fds
+
+    def call(
+        self, command: int, payload: bytes = b"", fds: list[int] | None = None
+    ) -> tuple[bytes, list[int]]:
+        self.number += 1
+        self.send(message(command, payload, msg_id=self.number), fds)
+        head, answer, got = self.receive()
+        assert (head.id, head.command, head.error) == (self.number, command, 0)
+        return answer, got
+
+    def map(self, ram: Ram, fds: list[int] | None = None) -> None:
+        request = DmaMap(argsz=32, flags=3, offset=0, address=ram.address, size=ram.size)
+        self.call(Command.DMA_MAP, request.build(), fds)
+
+    def answer_dma(self, ram: Ram) -> None:
+        """One DMA_READ."""
+        head, payload, _ = self.receive()
+        request = DmaAccess.parse(payload)
+        data = ram.read(request.address, request.count)
+        self.send(message(head.command, payload + data, msg_id=head.id, flags=REPLY))
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def serve(device: PciDevice, path: Path, client: Callable[[], None]) -> None:
+    """Run a server in the loop, and *client* in a thread until it returns."""
+
+    async def main() -> None:
+        running = Server(device, fdsocket.listen(path))
+        running.start()
+        try:
+            await asyncio.wait_for(asyncio.to_thread(client), 20)
+        finally:
+            running.close()
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def gadget() -> Iterator[Gadget]:
+    device = Gadget()
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "dev.sock"
+
+
+def test_clients_one_after_another(gadget: Gadget, path: Path) -> None:
+    """The second waits until the first has gone, and finds the device as it was left."""
+    request = RegionAccess(offset=4, region=0, count=4).build()
+    before = descriptors()
+
+    def client() -> None:
+        ram = Ram(0x10000, 0x10000)
+        first = Wire.connect(path)
+        first.map(ram, [ram.fd])
+        first.call(Command.REGION_WRITE, request + b"left")
+        waiting = socket.socket(socket.AF_UNIX)
+        waiting.connect(str(path))
+        second = Wire(waiting)
+        second.send(message(Command.VERSION, Version(major=0, minor=0).build()))
+        waiting.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            second.receive()
+        first.close()
+        waiting.settimeout(10)
+        assert second.receive()[0].error == 0
+        assert second.call(Command.REGION_READ, request)[0][16:] == b"left"
+        second.close()
+        ram.close()
+
+    serve(gadget, path, client)
+    assert gadget.dma.regions == []
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize(
+    "last_words",
+    [
+        b"",
+        b"\1",
+        message(Command.DMA_MAP, bytes(32))[:20],
+        message(Command.VERSION, b""),
+        message(Command.DEVICE_GET_INFO, bytes(16)),
+        Header(id=1, command=1, size=3, flags=0, error=0).build(),
+        b"\xff" * 4096,
+    ],
+)
+def test_a_client_that_disappears(gadget: Gadget, path: Path, last_words: bytes) -> None:
+    before = descriptors()
+
+    def client() -> None:
+        rude = Wire.connect(path)
+        fd = os.eventfd(0)
+        if last_words:
+            rude.send(last_words, [fd])
+        rude.close()
+        os.close(fd)
+        Wire.connect(path).close()
+
+    serve(gadget, path, client)
+    assert gadget.log.count(("attached",)) == gadget.log.count(("detached",)) == 2
+    assert descriptors() == before
+
+
+def test_a_protocol_violation_is_answered_and_the_connection_closed(
+    gadget: Gadget, path: Path
+) -> None:
+    def client() -> None:
+        wire = Wire.connect(path)
+        wire.send(Header(id=77, command=1, size=3, flags=0, error=0).build())
+        head, _, _ = wire.receive()
+        assert (head.id, head.error) == (77, errno.EINVAL)
+        with pytest.raises(EOFError):
+            wire.receive()
+        wire.close()
+
+    serve(gadget, path, client)
+
+
+def test_posted_writes_are_done_before_a_read_is_answered(gadget: Gadget, path: Path) -> None:
+    def client() -> None:
+        wire = Wire.connect(path)
+        for number in range(100):
+            request = RegionAccess(offset=number * 2, region=0, count=2).build()
+            payload = request + number.to_bytes(2, "little")
+            wire.send(message(Command.REGION_WRITE, payload, flags=HeaderFlags.NO_REPLY))
+        answer, _ = wire.call(
+            Command.REGION_READ, RegionAccess(offset=0, region=0, count=200).build()
+        )
+        assert answer[16:] == b"".join(n.to_bytes(2, "little") for n in range(100))
+        wire.close()
+
+    serve(gadget, path, client)
+
+
+class TestDmaByMessage:
+    """The server's own commands, with the client busy or gone."""
+
+    def doorbell(self, gadget: Gadget) -> list[object]:
+        """Make BAR 0 a doorbell that has the device read client memory."""
+        seen: list[object] = []
+
+        def work() -> None:
+            try:
+                seen.append(gadget.dma.read(0x10000, 4))
+            except DmaError as error:
+                seen.append(error.errno)
+
+        gadget.regions[0].write = lambda offset, data: gadget.defer(work)
+        return seen
+
+    def test_in_between_a_clients_own_command(self, gadget: Gadget, path: Path) -> None:
+        """The client wants its register before it looks at the DMA, as QEMU does."""
+        seen = self.doorbell(gadget)
+        request = RegionAccess(offset=0, region=0, count=4).build()
+
+        def client() -> None:
+            ram = Ram(0x10000, 0x10000)
+            ram.write(0x10000, b"dma!")
+            wire = Wire.connect(path)
+            wire.map(ram)
+            flags = HeaderFlags.NO_REPLY
+            wire.send(message(Command.REGION_WRITE, request + b"ring", flags=flags))
+            head, payload, _ = wire.receive()
+            assert head.command == Command.DMA_READ
+            wire.send(message(Command.REGION_READ, request, msg_id=500))
+            assert wire.receive()[0].id == 500, "deadlock: the read waits for the DMA"
+            wire.send(message(head.command, payload + b"dma!", msg_id=head.id, flags=REPLY))
+            wire.call(Command.REGION_READ, request)
+            wire.close()
+            ram.close()
+
+        serve(gadget, path, client)
+        assert seen == [b"dma!"]
+
+    def test_the_client_goes_instead_of_answering(self, gadget: Gadget, path: Path) -> None:
+        seen = self.doorbell(gadget)
+        before = descriptors()
+
+        def client() -> None:
+            ram = Ram(0x10000, 0x10000)
+            wire = Wire.connect(path)
+            wire.map(ram)
+            wire.call(
+                Command.REGION_WRITE, RegionAccess(offset=0, region=0, count=4).build() + b"ring"
+            )
+            wire.receive()
+            wire.close()
+            ram.close()
+            Wire.connect(path).close()
+
+        serve(gadget, path, client)
+        assert seen == [errno.ENOTCONN]
+        assert descriptors() == before
+
+    def test_no_answer_in_time(
+        self, gadget: Gadget, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(server, "DMA_TIMEOUT", 0.1)
+        seen = self.doorbell(gadget)
+
+        def client() -> None:
+            ram = Ram(0x10000, 0x10000)
+            wire = Wire.connect(path)
+            wire.map(ram)
+            wire.call(
+                Command.REGION_WRITE, RegionAccess(offset=0, region=0, count=4).build() + b"ring"
+            )
+            head, payload, _ = wire.receive()
+            time.sleep(0.3)
+            wire.send(message(head.command, payload + b"late", msg_id=head.id, flags=REPLY))
+            wire.call(Command.DEVICE_RESET)
+            wire.close()
+            ram.close()
+
+        serve(gadget, path, client)
+        assert seen == [errno.ETIMEDOUT]
+
+    def test_over_a_twin_socket(self, gadget: Gadget, path: Path) -> None:
+        seen = self.doorbell(gadget)
+        wanted = b'{"capabilities":{"max_msg_fds":8,"twin_socket":{"supported":true}}}\0'
+
+        def client() -> None:
+            ram = Ram(0x10000, 0x10000)
+            ram.write(0x10000, b"twin")
+            wire = Wire.connect(path, wanted)
+            caps = Capabilities.parse(wire.version[Version.SIZE :])
+            assert (caps.twin_socket, caps.twin_socket_fd_index) == (True, 0)
+            twin = Wire(socket.socket(fileno=wire.fds[0]))
+            wire.map(ram)
+            request = RegionAccess(offset=0, region=0, count=4).build()
+            wire.call(Command.REGION_WRITE, request + b"ring")
+            twin.answer_dma(ram)
+            wire.call(Command.REGION_READ, request)
+            twin.close()
+            wire.close()
+            ram.close()
+
+        before = descriptors()
+        serve(gadget, path, client)
+        assert seen == [b"twin"]
+        assert descriptors() == before
+
+
+def test_a_doorbell_by_eventfd(gadget: Gadget, path: Path) -> None:
+    def client() -> None:
+        wire = Wire.connect(path)
+        request = RegionIoFds(argsz=96, flags=0, index=0, count=0)
+        _, fds = wire.call(Command.DEVICE_GET_REGION_IO_FDS, request.build())
+        os.eventfd_write(fds[0], 1)
+        deadline = time.monotonic() + 5
+        while not gadget.log or gadget.log[-1] != ("kick", 8):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.close(fds[0])
+        wire.close()
+
+    serve(gadget, path, client)
+
+
+def test_the_largest_transfers(gadget: Gadget, path: Path) -> None:
+    """A mebibyte in one message, each way; more than a socket buffers."""
+    gadget.regions[0].size = 1 << 21
+    gadget.regions[0].read = lambda offset, count: bytes(count)
+    sizes: list[int] = []
+    gadget.regions[0].write = lambda offset, data: sizes.append(len(data))
+
+    def client() -> None:
+        wire = Wire.connect(path)
+        request = RegionAccess(offset=0, region=0, count=1 << 20).build()
+        answer, _ = wire.call(Command.REGION_READ, request)
+        assert len(answer) == 16 + (1 << 20)
+        wire.number += 1
+        wire.sock.sendall(message(Command.REGION_WRITE, request + bytes(1 << 20), msg_id=9))
+        assert wire.receive()[0].id == 9
+        wire.close()
+
+    serve(gadget, path, client)
+    assert sizes == [1 << 20]
+
+
+PROGRAM = """
+import sys
+from tests.fakes.pci_device import Gadget
+from vfio_user import run_program
+sys.exit(run_program(Gadget(), sys.argv[1:]))
+"""
+
+
+def run(*args: str, **options: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *args],
+        stderr=subprocess.PIPE,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+class TestProgram:
+    """*Backend Program Conventions*"""
+
+    def test_on_a_path_until_sigterm(self, path: Path) -> None:
+        with run("--socket-path", str(path)) as program:
+            deadline = time.monotonic() + 20
+            while not path.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            Wire.connect(path).close()
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(10) == 0
+        assert not path.exists()
+
+    def test_on_an_inherited_connection_until_it_ends(self) -> None:
+        ours, theirs = socket.socketpair()
+        with run("--fd", str(theirs.fileno()), pass_fds=[theirs.fileno()]) as program:
+            theirs.close()
+            wire = Wire(ours)
+            wire.call(Command.VERSION, Version(major=0, minor=0).build())
+            wire.close()
+            assert program.wait(20) == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "status"),
+        [(["--socket-path", "/nonexistent/dir/x.sock"], 1), (["--fd", "99"], 1), ([], 2)],
+    )
+    def test_what_cannot_be(self, arguments: list[str], status: int) -> None:
+        with run(*arguments) as program:
+            assert program.wait(20) == status
+            assert program.stderr is not None
+            assert b"Traceback" not in program.stderr.read()
