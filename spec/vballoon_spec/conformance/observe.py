@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be seen of a backend from outside: descriptors, processor time, mappings, signals."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from pathlib import Path
+
+__all__ = ("EventFd", "Process")
+
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+class Process:
+    """A backend process by its id; every figure comes from ``/proc``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs (a zombie does not)."""
+        return self._stat() is not None
+
+    def _stat(self) -> list[str] | None:
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return None
+        fields = text.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields
+
+    def fds(self) -> list[str]:
+        """What its descriptors refer to, sorted."""
+        found: list[str] = []
+        try:
+            for entry in os.scandir(f"/proc/{self.pid}/fd"):
+                try:
+                    found.append(os.readlink(entry.path))
+                except OSError:
+                    continue  # closed meanwhile
+        except OSError:
+            return []
+        return sorted(found)
+
+    def mappings(self, of: str) -> int:
+        """How many mappings of files with *of* in their names it has."""
+        try:
+            text = Path(f"/proc/{self.pid}/maps").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return 0
+        return sum(of in line for line in text.splitlines())
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all its threads so far."""
+        fields = self._stat()
+        return (int(fields[11]) + int(fields[12])) / _TICK if fields else 0.0
+
+    def resident_bytes(self) -> int:
+        """Resident memory that is its own (not files, not shared memory)."""
+        try:
+            text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return 0
+        for line in text.splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+    def cpu_share(self, seconds: float = 0.3) -> float:
+        """The share of one processor that it uses over the next *seconds*."""
+        before, start = self.cpu_seconds(), time.monotonic()
+        time.sleep(seconds)
+        return (self.cpu_seconds() - before) / (time.monotonic() - start)
+
+    def settles(self, limit: float = 2.0, share: float = 0.5) -> bool:
+        """Whether within *limit* seconds it comes to use less than *share* of a processor.
+
+        Ticks are 10 ms: a window of 0.2 s tells idle from spinning.
+        """
+        deadline = time.monotonic() + limit
+        while True:
+            if self.cpu_share(0.2) < share:
+                return True
+            if time.monotonic() > deadline:
+                return False
+
+
+class EventFd:
+    """An eventfd whose signals are counted."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def signal(self, value: int = 1) -> None:
+        """Notify the other side."""
+        os.eventfd_write(self.fd, value)
+
+    def take(self) -> int:
+        """Notifications since the last call (an eventfd adds them up)."""
+        try:
+            return os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return 0
+
+    def wait(self, limit: float = 2.0) -> int:
+        """Wait for a notification; 0 when none came within *limit* seconds."""
+        if not select.select([self.fd], [], [], limit)[0]:
+            return 0
+        return self.take()
+
+    def close(self) -> None:
+        """Close it; more than once does no harm."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing a device up over vfio-user, as a guest's virtio-pci driver behind QEMU does it."""
+
+from __future__ import annotations
+
+import time
+
+from vballoon_spec.conformance.findings import Finding, Hang
+from vballoon_spec.conformance.observe import EventFd
+from vballoon_spec.conformance.rig import Rig
+from vballoon_spec.conformance.ring import DriverRing, Used
+from vballoon_spec.conformance.vfio_user import Client
+from vballoon_spec.conformance.virtio_pci import VirtioPci
+from vballoon_spec.vfio_user import PciIrq
+from vballoon_spec.virtio.pci import NO_VECTOR
+
+__all__ = ("VfioUserRig",)
+
+
+class VfioUserRig(Rig):
+    """A virtio-pci function behind a vfio-user socket."""
+
+    transport = "vfio-user"
+    map_memory = True
+    with_fds = True
+
+    def connect(self) -> None:
+        self.client = Client(self.target.connect(), self.target.options.answer_limit)
+        self.target.taps.append(self.client.tap)
+        self.client.ram = self.ram
+        self.client.negotiate()
+        self.pci = VirtioPci(self.client)
+        self._offered = self.pci.device_features()
+        self.config_event = EventFd()
+        self.vectors: dict[int, int] = {}
+
+    @property
+    def offered(self) -> int:
+        return self._offered
+
+    def negotiate(self, features: int) -> None:
+        if not self.pci.accept(features):
+            raise Finding(f"features {features:#x} of {self._offered:#x} were refused")
+        self.features = features
+        if self.map_memory:
+            self.map_all()
+        self.pci.set_config(4, 2, self.pci.config(4, 2) | 0x6)  # memory space, bus master
+        self.vector_count = self.client.irq_info(PciIrq.MSIX).count
+        if self.vector_count:
+            self.pci.enable_msix()
+            self._vector(0, self.config_event)
+            self.pci.set("config_msix_vector", 0)
+
+    def map_all(self) -> None:
+        """Map every region of memory, with descriptors or without."""
+        for region in self.ram.regions:
+            if self.client.map(region, with_fd=self.with_fds).failed:
+                raise Finding(f"DMA_MAP of {region.guest:#x} failed")
+        self.map_memory = False
+
+    def _vector(self, number: int, event: EventFd) -> None:
+        answer = self.client.set_irqs(PciIrq.MSIX, number, [event.fd])
+        if answer.failed:
+            raise Finding(f"SET_IRQS of vector {number} failed with errno {answer.error}")
+
+    def start_ring(self, index: int, ring: DriverRing, *, base: int | None = None) -> None:
+        self.rings[index] = ring
+        self.calls.setdefault(index, EventFd())
+        vector = index + 1
+        if vector < self.vector_count:
+            self._vector(vector, self.calls[index])
+        else:
+            vector = 0 if self.vector_count else NO_VECTOR
+        self.vectors[index] = vector
+        self.pci.set("queue_select", index)
+        limit = self.pci.get("queue_size")
+        if ring.size > limit:
+            raise Finding(f"queue {index} has at most {limit} descriptors")
+        self.pci.set_queue(index, ring.size, ring.areas, vector)
+        self.places = {**getattr(self, "places", {}), index: self.pci.notify_place(index)}
+
+    def driver_ok(self) -> None:
+        self.pci.driver_ok()
+
+    def kick(self, index: int) -> None:
+        bar, offset = self.places[index]
+        self.client.write(bar, offset, index.to_bytes(2, "little"))
+
+    def collect(self, ring: DriverRing, count: int, limit: float = 2.0) -> list[Used]:
+        if self.with_fds:
+            return ring.collect(count, limit)
+        found: list[Used] = []
+        deadline = time.monotonic() + limit
+        while len(found) < count:
+            if time.monotonic() > deadline:
+                raise Hang(f"{len(found)} of {count} buffers came back within {limit} s")
+            self.client.serve_for(0.005)
+            found += ring.poll()
+        return found
+
+    def usable(self) -> bool:
+        return self.client.usable()
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        return self.pci.read_device(offset, size)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        self.pci.write_device(offset, data)
+
+    def leave(self) -> None:
+        self.client.close()
+        self.config_event.close()
