@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
@@ -27,7 +28,7 @@ from vballoon.virtio_pci.rings import Rings
 from vballoon_spec.pci import BarFlags
 from vballoon_spec.vfio_user import PciIrq
 from vballoon_spec.virtio import features as f
-from vfio_user import DmaRegion, PciDevice, Region, RequestError
+from vfio_user import DmaRegion, IoEvent, PciDevice, Region, RequestError
 
 __all__ = ("DEFAULT_RING_FEATURES", "VirtioPciFunction")
 
@@ -87,13 +88,29 @@ class VirtioPciFunction(PciDevice):
         self._add_window()
         config.on_write(self._caps.express + 8, 2, self._flr)
 
+    def close(self) -> None:
+        """Let go of the function's own descriptors; it cannot be served any more."""
+        for event in self._bells:
+            os.close(event.fd)
+        self._bells.clear()
+
     def _regions(self) -> dict[int, Region]:
+        self._bells = [
+            IoEvent(
+                os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
+                layout.NOTIFY_PAGE + index * layout.NOTIFY_MULTIPLIER,
+                2,
+                partial(self._kick, index),
+            )
+            for index in range(self.device.num_queues)
+        ]
         return {
             layout.STRUCTURES_BAR: Region(
                 layout.STRUCTURES_SIZE,
                 read=self._read_structures,
                 write=self._write_structures,
                 bar=BarFlags.MEMORY_64,
+                io_events=self._bells,
             ),
             layout.MSIX_BAR: Region(
                 self.msix.layout.bar_size, read=self.msix.read, write=self.msix.write
@@ -150,6 +167,9 @@ class VirtioPciFunction(PciDevice):
         index, rest = divmod(within, layout.NOTIFY_MULTIPLIER)
         if rest or index >= len(self.registers.queues):
             raise RequestError(errno.EINVAL, f"no doorbell at {within:#x}")
+        self._kick(index)
+
+    def _kick(self, index: int) -> None:
         self._kicked[index] = None
         self._schedule()
 

@@ -1,0 +1,534 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vballoon.virtio_pci``: a device served end to end through rings, doorbells and interrupts.
+
+Virtio 1.4, *Virtio Over PCI Bus*, *Device Reset*, *Virtqueue Reset*.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.fakes.echo import Echo
+from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient, Ram, descriptors, message
+from tests.fakes.virtio_pci import (
+    ACKNOWLEDGE,
+    DRIVER,
+    DRIVER_OK,
+    FEATURES_OK,
+    NEEDS_RESET,
+    RAM_BASE,
+    RAM_SIZE,
+    Guest,
+)
+
+from vballoon.errors import MemoryFault
+from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
+from vballoon_spec.vfio_user import Command, DmaMap, RegionAccess, RegionIoFds, Version
+from vballoon_spec.virtio import features as f
+from vballoon_spec.virtio.pci import CapType
+
+V1 = f.mask(f.VIRTIO_F_VERSION_1)
+RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+MODES = {"mapped": {}, "messages": {"mapped": False}, "count32": {"mapped": False, "narrow": True}}
+
+
+def send(guest: Guest, index: int, *texts: bytes, kick: bool = True) -> list[int]:
+    """Make one buffer for each text available on queue *index*; the addresses of the answers."""
+    ring = guest.rings[index]
+    answers = []
+    for text in texts:
+        out, back = ring.buffer(len(text)), ring.buffer(len(text), writable=True)
+        guest.memory.write(out.addr, text)
+        ring.add(out, back)
+        answers.append(back.addr)
+    ring.publish()
+    if kick:
+        guest.kick(index)
+    return answers
+
+
+def make(
+    mode: str = "mapped", ring_features: int = DEFAULT_RING_FEATURES, **options: Any
+) -> tuple[Echo, Guest]:
+    echo = Echo()
+    function = VirtioPciFunction(echo, ring_features=ring_features, **options)
+    return echo, Guest(function, **MODES[mode])  # type: ignore[arg-type]
+
+
+def end(guest: Guest) -> None:
+    guest.close()
+    guest.function.close()
+
+
+@pytest.fixture(params=MODES)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Echo, Guest]]:
+    before = descriptors()
+    echo, guest = make(request.param)
+    yield echo, guest
+    end(guest)
+    assert descriptors() == before, "descriptors leaked"
+
+
+@pytest.fixture
+def mapped() -> Iterator[tuple[Echo, Guest]]:
+    echo, guest = make()
+    yield echo, guest
+    end(guest)
+
+
+class TestServing:
+    def test_a_buffer_there_and_back(self, pair: tuple[Echo, Guest]) -> None:
+        _echo, guest = pair
+        guest.start(V1, (0, 1))
+        (answer,) = send(guest, 0, b"hello, device")
+        assert guest.rings[0].collect() == [(0, 13)]
+        assert guest.memory.read(answer, 13) == b"ecived ,olleh"
+        assert guest.interrupts() == [0, 1, 0]
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("extra", [0, f.mask(f.VIRTIO_F_EVENT_IDX)])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_ring_formats(self, mode: str, packed: bool, extra: int) -> None:
+        features = V1 | extra | (f.mask(f.VIRTIO_F_RING_PACKED) if packed else 0)
+        _, guest = make(mode, DEFAULT_RING_FEATURES | f.mask(f.VIRTIO_F_RING_PACKED))
+        guest.start(features)
+        for round_ in range(20):
+            texts = [bytes([round_, n]) * 5 for n in range(3)]
+            answers = send(guest, 0, *texts)
+            assert len(guest.rings[0].collect()) == 3
+            for text, answer in zip(texts, answers, strict=True):
+                assert guest.memory.read(answer, 10) == text[::-1]
+        end(guest)
+
+    def test_many_doorbells_at_once_are_one_visit(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.start(V1)
+        send(guest, 0, b"x", kick=False)
+        cap = guest.caps[CapType.NOTIFY_CFG]
+        bell = RegionAccess(offset=cap.offset, region=cap.bar, count=2).build() + b"\0\0"
+        guest.client.send(message(Command.REGION_WRITE, bell, flags=0x10) * 50)
+        guest.client.run()
+        assert guest.function.queues[0].kicked == 2  # the first look at the start, and this
+
+    def test_buffers_from_before_driver_ok(self, pair: tuple[Echo, Guest]) -> None:
+        """They are served although no doorbell is to come."""
+        _, guest = pair
+        guest.negotiate(V1)
+        guest.use_msix()
+        guest.set_up(0, vector=1)
+        send(guest, 0, b"early")
+        assert guest.rings[0].collect() == [], "used before DRIVER_OK"
+        guest.set("device_status", RUNNING)
+        assert guest.rings[0].collect() == [(0, 5)]
+
+    def test_nothing_is_used_without_driver_ok(self, mapped: tuple[Echo, Guest]) -> None:
+        echo, guest = mapped
+        guest.negotiate(V1)
+        guest.set_up(0)
+        send(guest, 0, b"early")
+        assert not guest.function.queues
+        assert not [entry for entry in echo.log if entry.startswith("start")]
+
+    def test_a_queue_that_is_not_enabled(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.start(V1, (0,))
+        guest.set_up(1, enable=False)
+        send(guest, 1, b"no")
+        assert guest.rings[1].collect() == []
+
+    def test_queues_without_a_vector_send_nothing(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.negotiate(V1)
+        guest.use_msix()
+        guest.set_up(0)
+        guest.set("device_status", RUNNING)
+        send(guest, 0, b"quiet")
+        assert guest.rings[0].collect() == [(0, 5)]
+        assert guest.interrupts() == [0, 0, 0]
+
+    def test_with_intx(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.negotiate(V1)
+        guest.use_intx()
+        guest.set_up(0)
+        guest.set("device_status", RUNNING)
+        send(guest, 0, b"level")
+        assert os.eventfd_read(guest.intx) == 1
+        assert guest.isr() == 1
+        assert guest.rings[0].collect() == [(0, 5)]
+
+    def test_notification_data(self) -> None:
+        ring_features = DEFAULT_RING_FEATURES | f.mask(f.VIRTIO_F_NOTIFICATION_DATA)
+        _, guest = make("mapped", ring_features)
+        guest.start(V1 | f.mask(f.VIRTIO_F_NOTIFICATION_DATA))
+        send(guest, 0, b"data", kick=False)
+        guest.kick(0, data=1 << 16)
+        assert guest.rings[0].collect() == [(0, 4)]
+        end(guest)
+
+    def test_doorbells_that_are_not_there(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.start(V1)
+        cap = guest.caps[CapType.NOTIFY_CFG]
+        for offset in (8, 1, 2, 4092):
+            guest.client.write(cap.bar, cap.offset + offset, b"\0\0", expect=errno.EINVAL)
+
+    def test_doorbells_by_eventfd(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        cap = guest.caps[CapType.NOTIFY_CFG]
+        request = RegionIoFds(argsz=512, flags=0, index=cap.bar, count=0)
+        reply = guest.client.call(Command.DEVICE_GET_REGION_IO_FDS, request.build())
+        assert RegionIoFds.parse(reply.payload[:16]).count == 2
+        events = guest.function.regions[cap.bar].io_events
+        assert [(e.offset - cap.offset, e.size) for e in events] == [(0, 2), (4, 2)]
+        for fd in reply.fds:
+            os.close(fd)
+        guest.start(V1)
+        send(guest, 0, b"eventfd", kick=False)
+        events[0].callback()
+        guest.client.run()
+        assert guest.rings[0].collect() == [(0, 7)]
+
+
+class TestBrokenQueues:
+    def test_one_stops_and_the_other_goes_on(self) -> None:
+        told: list[tuple[int, str, str]] = []
+        _, guest = make(on_queue_broken=lambda *what: told.append(what))
+        guest.start(V1, (0, 1))
+        guest.rings[0].desc[0] = (1 << 50, 16, 0, 0)  # type: ignore[attr-defined]
+        guest.rings[0].avail[1] = 1  # type: ignore[attr-defined]
+        guest.kick(0)
+        assert [(index, rule) for index, rule, _ in told] == [(0, "desc-address")]
+        assert guest.get("device_status") == RUNNING | NEEDS_RESET
+        assert guest.interrupts() == [1, 0, 0], "a configuration change notification"
+        send(guest, 1, b"one", b"two")
+        assert len(guest.rings[1].collect()) == 1
+        send(guest, 0, b"dead")
+        assert len(told) == 1
+        end(guest)
+
+    @pytest.mark.parametrize("address", [0, RAM_BASE + RAM_SIZE, RAM_BASE + 1, 2**64 - 16])
+    def test_rings_outside_of_memory(self, mapped: tuple[Echo, Guest], address: int) -> None:
+        _, guest = mapped
+        guest.negotiate(V1)
+        guest.set_up(0, enable=False)
+        guest.set("queue_desc", address)
+        guest.set("queue_enable", 1)
+        guest.set("device_status", RUNNING)
+        assert guest.get("device_status") & NEEDS_RESET
+        guest.kick(0)
+        assert not guest.function.queues
+
+    def test_a_fault_of_the_device_stops_the_queue(self, mapped: tuple[Echo, Guest]) -> None:
+        echo, guest = mapped
+        guest.start(V1)
+        echo.fail_with = ZeroDivisionError("oops")
+        send(guest, 0, b"boom")
+        assert guest.function.queues[0].broken is not None
+        assert guest.function.queues[0].broken.rule == "internal"
+        guest.set("device_status", 0)
+        echo.fail_with = None
+        guest.start(V1)
+        send(guest, 0, b"fine")
+        assert len(guest.rings[0].collect()) == 1
+
+    def test_a_client_that_refuses_dma(self) -> None:
+        _, guest = make("messages")
+        guest.start(V1)
+        guest.client.dma_error = errno.EIO
+        send(guest, 0, b"lost")
+        assert guest.get("device_status") & NEEDS_RESET
+        end(guest)
+
+
+class TestReset:
+    def test_held_buffers_come_back_first(self, mapped: tuple[Echo, Guest]) -> None:
+        _echo, guest = mapped
+        guest.start(V1, (0, 1))
+        send(guest, 1, b"held")
+        assert guest.rings[1].collect() == []
+        guest.set("device_status", 0)
+        assert guest.rings[1].collect() == [(0, 0)]
+
+    def test_again_and_again(self, pair: tuple[Echo, Guest]) -> None:
+        _, guest = pair
+        for _ in range(10):
+            guest.start(V1)
+            (answer,) = send(guest, 0, b"abc")
+            assert guest.memory.read(answer, 3) == b"cba"
+        guest.interrupts()
+
+    def test_without_waiting_for_zero(self, mapped: tuple[Echo, Guest]) -> None:
+        """A driver should wait, firmware does not."""
+        _, guest = mapped
+        guest.start(V1)
+        guest.set("device_status", 0)
+        guest.set("device_status", ACKNOWLEDGE)
+        assert guest.get("device_status") == ACKNOWLEDGE
+
+    def test_in_the_middle_of_the_devices_work(self) -> None:
+        """device_status keeps its value until the work has ended."""
+        echo, guest = make("messages")
+        guest.start(V1)
+        seen: list[int] = []
+
+        def meanwhile() -> None:
+            guest.client.before_dma = None
+            guest.set("device_status", 0, post=True)
+            seen.append(guest.get("device_status"))
+
+        guest.client.run = lambda: None  # type: ignore[method-assign]
+        send(guest, 0, b"busy")
+        del guest.client.run
+        guest.client.before_dma = meanwhile
+        guest.client.run()
+        assert seen == [RUNNING], "reset in the middle of the work"
+        assert guest.get("device_status") == 0
+        assert echo.log[-2:] == ["stop", "reset"]
+        end(guest)
+
+    def test_no_message_is_sent_while_the_client_waits(self) -> None:
+        """QEMU holds its lock until DEVICE_RESET is answered."""
+        _, guest = make("messages")
+        guest.start(V1, (0, 1))
+        send(guest, 1, b"held")
+        sent = guest.client.session.requests.sent
+        guest.client.call(Command.DEVICE_RESET, run=False)
+        assert guest.client.session.requests.sent == sent
+        end(guest)
+
+
+class TestVirtqueueReset:
+    FEATURES = V1 | f.mask(f.VIRTIO_F_RING_RESET)
+
+    def test_one_queue_starts_over_and_the_other_goes_on(self, pair: tuple[Echo, Guest]) -> None:
+        _echo, guest = pair
+        guest.start(self.FEATURES, (0, 1))
+        send(guest, 0, b"first")
+        send(guest, 1, b"held")
+        guest.set("queue_select", 0)
+        guest.set("queue_reset", 1)
+        assert guest.get("queue_reset") == 0
+        assert (guest.get("queue_enable"), guest.get("queue_desc")) == (0, 0)
+        assert sorted(guest.function.queues) == [1]
+        assert guest.get("device_status") == RUNNING
+        guest.set_up(0, vector=1)
+        guest.interrupts()
+        (answer,) = send(guest, 0, b"again")
+        assert guest.memory.read(answer, 5) == b"niaga"
+        assert guest.interrupts()[1] == 1
+        send(guest, 1, b"next")
+        assert next(ident for ident, _ in guest.rings[1].collect()) == 0
+
+    def test_it_takes_time_while_the_device_works(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.start(self.FEATURES)
+        guest.set("queue_select", 0)
+        guest.function._busy = True
+        guest.set("queue_reset", 1)
+        assert guest.get("queue_reset") == 1
+        guest.set("queue_enable", 1)
+        guest.function._busy = False
+        guest.function._schedule()
+        guest.client.run()
+        assert (guest.get("queue_reset"), guest.get("queue_enable")) == (0, 0)
+
+    def test_a_broken_queue_recovers(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.start(self.FEATURES)
+        guest.rings[0].avail[1] = 1000  # type: ignore[attr-defined]
+        guest.kick(0)
+        assert guest.function.queues[0].broken
+        guest.set("queue_reset", 1)
+        guest.set_up(0, vector=1)
+        send(guest, 0, b"well")
+        assert len(guest.rings[0].collect()) == 1
+
+    def test_only_where_it_was_negotiated(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.start(V1)
+        guest.set("queue_select", 0)
+        guest.set("queue_reset", 1)
+        assert guest.get("queue_enable") == 1
+
+
+class TestMemory:
+    def test_hot_added_memory_under_running_queues(self, pair: tuple[Echo, Guest]) -> None:
+        echo, guest = pair
+        guest.start(V1, (0, 1))
+        send(guest, 0, b"before")
+        send(guest, 1, b"held")
+        more = Ram(RAM_BASE + RAM_SIZE, 1 << 20)
+        guest.client.map(more)
+        assert f"memory {RAM_SIZE + (1 << 20):#x}" in echo.log
+        ring = guest.rings[0]
+        ring.collect()
+        back = ring.buffer(4, writable=True)
+        more.write(more.address, b"more")
+        ring.add(ring.buffer(4)._replace(addr=more.address), back)
+        ring.publish()
+        guest.kick(0)
+        assert guest.memory.read(back.addr, 4) == b"erom"
+        assert guest.rings[1].collect() == [(0, 0)], "what the device held came back"
+        guest.client.unmap(more.address, more.size)
+        send(guest, 0, b"after")
+        assert len(ring.collect()) == 2
+        more.close()
+
+    def test_a_region_that_goes_while_it_is_in_use(self, mapped: tuple[Echo, Guest]) -> None:
+        _echo, guest = mapped
+        guest.start(V1)
+        guest.client.unmap(RAM_BASE, RAM_SIZE)
+        assert guest.function.memory.size == 0
+        assert guest.get("device_status") & NEEDS_RESET, "the rings are gone"
+        guest.kick(0)
+        with pytest.raises(MemoryFault):
+            guest.function.memory.read(RAM_BASE, 1)
+
+    def test_pieces_that_come_and_go_at_boot(self, mapped: tuple[Echo, Guest]) -> None:
+        echo, guest = mapped
+        for number in range(8):
+            request = DmaMap(argsz=32, flags=1, offset=0, address=number << 16, size=0x10000)
+            guest.client.call(Command.DMA_MAP, request.build(), run=False)
+        guest.client.run()
+        assert echo.log.count(f"memory {RAM_SIZE + 0x80000:#x}") == 1, "once for all of them"
+        for number in range(8):
+            guest.client.unmap(number << 16, 0x10000)
+        guest.start(V1)
+        send(guest, 0, b"ok")
+        assert len(guest.rings[0].collect()) == 1
+
+    def test_read_only_regions(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        rom = Ram(0, 0x10000)
+        guest.client.map(rom, flags=1)
+        guest.start(V1)
+        ring = guest.rings[0]
+        ring.add(ring.buffer(4), ring.buffer(4, writable=True)._replace(addr=0))
+        ring.publish()
+        guest.kick(0)
+        assert rom.read(0, 4) == bytes(4)
+        assert guest.get("device_status") & NEEDS_RESET
+        rom.close()
+
+    def test_a_file_that_the_guest_does_not_use(self, caplog: pytest.LogCaptureFixture) -> None:
+        """share=off: the client sends a descriptor, but the guest's writes are elsewhere."""
+        echo = Echo()
+        guest = Guest(VirtioPciFunction(echo), mapped=False)
+        guest.client.unmap(RAM_BASE, RAM_SIZE)
+        guest.client.ram.clear()
+        decoy = Ram(RAM_BASE, RAM_SIZE)
+        guest.client.map(decoy)
+        guest.client.ram[:] = [guest.ram]
+        guest.start(V1)
+        (answer,) = send(guest, 0, b"private")
+        assert guest.memory.read(answer, 7) == b"etavirp"
+        assert guest.rings[0].collect() == [(0, 7)]
+        assert not any(decoy.read(RAM_BASE, RAM_SIZE)), "written into a file nobody reads"
+        assert [r.levelname for r in caplog.records].count("ERROR") == 1
+        decoy.close()
+        end(guest)
+
+    def test_dma_logging_marks_what_the_device_writes(self, mapped: tuple[Echo, Guest]) -> None:
+        _, guest = mapped
+        guest.start(V1)
+        guest.function.dma.log.start(4096, [])
+        guest.function.dma_logging(True)
+        (answer,) = send(guest, 0, b"dirty")
+        bitmap = guest.function.dma.log.report(RAM_BASE, RAM_SIZE, 4096, 1 << 20)
+        dirty = int.from_bytes(bitmap, "little")
+        pages = {(a - RAM_BASE) // 4096 for a in (answer, guest.rings[0].addresses.device)}
+        assert all(dirty >> page & 1 for page in pages)
+        guest.function.stop_logging()
+        assert guest.function.memory.dirty_log is None
+
+
+class TestClients:
+    def test_a_second_client_finds_the_device_as_it_was(self) -> None:
+        """Registers stay, rings go on where they stood."""
+        echo, guest = make()
+        guest.start(V1)
+        send(guest, 0, b"one")
+        guest.client.session.receive_eof()
+        guest.client.run()
+        assert echo.log[-1] == "detach"
+        assert not guest.function.queues
+        assert guest.function.memory.size == 0
+        client = FakeClient(guest.function)
+        client.negotiate()
+        guest.client = client
+        assert guest.get("device_status") == RUNNING
+        client.map(guest.ram)
+        client.assign(2, guest.vectors)
+        (answer,) = send(guest, 0, b"two")
+        assert guest.memory.read(answer, 3) == b"owt"
+        assert [length for _, length in guest.rings[0].collect()] == [3, 3]
+        end(guest)
+
+    def test_one_that_goes_while_the_device_waits_for_it(self) -> None:
+        _, guest = make("messages")
+        guest.start(V1)
+        guest.client.silent = True
+        guest.client.before_dma = guest.client.session.receive_eof
+        send(guest, 0, b"gone")
+        assert not guest.function.queues
+        end(guest)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("write"), st.integers(0, 0x3FFF), st.binary(min_size=1, max_size=8)),
+            st.tuples(st.just("read"), st.integers(0, 0x3FFF), st.integers(1, 8)),
+            st.tuples(st.just("common"), st.integers(0, 63), st.binary(min_size=1, max_size=8)),
+            st.tuples(st.just("config"), st.integers(0, 300), st.binary(min_size=1, max_size=8)),
+            st.tuples(st.just("status"), st.sampled_from([0, 1, 3, 11, 15, 255]), st.just(0)),
+        ),
+        max_size=40,
+    ),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_sequence_of_register_accesses(steps: list[tuple[str, int, Any]], mapped: bool) -> None:
+    """Nothing escapes, every access is answered, and the device still works after a reset."""
+    before = descriptors()
+    function = VirtioPciFunction(Echo())
+    guest = Guest(function, mapped=mapped)
+    guest.start(V1 | f.mask(f.VIRTIO_F_RING_RESET), (0, 1))
+    client = guest.client
+    for kind, offset, what in steps:
+        if kind == "read":
+            request = RegionAccess(offset=offset, region=0, count=what).build()
+            client.send(message(Command.REGION_READ, request))
+        elif kind == "status":
+            guest.set("device_status", offset)
+        else:
+            region = 7 if kind == "config" else 0
+            request = RegionAccess(offset=offset, region=region, count=len(what)).build()
+            client.send(message(Command.REGION_WRITE, request + what))
+        client.run()
+        assert len(client.inbox) <= 1
+        client.inbox.clear()
+    assert not client.session.closed
+    client.call(Command.DEVICE_RESET)
+    guest.start(V1)
+    (answer,) = send(guest, 0, b"alive")
+    assert guest.memory.read(answer, 5) == b"evila"
+    end(guest)
+    assert descriptors() == before
+
+
+def test_what_qemu_proposes_is_enough() -> None:
+    """A reply larger than the request would be fatal for QEMU."""
+    function = VirtioPciFunction(Echo())
+    client = FakeClient(function)
+    reply = client.call(Command.VERSION, Version(major=0, minor=0).build() + QEMU_VERSION_DATA)
+    assert len(reply.payload) <= Version.SIZE + len(QEMU_VERSION_DATA.replace(b" ", b""))
+    client.close()
+    function.close()
