@@ -96,3 +96,11 @@ def test_no_memory_at_all():
     assert bitmap.set_ranges(u64(0), u64(10)) == 1
     assert bitmap.count() == 0
     assert bitmap.extents().shape == (0, 2)
+
+
+def test_a_partial_page_at_the_end_has_no_bit():
+    odd = SimpleNamespace(guest_phys_addr=0, size=3 * 4096 + 100, file_offset=0)
+    bitmap = PageBitmap(BitmapLayout([odd]))
+    assert bitmap.layout.pages == 3
+    assert bitmap.set_ranges(u64(0), u64(4)) == 1
+    assert bitmap.extents().tolist() == [[0, 3]]

@@ -8,6 +8,8 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vballoon.errors import ProtocolError
 from vballoon.memory import GuestMemory, MemoryRegion
@@ -228,6 +230,7 @@ def test_rebuilt_keeps_ballooned_of_memory_that_stays(memory):
         guest_phys_addr=1 << 33, size=high.size, file_offset=high.file_offset, fd=os.dup(high.fd)
     )
     new = old.rebuilt(GuestMemory([again, plugged, moved]))
+    assert old.count(B) == 0
     assert new.extents(B).tolist() == [[1000, 1024]]
     assert new.extents(R).tolist() == [[1000, 1024]]
     assert new.count(H) == new.count(W) == 0
@@ -235,6 +238,17 @@ def test_rebuilt_keeps_ballooned_of_memory_that_stays(memory):
     new.close()
     for region in (plugged, again, moved):
         region.close()
+
+
+def test_other_memory_at_the_same_place_keeps_nothing(memory):
+    old = SkipMap(memory)
+    put(old, B, (0, 10))
+    low = memory.regions[0]
+    other = MemoryRegion.map(guest_phys_addr=0, size=low.size, file_offset=0, fd=ram_file(low.size))
+    new = old.rebuilt(GuestMemory([other]))
+    assert new.count(B) == 0
+    new.close()
+    other.close()
 
 
 # the descriptor
@@ -298,6 +312,44 @@ def test_16_tib_take_no_memory_before_the_first_bit(memory):
     fd = skipmap.open_fd()
     assert os.fstat(fd).st_blocks * 512 <= 3 * 4096
     os.close(fd)
+    skipmap.close()
+
+
+few_ranges = st.lists(
+    st.tuples(
+        st.sampled_from([0, 511 * 64, 512 * 64, 1 << 21, (1 << 21) - 40, 5 << 21]),
+        st.integers(0, 3000),
+        st.integers(1, 3000),
+    ),
+    max_size=4,
+)
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(Provenance, few_ranges)))
+@settings(max_examples=60, deadline=None)
+def test_combining_is_what_sets_do(ranges):
+    """Over 64 GiB, so that bitmaps are combined in several pieces and lie in separate spans."""
+    skipmap = SkipMap(HugeGuest(64 << 30))
+    sets = {}
+    for provenance, each in ranges.items():
+        pairs = [(at + start, at + start + length) for at, start, length in each]
+        sets[provenance] = {page for a, b in pairs for page in range(a, b)}
+        if pairs:
+            put(skipmap, provenance, *pairs)
+
+    def pages(bitmap):
+        found = {page for a, b in bitmap.extents().tolist() for page in range(a, b)}
+        assert bitmap.count() == len(found)
+        return found
+
+    hinted, walked = skipmap.bitmap(H), skipmap.bitmap(W)
+    assert pages(skipmap.combined()) == set().union(*sets.values())
+    assert pages(hinted | walked) == sets[H] | sets[W]
+    assert pages(hinted & walked) == sets[H] & sets[W]
+    assert pages(hinted.and_not(walked)) == sets[H] - sets[W]
+    assert pages(walked.copy()) == sets[W]
+    again = skipmap.combined(B, R)
+    assert pages(skipmap.combined(H, W, into=again)) == sets[H] | sets[W]
     skipmap.close()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from vballoon.errors import UsageError
 from vballoon.skipmap import bits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ("PageBitmap",)
 
 Spans = list[tuple[int, int]]
+CHUNK = 1 << 15
+"""Words combined at a time: 256 KiB, which stay in the cache from one bitmap to the next."""
 
 
 class PageBitmap:
@@ -88,18 +91,22 @@ class PageBitmap:
         return combine([self, other])
 
     def __and__(self, other: PageBitmap) -> PageBitmap:
-        self._check(other)
-        result = self.copy()
-        for a, b in result.spans():
-            result.words[a:b] &= other.words[a:b]
-        return result
+        return self._masked(other, inverted=False)
 
     def and_not(self, other: PageBitmap) -> PageBitmap:
         """``self & ~other``: the safety rule's ``bits and not written since``."""
+        return self._masked(other, inverted=True)
+
+    def _masked(self, other: PageBitmap, *, inverted: bool) -> PageBitmap:
         self._check(other)
-        result = self.copy()
-        for a, b in result.spans():
-            result.words[a:b] &= ~other.words[a:b]
+        spans = self.spans()
+        result = PageBitmap(self.layout, spans=lambda: spans)
+        mask = np.empty(CHUNK, dtype=np.uint64)
+        for a, b in _chunks(spans):
+            words = other.words[a:b]
+            if inverted:
+                words = np.invert(words, out=mask[: b - a])
+            np.bitwise_and(self.words[a:b], words, out=result.words[a:b])
         return result
 
     def _check(self, other: PageBitmap) -> None:
@@ -107,21 +114,84 @@ class PageBitmap:
             raise UsageError("the bitmaps are of different guest memory")
 
 
-def combine(bitmaps: Iterable[PageBitmap]) -> PageBitmap:
-    """The union of bitmaps of the same guest memory, as a new bitmap."""
+def combine(bitmaps: Iterable[PageBitmap], into: PageBitmap | None = None) -> PageBitmap:
+    """The union of bitmaps of the same guest memory, as a new bitmap.
+
+    With *into* (an earlier result, which it overwrites) no new memory has to be found: that is
+    most of the time for a huge guest.
+    """
     first, *others = bitmaps
-    spans = set(first.spans())
-    result = PageBitmap(first.layout, spans=lambda: merged)
-    for a, b in spans:
-        result.words[a:b] = first.words[a:b]
     for other in others:
         first._check(other)
-        more = other.spans()
-        for a, b in more:
-            result.words[a:b] |= other.words[a:b]
-        spans.update(more)
-    merged = _merge_spans(spans)
+    spans = [bitmap.spans() for bitmap in (first, *others)]
+    merged = _merge_spans(span for each in spans for span in each)
+    result = _result(first, merged, into)
+    inputs = [
+        _pieces(bitmap.words, each)
+        for bitmap, each in zip((first, *others), spans, strict=True)
+        if each
+    ]
+    for a, b in _chunks(merged):
+        # all bitmaps a chunk at a time: the result is still in the cache when the next one comes
+        _unite(
+            result.words[a:b],
+            [(start - a, words) for pieces in inputs for start, words in pieces(a, b)],
+            clear=into is not None,
+        )
     return result
+
+
+def _unite(
+    out: NDArray[np.uint64], pieces: list[tuple[int, NDArray[np.uint64]]], *, clear: bool
+) -> None:
+    """The union of *pieces* (where they start in *out*, and their words) into *out*."""
+    whole = [words for _, words in pieces if words.size == out.size]
+    parts = [(start, words) for start, words in pieces if words.size != out.size]
+    if len(whole) > 1:
+        np.bitwise_or(whole[0], whole[1], out=out)
+        for words in whole[2:]:
+            np.bitwise_or(out, words, out=out)
+    elif whole:
+        out[:] = whole[0]
+    elif clear:
+        out[:] = 0
+    for start, words in parts:
+        out[start : start + words.size] |= words
+
+
+def _result(like: PageBitmap, spans: Spans, into: PageBitmap | None) -> PageBitmap:
+    """Where a result with these *spans* goes; outside of them it is zero already."""
+    if into is None:
+        return PageBitmap(like.layout, spans=lambda: spans)
+    like._check(into)
+    former = into.spans()
+    if former != spans:
+        for a, b in former:
+            into.words[a:b] = 0
+    return PageBitmap(like.layout, into.words, spans=lambda: spans)
+
+
+def _chunks(spans: Spans) -> Iterator[tuple[int, int]]:
+    """*spans* cut into pieces of at most :data:`CHUNK` words."""
+    for low, high in spans:
+        for at in range(low, high, CHUNK):
+            yield at, min(at + CHUNK, high)
+
+
+def _pieces(
+    words: NDArray[np.uint64], spans: Spans
+) -> Callable[[int, int], Iterator[tuple[int, NDArray[np.uint64]]]]:
+    """A function that gives the parts of *words* in [a, b) that *spans* cover, with their start."""
+    ends = [high for _, high in spans]
+
+    def within(a: int, b: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        for i in range(bisect_right(ends, a), len(spans)):
+            low, high = max(spans[i][0], a), min(spans[i][1], b)
+            if low >= high:
+                return
+            yield low, words[low:high]
+
+    return within
 
 
 def _merge_spans(spans: Iterable[tuple[int, int]]) -> Spans:

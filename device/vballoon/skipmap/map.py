@@ -84,9 +84,12 @@ class SkipMap:
         """Page numbers as runs, shape (k, 2), half open, ascending."""
         return self._bitmaps[provenance].extents()
 
-    def combined(self, *provenances: Provenance) -> PageBitmap:
-        """The union of *provenances* (default: all) as an independent copy, reported as set."""
-        return combine(self._bitmaps[p] for p in provenances or _SECTIONS)
+    def combined(self, *provenances: Provenance, into: PageBitmap | None = None) -> PageBitmap:
+        """The union of *provenances* (default: all) as an independent copy, reported as set.
+
+        *into* is an earlier result whose memory may be used again.
+        """
+        return combine((self._bitmaps[p] for p in provenances or _SECTIONS), into)
 
     def reported_now(self) -> PageBitmap:
         """The reported pages that are still holes of the backing file.
@@ -120,8 +123,6 @@ class SkipMap:
         self._store.note(generation=self._store.header().generation + 1)
 
     def _round_changed(self, round_: Round) -> None:
-        if self.rounds.get(round_.kind) is not round_:
-            return
         self._note(round_)  # first the state, then the bits: a reader must not take an empty map
         if round_.void_reason is not None:
             self.clear(round_.kind.provenance)
