@@ -338,13 +338,12 @@ def test_a_guest_cannot_flood_the_clients(server, path, balloon):
     with ControlClient(path) as client:
         for actual in range(1, 2000):
             server.call(balloon.events, "BALLOON_CHANGE", {"actual": actual})
-        first = client.wait_event("BALLOON_CHANGE", 10)
-        last = client.wait_event("BALLOON_CHANGE", 10)
-        while last["data"]["actual"] != 1999:
-            last = client.wait_event("BALLOON_CHANGE", 10)
-        assert first["data"] == {"actual": 1}
-        spent = last["timestamp"]["seconds"] - first["timestamp"]["seconds"]
-        assert spent < 10
+        told = [client.wait_event("BALLOON_CHANGE", 10)]
+        while told[-1]["data"]["actual"] != 1999:
+            told.append(client.wait_event("BALLOON_CHANGE", 10))
+        assert told[0]["data"] == {"actual": 1}
+        seconds = [event["timestamp"]["seconds"] for event in told]
+        assert len(told) <= seconds[-1] - seconds[0] + 3, "one a second, and the last one"
 
 
 def test_clients_that_come_and_go_leave_nothing(server, path):
