@@ -257,7 +257,7 @@ def test_quit_answers_first(path):
         assert client.execute("quit") == {}
         with pytest.raises(UsageError, match=r"closed the connection|reset by|Broken"):
             client.execute("query-status")
-        assert not path.exists()
+    assert not path.exists()
 
 
 def test_a_fault_of_ours_is_logged_and_told_without_details(client, balloon, caplog):

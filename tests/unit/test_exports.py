@@ -12,8 +12,8 @@ import pytest
 PUBLIC = {
     "fdsocket": """MAX_FDS AddressInUse FdStream Receiver TruncatedError adopt close_fds connect
         is_listening listen receive_some send_some""",
-    "vfio_user": """ConfigSpace DmaChannel DmaError DmaLog DmaRegion DmaTable FatalError IoEvent
-        IrqTable MigrationMachine PciDevice Region RequestError Server Session SessionLimits
+    "vfio_user": """ConfigSpace DmaChannel DmaError DmaLog DmaRegion DmaTable FatalError IntxPin
+        IoEvent IrqTable MigrationMachine PciDevice Region RequestError Server Session SessionLimits
         UsageError VfioUserError run_program serve""",
     "vballoon.errors": """MemoryFault PeerError ProtocolError QueueError UsageError
         VballoonError""",
