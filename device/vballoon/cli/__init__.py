@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vballoon.cli import bitmap, conform, ctl, export, map_, serve, status
+from vballoon.cli import bitmap, conform, ctl, export, map_, restore, serve, snapshot, status
 from vballoon.errors import VballoonError
 
 __all__ = ("main", "vhost_user_main")
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (serve, ctl, status, map_, export, bitmap, conform):
+    for module in (serve, ctl, status, map_, export, bitmap, snapshot, restore, conform):
         module.add(commands)
     return top
 
@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     if words[:1] == ["conform"]:  # its options are not argparse's to know
         return conform.pass_on(words[1:])
-    options = parser().parse_args(words)
+    own, command = restore.split(words)  # what is behind -- is another program's
+    options = parser().parse_args(own)
+    options.command_line = command
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
 

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vballoon snapshot``: a running VM into a directory, without its free memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from vballoon.cli.common import Subparsers, add_command, size_text
+
+if TYPE_CHECKING:
+    from vballoon.snapshot.take import Observer
+    from vballoon_spec.snapshot import SnapshotManifest
+
+__all__ = ("add", "run")
+
+EXAMPLES = """\
+  vballoon snapshot --qmp qmp.sock --control control.sock snap/
+      the guest stands still while its live pages are copied, then it runs on
+  vballoon snapshot --qmp qmp.sock --control control.sock snap/ --quit
+      the machine ends, to be restored elsewhere
+
+QEMU needs a monitor that nobody else is connected to (-qmp unix:qmp.sock,server=on,wait=off),
+shared memory, and the balloon where it can be unplugged: in any slot of -machine pc, or behind a
+root port of q35. docs/migration.md has the whole story.
+"""
+
+
+def add(commands: Subparsers) -> None:
+    """Declare the subcommand."""
+    command = add_command(
+        commands,
+        "snapshot",
+        run,
+        summary="save a running VM without its free memory",
+        description=(
+            "Save the VM behind QEMU's monitor to a new DIRECTORY: its device state, and of its\n"
+            "memory what is neither a hole nor, by the guest's own free lists, free."
+        ),
+        examples=EXAMPLES,
+    )
+    command.add_argument("directory", metavar="DIRECTORY", help="new, or empty")
+    command.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's monitor")
+    command.add_argument(
+        "--control", metavar="SOCKET", required=True, help="control socket of 'vballoon serve'"
+    )
+    command.add_argument("--quit", action="store_true", help="end QEMU instead of resuming")
+    command.add_argument("--device", metavar="ID", help="the balloon, where there are several")
+    command.add_argument(
+        "--device-socket", metavar="SOCKET", help="its socket, which QEMU does not tell (vfio-user)"
+    )
+    command.add_argument(
+        "--unplug-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=20.0,
+        help="how long the guest may take to let go of the balloon (default: 20)",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Take the snapshot and tell what it came to."""
+    from vballoon.control.client import ControlClient
+    from vballoon.snapshot.qmp_vm import QemuVm
+    from vballoon.snapshot.source import GuestSource
+    from vballoon.snapshot.store import DirectoryStore
+    from vballoon.snapshot.take import Snapshot
+
+    with (
+        QemuVm(options.qmp) as vm,
+        ControlClient(options.control) as control,
+        GuestSource.fetch(control) as source,
+    ):
+        snapshot = Snapshot(
+            vm,
+            source,
+            DirectoryStore(options.directory),
+            device_id=options.device,
+            device_socket=options.device_socket,
+            unplug_seconds=options.unplug_timeout,
+            quit=options.quit,
+        )
+        with observer(options.quiet) as watching:
+            snapshot.observer = watching
+            manifest = snapshot.take()
+    if not options.quiet:
+        summary(manifest, snapshot.seconds())
+    return 0
+
+
+def observer(quiet: bool) -> Observer:
+    """Somebody to watch: a progress bar on a terminal, lines elsewhere."""
+    from vballoon.cli.progress import Quiet, Watching
+
+    return Quiet() if quiet else Watching()
+
+
+def summary(manifest: SnapshotManifest, seconds: dict[str, float]) -> None:
+    """A few lines for the operator, on standard error."""
+    copied = sum(memory.data for memory in manifest.memory)
+    total = sum(memory.size for memory in manifest.memory)
+    left = manifest.left_out
+    print(
+        f"{size_text(copied)} of {size_text(total)} copied; left out: "
+        f"{size_text(left['holes'])} of holes, {size_text(left['verified'])} of free pages",
+        file=sys.stderr,
+    )
+    if "stopped" in seconds:
+        print(f"the guest stood still for {seconds['stopped'] * 1000:.0f} ms", file=sys.stderr)
+    if manifest.verification:
+        print(f"free pages were copied, too: {manifest.verification}", file=sys.stderr)

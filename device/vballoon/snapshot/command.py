@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU command line, made one that restores a snapshot.
+
+The machine has to be built as it was, with three differences: guest memory is in files of ours,
+the balloon is not there yet (it was unplugged when the state was saved), and there is a state to
+be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from vballoon.errors import UsageError
+from vballoon_spec.snapshot import StateKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from vballoon_spec.snapshot import SnapshotManifest
+
+__all__ = ("incoming_words", "memory_words", "rewrite")
+
+_KEPT = {"host-nodes", "policy", "merge", "dump", "reserve", "prealloc", "prealloc-threads"}
+"""Properties of a memory backend that mean the same for a file."""
+
+
+def memory_words(
+    manifest: SnapshotManifest, ram: Mapping[str, Path], kept: Mapping[str, dict[str, Any]]
+) -> dict[str, str]:
+    """The value of ``-object`` for each memory backend; *ram*: its file, *kept*: more of it."""
+    words = {}
+    for memory in manifest.memory:
+        backend = {
+            "qom-type": "memory-backend-file",
+            "id": memory.id,
+            "size": memory.size,
+            "mem-path": str(ram[memory.id]),
+            "share": True,
+            **kept.get(memory.id, {}),
+        }
+        words[memory.id] = json.dumps(backend)
+    return words
+
+
+def incoming_words(manifest: SnapshotManifest, state: Path) -> list[str]:
+    """What makes QEMU load the state."""
+    if manifest.state.kind is StateKind.IGNORE_SHARED:
+        how = "migration.x-ignore-shared=on"
+    else:
+        how = "migration.send-configuration=off"
+    return ["-global", how, "-incoming", f"file:{state}"]
+
+
+def rewrite(
+    words: Sequence[str], manifest: SnapshotManifest, ram: Mapping[str, Path], state: Path
+) -> list[str]:
+    """The command line *words* of the machine that was saved, as one that restores it.
+
+    Raises :class:`~vballoon.errors.UsageError` where it is not the same machine's.
+    """
+    if not words:
+        raise UsageError("no command to run")
+    kept: dict[str, dict[str, Any]] = {}
+    places: dict[str, int] = {}
+    result = [words[0]]
+    rest = iter(words[1:])
+    for word in rest:
+        option = word.lstrip("-") if word.startswith("-") else ""
+        if option == "incoming":
+            raise UsageError("the command loads another state already (-incoming)")
+        if option not in ("object", "device", "chardev"):
+            result.append(word)
+            continue
+        value = next(rest, None)
+        if value is None:
+            raise UsageError(f"{word} without a value")
+        properties = _properties(value, "qom-type" if option == "object" else "driver")
+        ident = properties.get("id")
+        if option == "object" and ident in {memory.id for memory in manifest.memory}:
+            kept[str(ident)] = {k: v for k, v in properties.items() if k in _KEPT}
+            places[str(ident)] = len(result) + 1
+        elif _is_balloon(option, properties, manifest):
+            continue
+        result += [word, value]
+    missing = [memory.id for memory in manifest.memory if memory.id not in places]
+    if missing:
+        raise UsageError(f"the command has no memory backend with id={missing[0]}")
+    for ident, value in memory_words(manifest, ram, kept).items():
+        result[places[ident]] = value
+    return result + incoming_words(manifest, state)
+
+
+def _properties(value: str, implied: str) -> dict[str, Any]:
+    """An option's value in either syntax: JSON, or ``type,key=value,…``."""
+    if value.startswith("{"):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {}
+    properties: dict[str, Any] = {}
+    for number, part in enumerate(value.replace(",,", "\0").split(",")):
+        key, equals, text = part.replace("\0", ",").partition("=")
+        if not equals and number == 0:
+            properties[implied] = key
+        else:
+            properties[key] = text if equals else "on"
+    return {k: v == "on" if v in ("on", "off") else v for k, v in properties.items()}
+
+
+def _is_balloon(option: str, properties: dict[str, Any], manifest: SnapshotManifest) -> bool:
+    device, chardev = manifest.balloon["device"], manifest.balloon["chardev"]
+    if option == "chardev":
+        return chardev is not None and properties.get("id") == chardev["id"]
+    if option != "device" or properties.get("driver") != device["driver"]:
+        return False
+    if "id" in device:
+        return bool(properties.get("id") == device["id"])
+    return "id" not in properties and properties.get("chardev") == device.get("chardev")

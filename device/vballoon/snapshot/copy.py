@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moving bytes: extents of one file into another, and the checksum of a sparse file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from typing import TYPE_CHECKING
+
+from vballoon.snapshot.extents import data_extents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Mover = Callable[[int, int, int, int], int]
+
+__all__ = ("CHUNK", "copy_extents", "sparse_digest")
+
+CHUNK = 65536
+"""Bytes of a checksum's chunk (spec: *Checksums*)."""
+PIECE = 8 << 20
+"""Bytes moved between two calls of the progress callback, at most."""
+_UNABLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
+
+
+def copy_extents(
+    source: int,
+    target: int,
+    extents: NDArray[np.int64],
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Copy *extents* (int64[k, 2], bytes) to the same places of *target*; returns the bytes.
+
+    The kernel moves the bytes: by ``copy_file_range`` where both are on one file system (which
+    shares them where it can), else by ``sendfile``, else by reading and writing.  *progress* is
+    told how many bytes were moved since the last call.  Raises :class:`OSError`.
+    """
+    movers: list[Mover] = [_copy_file_range, _sendfile, _read_write]
+    if os.fstat(source).st_dev != os.fstat(target).st_dev:
+        del movers[0]
+    total = 0
+    for start, end in extents.tolist():
+        at = start
+        while at < end:
+            at += _move(movers, source, target, at, min(end - at, PIECE))
+            progress(at - start)
+            total += at - start
+            start = at
+    return total
+
+
+def _move(movers: list[Mover], source: int, target: int, at: int, size: int) -> int:
+    while True:
+        try:
+            moved = movers[0](source, target, at, size)
+        except OSError as error:
+            if len(movers) == 1 or error.errno not in _UNABLE:
+                raise
+            del movers[0]
+        else:
+            if not moved:
+                raise OSError(errno.EIO, "guest memory ends before its size")
+            return moved
+
+
+def _copy_file_range(source: int, target: int, at: int, size: int) -> int:
+    return os.copy_file_range(source, target, size, at, at)
+
+
+def _sendfile(source: int, target: int, at: int, size: int) -> int:
+    os.lseek(target, at, os.SEEK_SET)
+    return os.sendfile(target, source, at, size)
+
+
+def _read_write(source: int, target: int, at: int, size: int) -> int:
+    return os.pwrite(target, os.pread(source, min(size, 1 << 20), at), at)
+
+
+def sparse_digest(fd: int) -> str:
+    """SHA-256 of a file's content that does not depend on which of its zeroes are holes."""
+    size = os.fstat(fd).st_size
+    digest, zeroes, done = hashlib.sha256(), bytes(CHUNK), 0
+    for start, end in data_extents(fd, size).tolist():
+        for at in range(max(start - start % CHUNK, done), end, CHUNK):
+            chunk = os.pread(fd, min(CHUNK, size - at), at)
+            if chunk != zeroes[: len(chunk)]:
+                digest.update(at.to_bytes(8, "little"))
+                digest.update(chunk)
+            done = at + CHUNK
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balloon device in QEMU: find it, unplug it, plug it in again as it was.
+
+QEMU refuses to save a machine with one of these devices in it.  Unplugging is a request to the
+guest: it needs a bus that can do it (any slot of ``-machine pc``, a root port of ``q35``) and a
+guest that answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vballoon.errors import UsageError
+from vballoon.snapshot.qmp_vm import QemuRefused
+
+if TYPE_CHECKING:
+    from vballoon.snapshot.qmp_vm import QemuVm
+
+__all__ = ("BalloonDevice", "find_balloon", "plug", "unplug", "wait_until_gone")
+
+VHOST_USER, VFIO_USER = "vhost-user-test-device-pci", "vfio-user-pci"
+BALLOON_ID = 5
+_COPIED = (
+    "addr", "virtio-id", "num_vqs", "vq_size", "config_size",
+    "multifunction", "acpi-index", "iommu_platform", "ats", "page-per-vq", "romfile",
+)  # fmt: skip
+"""Properties that are given again when they are set; ``bus`` and ``chardev`` need more thought."""
+SOCKET_PREFIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonDevice:
+    """``path``: of the QOM object; ``arguments``: of ``device_add``, to have the same again;
+    ``chardev``: ``id`` and ``path`` of its socket (None: it has none that can be made anew).
+    """
+
+    path: str
+    arguments: dict[str, Any]
+    chardev: dict[str, str] | None
+
+
+def find_balloon(vm: QemuVm, name: str | None = None, socket: str | None = None) -> BalloonDevice:
+    """The balloon with id *name*, or the only one; *socket*: that of a vfio-user device.
+
+    Raises :class:`~vballoon.errors.UsageError` where there is none, or more than one.
+    """
+    found = [
+        (path, kind)
+        for path, kind in _devices(vm)
+        if (name is None or path.rpartition("/")[2] == name) and _is_balloon(vm, path, kind)
+    ]
+    if len(found) != 1:
+        which = f" with id {name}" if name else ""
+        hint = "; name one with --device" if found else ""
+        raise UsageError(f"QEMU has {len(found) or 'no'} balloon devices of ours{which}{hint}")
+    path, kind = found[0]
+    return _describe(vm, path, kind, socket)
+
+
+def _devices(vm: QemuVm) -> list[tuple[str, str]]:
+    found = []
+    for parent in ("/machine/peripheral", "/machine/peripheral-anon"):
+        for child in vm.execute("qom-list", path=parent):
+            for kind in (VHOST_USER, VFIO_USER):
+                if child["type"] == f"child<{kind}>":
+                    found.append((f"{parent}/{child['name']}", kind))
+    return found
+
+
+def _is_balloon(vm: QemuVm, path: str, kind: str) -> bool:
+    if kind == VFIO_USER:
+        return True  # its PCI ids are asked for only while it is realized, and are not shown
+    return bool(vm.execute("qom-get", path=path, property="virtio-id") == BALLOON_ID)
+
+
+def _describe(vm: QemuVm, path: str, kind: str, socket: str | None) -> BalloonDevice:
+    properties = {p["name"]: p for p in vm.execute("qom-list", path=path)}
+    arguments: dict[str, Any] = {"driver": kind}
+    if path.startswith("/machine/peripheral/"):
+        arguments["id"] = path.rpartition("/")[2]
+    bus = vm.execute("qom-get", path=path, property="parent_bus")
+    arguments["bus"] = bus.rpartition("/")[2]
+    for name in _COPIED:
+        if name in properties:
+            value = vm.execute("qom-get", path=path, property=name)
+            if value or name == "addr":
+                arguments[name] = value
+    if kind == VFIO_USER:
+        if any(name.startswith("VFIO MSIX PBA") for name in properties):
+            raise UsageError(
+                "QEMU would end when this vfio-user device is unplugged, because it has MSI-X; "
+                "serve it without"
+            )
+        if socket is None:
+            raise UsageError("QEMU does not tell a vfio-user device's socket: name it")
+        arguments["socket"] = {"type": "unix", "path": socket}
+        return BalloonDevice(path, arguments, None)
+    arguments["chardev"] = vm.execute("qom-get", path=path, property="chardev")
+    return BalloonDevice(path, arguments, _chardev(vm, arguments["chardev"]))
+
+
+def _chardev(vm: QemuVm, label: str) -> dict[str, str] | None:
+    for chardev in vm.execute("query-chardev"):
+        if chardev["label"] == label:
+            where = chardev["filename"].removeprefix("disconnected:")
+            if where.startswith(SOCKET_PREFIX) and not where.endswith(",server=on"):
+                return {"id": label, "path": where.removeprefix(SOCKET_PREFIX)}
+    return None
+
+
+def unplug(vm: QemuVm, device: BalloonDevice, timeout: float) -> None:
+    """Have the guest let go of *device*, within *timeout* seconds."""
+    vm.execute("device_del", id=device.arguments.get("id", device.path))
+    if not wait_until_gone(vm, device.path, timeout):
+        raise UsageError(f"the guest did not let go of the balloon within {timeout:g} s")
+
+
+def wait_until_gone(vm: QemuVm, path: str, timeout: float) -> bool:
+    """Whether the device at *path* is gone within *timeout* seconds; at once if it was refused."""
+    step = 0.2
+    while True:
+        if vm.wait_event("DEVICE_DELETED", min(step, timeout), path=path) or not _exists(vm, path):
+            return True
+        if vm.wait_event("DEVICE_UNPLUG_GUEST_ERROR", 0, path=path):
+            return False
+        timeout -= step
+        if timeout <= 0:
+            return False
+
+
+def _exists(vm: QemuVm, path: str) -> bool:
+    parent, _, name = path.rpartition("/")
+    return any(child["name"] == name for child in vm.execute("qom-list", path=parent))
+
+
+def plug(vm: QemuVm, arguments: dict[str, Any], chardev: dict[str, str] | None) -> None:
+    """Plug the balloon in; its socket is connected anew, as for a device that was never there.
+
+    (On the old connection the backend would be told of the same memory twice.)
+    """
+    if chardev is not None:
+        try:
+            vm.execute("chardev-remove", id=chardev["id"])
+        except QemuRefused:
+            pass  # there is none: this QEMU has never seen the device
+        address = {"type": "unix", "data": {"path": chardev["path"]}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        vm.execute("chardev-add", id=chardev["id"], backend=backend)
+    vm.execute("device_add", **arguments)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A snapshot becomes a running machine again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from vballoon.errors import UsageError
+from vballoon.snapshot.command import incoming_words, memory_words, rewrite
+from vballoon.snapshot.copy import copy_extents
+from vballoon.snapshot.device import plug
+from vballoon.snapshot.extents import data_extents
+from vballoon.snapshot.qmp_vm import QemuVm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vballoon_spec.snapshot import SnapshotManifest
+
+__all__ = ("RamPlace", "Restored", "balloon_arguments", "printed_arguments", "start")
+
+START_SECONDS = 30.0
+LOAD_SECONDS = 60.0
+"""How long QEMU may take to open its monitor, and to load a state."""
+
+
+@dataclass(slots=True)
+class RamPlace:
+    """Files for guest memory, filled from a snapshot; a context manager that removes them.
+
+    QEMU keeps the memory when the file's name is gone, so the names need only last until it runs.
+    """
+
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def fill(self, snapshot: Path, manifest: SnapshotManifest) -> None:
+        """Copy all memory; raises :class:`~vballoon.errors.UsageError`."""
+        mark = secrets.token_hex(4)
+        for memory in manifest.memory:
+            path = self.folder / f"vballoon-{mark}-{memory.file}"
+            try:
+                self._fill(snapshot / memory.file, path, memory.id)
+            except OSError as error:
+                raise UsageError(f"{path}: {error.strerror}") from None
+
+    def _fill(self, source: Path, path: Path, ident: str) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with source.open("rb") as file:
+            target = os.open(path, flags, 0o600)
+            self.files[ident] = path
+            try:
+                size = os.fstat(file.fileno()).st_size
+                os.ftruncate(target, size)
+                copy_extents(file.fileno(), target, data_extents(file.fileno(), size))
+            finally:
+                os.close(target)
+
+    def remove(self) -> None:
+        """Remove the names."""
+        for path in self.files.values():
+            path.unlink(missing_ok=True)
+        self.files = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def balloon_arguments(
+    manifest: SnapshotManifest, socket: str | None
+) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """``device_add`` arguments and chardev of the balloon, at *socket* where that is another."""
+    device, chardev = dict(manifest.balloon["device"]), manifest.balloon["chardev"]
+    if socket is not None:
+        if "socket" in device:
+            device["socket"] = {"type": "unix", "path": socket}
+        else:
+            chardev = {"id": device["chardev"], "path": socket}
+    return device, chardev
+
+
+def printed_arguments(
+    snapshot: Path, manifest: SnapshotManifest, ram: dict[str, Path]
+) -> list[str]:
+    """The arguments of QEMU that replace the memory backends and load the state."""
+    words: list[str] = []
+    for value in memory_words(manifest, ram, {}).values():
+        words += ["-object", value]
+    return words + incoming_words(manifest, snapshot.resolve() / manifest.state.file)
+
+
+@dataclass(slots=True)
+class Restored:
+    """A started QEMU: the process, and a monitor of our own."""
+
+    process: subprocess.Popen[bytes]
+    vm: QemuVm
+
+    def load(self, manifest: SnapshotManifest) -> None:
+        """Wait until the state is loaded, and let the guest run if it did before."""
+        deadline = time.monotonic() + LOAD_SECONDS
+        while (status := self.vm.status()) == "inmigrate":
+            if time.monotonic() > deadline:
+                raise UsageError(f"QEMU does not load the state within {LOAD_SECONDS:g} s")
+            time.sleep(0.005)
+        machine = str(self.vm.execute("qom-get", path="/machine", property="type"))
+        if machine.removesuffix("-machine") != manifest.qemu["machine"]:
+            raise UsageError(f"the state is of a {manifest.qemu['machine']}, this is a {machine}")
+        migration = self.vm.execute("query-migrate")
+        if migration.get("status") != "completed":
+            raise UsageError(f"QEMU did not load the state: {migration}")
+        if manifest.running and status != "running":
+            self.vm.execute("cont")
+
+
+@contextlib.contextmanager
+def start(
+    words: Sequence[str], snapshot: Path, manifest: SnapshotManifest, ram: dict[str, Path]
+) -> Any:
+    """Run the machine's command line so that it restores *snapshot*; gives a Restored.
+
+    On an error the process is ended.  Raises :class:`~vballoon.errors.UsageError`.
+    """
+    command = rewrite(words, manifest, ram, snapshot.resolve() / manifest.state.file)
+    with tempfile.TemporaryDirectory(prefix="vballoon-") as folder:
+        monitor = Path(folder) / "qmp"
+        command += ["-qmp", f"unix:{monitor},server=on,wait=off"]
+        try:
+            process = subprocess.Popen(command)
+        except OSError as error:
+            raise UsageError(f"{command[0]}: {error.strerror}") from None
+        try:
+            with _connect(monitor, process) as vm:
+                yield Restored(process, vm)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+
+
+def _connect(path: Path, process: subprocess.Popen[bytes]) -> QemuVm:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        if process.poll() is not None:
+            raise UsageError(f"QEMU ended with status {process.returncode}")
+        if path.exists():
+            with contextlib.suppress(UsageError):
+                return QemuVm(path)
+        if time.monotonic() > deadline:
+            raise UsageError(f"QEMU does not open its monitor within {START_SECONDS:g} s")
+        time.sleep(0.01)
+
+
+def plug_balloon(vm: QemuVm, manifest: SnapshotManifest, socket: str | None) -> None:
+    """Plug the balloon in, as it was or at *socket*."""
+    plug(vm, *balloon_arguments(manifest, socket))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the balloon's backend has to give: guest memory's files and the guest's memmap layout."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from vballoon.balloon.memmap import MemmapLayout
+from vballoon.control.client import ControlClient
+from vballoon.errors import UsageError
+from vballoon.memory import GuestMemory, MemoryRegion
+from vballoon.snapshot.memmap import FreeMemory, VerificationRefused, free_memory
+from vballoon_spec.walk.formats import WalkMemmap, WalkMemmapRun
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ("GuestSource", "RamFile")
+
+
+@dataclass(frozen=True, slots=True)
+class RamFile:
+    """A file of guest memory; ``regions`` are (guest-physical address, size, offset), bytes."""
+
+    fd: int
+    size: int
+    regions: list[tuple[int, int, int]]
+
+
+@dataclass(slots=True)
+class GuestSource:
+    """Guest memory as the backend knew it; a context manager that closes the descriptors.
+
+    ``no_layout`` says why ``layout`` is None.
+    """
+
+    files: list[RamFile]
+    layout: MemmapLayout | None
+    no_layout: str
+    managed_pages: int | None
+    poison: int | None
+
+    @classmethod
+    def fetch(cls, control: ControlClient) -> Self:
+        """Ask the backend behind *control*; raises :class:`~vballoon.errors.UsageError`."""
+        answer = control.execute("query-guest-memory")
+        files: list[RamFile] = []
+        try:
+            for number, identity in enumerate(answer["files"]):
+                files.append(_fetch_file(control, number, identity, answer["regions"]))
+            layout, managed, why = _fetch_layout(control)
+        except BaseException:
+            _close(files)
+            raise
+        return cls(files, layout, why, managed, answer["poison"])
+
+    def free_memory(self) -> FreeMemory:
+        """The free pages of the guest, which must be stopped.
+
+        Raises :class:`VerificationRefused` where they cannot be told for certain, or where a free
+        page must keep the guest's poison value.
+        """
+        if self.layout is None:
+            raise VerificationRefused(self.no_layout)
+        if self.poison:
+            raise VerificationRefused(
+                f"the guest expects {self.poison:#x} in free pages, and they would be zero"
+            )
+        memory = self._map()
+        try:
+            return free_memory(self.layout, memory, managed_pages=self.managed_pages)
+        finally:
+            memory.close()
+
+    def _map(self) -> GuestMemory:
+        return GuestMemory(
+            MemoryRegion.map(
+                guest_phys_addr=addr,
+                size=size,
+                file_offset=offset,
+                fd=os.dup(file.fd),
+                writable=False,
+            )
+            for file in self.files
+            for addr, size, offset in file.regions
+        )
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        _close(self.files)
+        self.files = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _close(files: Sequence[RamFile]) -> None:
+    for file in files:
+        os.close(file.fd)
+
+
+def _fetch_file(
+    control: ControlClient, number: int, identity: dict[str, int], regions: list[dict[str, Any]]
+) -> RamFile:
+    control.execute("get-guest-memory-fd", {"file": number})
+    fd = control.fds.pop()
+    status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) != (identity["device"], identity["inode"]):
+        os.close(fd)
+        raise UsageError("guest memory changed meanwhile; try again")
+    inside = [
+        (region["guest-phys-addr"], region["size"], region["file-offset"])
+        for region in regions
+        if region["file"] == number
+    ]
+    return RamFile(fd, status.st_size, inside)
+
+
+def _fetch_layout(control: ControlClient) -> tuple[MemmapLayout | None, int | None, str]:
+    """The layout, the guest's managed pages, and why there is no layout."""
+    try:
+        answer = control.execute("get-memmap-layout")
+    except UsageError as error:
+        return None, None, str(error)
+    with os.fdopen(control.fds.pop(), "rb") as file:
+        data = file.read()
+    runs = np.frombuffer(data, WalkMemmapRun.dtype(), offset=WalkMemmap.SIZE)
+    header = WalkMemmap.parse(data[: WalkMemmap.SIZE])
+    return MemmapLayout(header, runs, answer["partial"]), answer["managed-pages"], ""

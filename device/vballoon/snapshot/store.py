@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a snapshot goes: a directory, whole or refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from vballoon.errors import UsageError
+from vballoon.snapshot.copy import copy_extents, sparse_digest
+from vballoon_spec.snapshot import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    SnapshotManifest,
+    SnapshotManifestError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ("DirectoryStore", "Store", "open_snapshot", "ram_name")
+
+MANIFEST_MAX = 16 << 20
+"""Bytes of a manifest that are read."""
+
+
+class Store(Protocol):
+    """Takes a snapshot's parts.  Everything raises :class:`OSError` where it cannot."""
+
+    def open_state(self) -> int:
+        """A descriptor for QEMU to write the device state to; the caller closes it."""
+
+    def copy(
+        self,
+        index: int,
+        name: str,
+        source: int,
+        size: int,
+        extents: NDArray[np.int64],
+        progress: Callable[[int], None],
+    ) -> int:
+        """Copy a file of guest memory, *size* bytes with data at *extents*; returns bytes."""
+
+    def digests(self) -> tuple[int, str, list[str]]:
+        """Size and checksum of the state, checksums of the memory files in order."""
+
+    def finish(self, manifest: SnapshotManifest) -> None:
+        """Everything is there: make it a snapshot."""
+
+    def discard(self) -> None:
+        """It will never be one; safe to call at any time, also twice."""
+
+
+def ram_name(ident: str) -> str:
+    """The file name for the memory of backend *ident*."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in ident)
+    return f"{safe}.ram"
+
+
+class DirectoryStore:
+    """A new directory at *path* (an empty one will do).  Raises UsageError where it cannot be."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._files: list[Path] = []
+        self._made = False
+        try:
+            if not self.path.is_dir():
+                self.path.mkdir(mode=0o700)
+                self._made = True
+            elif any(self.path.iterdir()):
+                raise UsageError(f"{self.path} is not empty")
+        except OSError as error:
+            raise UsageError(f"{self.path}: {error.strerror}") from None
+
+    def require_room(self, size: int) -> None:
+        """Raise :class:`UsageError` unless *size* more bytes will fit."""
+        status = os.statvfs(self.path)
+        free = status.f_bavail * status.f_frsize
+        if free < size:
+            raise UsageError(f"{self.path}: {size >> 20} MiB are needed, {free >> 20} are free")
+
+    def _create(self, name: str, mode: int) -> int:
+        path = self.path / name
+        fd = os.open(path, mode | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._files.append(path)
+        return fd
+
+    def open_state(self) -> int:
+        """A descriptor for QEMU to write the device state to."""
+        return self._create(STATE_FILE, os.O_WRONLY)
+
+    def copy(
+        self,
+        index: int,
+        name: str,
+        source: int,
+        size: int,
+        extents: NDArray[np.int64],
+        progress: Callable[[int], None],
+    ) -> int:
+        """Copy into a sparse file of its own."""
+        del index
+        fd = self._create(name, os.O_RDWR)
+        try:
+            os.ftruncate(fd, size)
+            return copy_extents(source, fd, extents, progress)
+        finally:
+            os.close(fd)
+
+    def digests(self) -> tuple[int, str, list[str]]:
+        """Read everything back from the files, and have it on the disk."""
+        memory, state = [], (0, "")
+        for path in self._files:
+            with path.open("rb") as file:
+                if path.name == STATE_FILE:
+                    state = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+                else:
+                    memory.append(sparse_digest(file.fileno()))
+                os.fsync(file.fileno())
+        return *state, memory
+
+    def finish(self, manifest: SnapshotManifest) -> None:
+        """The manifest appears last, whole, and only after everything else is on the disk."""
+        draft = self.path / f".{MANIFEST_FILE}"
+        self._files.append(draft)
+        with draft.open("w") as file:
+            file.write(manifest.dumps())
+            file.flush()
+            os.fsync(file.fileno())
+        draft.rename(self.path / MANIFEST_FILE)
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def discard(self) -> None:
+        """Remove what was written, and the directory if it is ours."""
+        for path in [self.path / MANIFEST_FILE, *self._files]:
+            path.unlink(missing_ok=True)
+        if self._made:
+            try:
+                self.path.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise
+
+
+def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> SnapshotManifest:
+    """The manifest of the snapshot at *path*, everything it names checked.
+
+    *verify* off leaves the checksums of memory alone (sizes are always compared).  Raises
+    :class:`~vballoon.errors.UsageError` for anything that is not a whole snapshot.
+    """
+    directory = Path(path)
+    try:
+        with (directory / MANIFEST_FILE).open("rb") as file:
+            manifest = SnapshotManifest.loads(file.read(MANIFEST_MAX))
+        _check_files(directory, manifest, verify)
+    except FileNotFoundError as error:
+        raise UsageError(f"{directory} is not a whole snapshot: no {error.filename}") from None
+    except OSError as error:
+        raise UsageError(f"{directory}: {error.strerror}") from None
+    except (SnapshotManifestError, UnicodeDecodeError) as error:
+        raise UsageError(f"{directory / MANIFEST_FILE}: {error}") from None
+    return manifest
+
+
+def _check_files(directory: Path, manifest: SnapshotManifest, verify: bool) -> None:
+    state = directory / manifest.state.file
+    with state.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if state.stat().st_size != manifest.state.bytes or digest != manifest.state.sha256:
+        raise UsageError(f"{state} is not what the manifest says")
+    for memory in manifest.memory:
+        with (directory / memory.file).open("rb") as file:
+            good = os.fstat(file.fileno()).st_size == memory.size
+            if not good or (verify and sparse_digest(file.fileno()) != memory.sha256):
+                raise UsageError(f"{directory / memory.file} is not what the manifest says")

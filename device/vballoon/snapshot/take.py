@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking a snapshot: the steps, in order, each of which can be undone.
+
+=========  =====================================================================================
+look       what QEMU and the backend have; nothing is changed yet
+unplug     the balloon, because QEMU does not save a machine with it
+stop       the guest; from here on time counts
+state      of the devices, written by QEMU
+verify     which pages are in the guest's free lists, read from its own memory
+copy       all data of guest memory but these
+resume     the guest (or end QEMU)
+plug       the balloon in again
+finish     checksums, everything on the disk, and last the manifest
+=========  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from vballoon.errors import UsageError
+from vballoon.snapshot import extents as ext
+from vballoon.snapshot.device import BalloonDevice, find_balloon, plug, unplug
+from vballoon.snapshot.memmap import VerificationRefused
+from vballoon.snapshot.recovery import Guardian, Note, go_back
+from vballoon.snapshot.state import choose_kind, save_state, set_ignore_shared
+from vballoon.snapshot.store import ram_name
+from vballoon_spec.snapshot import MemoryFile, SnapshotManifest, StateFile, StateKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vballoon.snapshot.memmap import FreeMemory
+    from vballoon.snapshot.qmp_vm import Memdev, QemuVm
+    from vballoon.snapshot.source import GuestSource, RamFile
+    from vballoon.snapshot.store import Store
+
+__all__ = ("Observer", "Snapshot")
+
+
+class Observer:
+    """Is told how it goes; does nothing by itself.  A context manager, for whoever shows it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, name: str) -> None:
+        """Step *name* begins."""
+
+    def size(self, total: int) -> None:
+        """*total* bytes will be copied."""
+
+    def copied(self, done: int) -> None:
+        """*done* more bytes are copied."""
+
+    def say(self, text: str) -> None:
+        """Something that the operator should know."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is going to be copied, found out while everything still runs."""
+
+    kind: StateKind
+    memory: list[tuple[Memdev, RamFile]]
+    device: BalloonDevice
+    qemu: dict[str, str]
+    running: bool
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """One snapshot of *vm*, whose balloon's backend gave *source*, into *store*.
+
+    *free_memory* finds the pages to leave out, on the stopped guest; tests put other ways here.
+    """
+
+    vm: QemuVm
+    source: GuestSource
+    store: Store
+    observer: Observer = field(default_factory=Observer)
+    device_id: str | None = None
+    device_socket: str | None = None
+    unplug_seconds: float = 20.0
+    quit: bool = False
+    free_memory: Callable[[GuestSource], FreeMemory] | None = None
+    times: dict[str, float] = field(default_factory=dict)
+
+    def take(self) -> SnapshotManifest:
+        """Do it.  Whatever fails, the guest runs on with its balloon, and the store is empty."""
+        with Guardian() as guardian:
+            note = Note(self.vm.path)
+            try:
+                plan = self._look(note)
+                manifest = self._steps(plan, note, guardian)
+            except BaseException as error:
+                troubles = [] if note.over else go_back(self.vm, note)
+                self.store.discard()
+                for trouble in troubles:
+                    self.observer.say(trouble)
+                if isinstance(error, OSError):
+                    raise UsageError(f"cannot write the snapshot: {error}") from None
+                raise
+        return manifest
+
+    def _begin(self, name: str) -> None:
+        self.times[name] = time.monotonic()
+        self.observer.step(name)
+
+    def _look(self, note: Note) -> Plan:
+        self._begin("look")
+        vm = self.vm
+        status = vm.status()
+        if status not in ("running", "paused"):
+            raise UsageError(f"the machine is {status}; it must run, or be paused")
+        device = find_balloon(vm, self.device_id, self.device_socket)
+        note.device_path, note.device = device.path, device.arguments
+        note.chardev = device.chardev
+        memory = _match(vm, self.source)
+        kind = choose_kind(vm, [memdev for memdev, _ in memory])
+        version = vm.execute("query-version")["qemu"]
+        machine = vm.execute("qom-get", path="/machine", property="type")
+        qemu = {
+            "version": "{major}.{minor}.{micro}".format(**version),
+            "machine": str(machine).removesuffix("-machine"),
+            "target": str(vm.execute("query-target")["arch"]),
+        }
+        return Plan(kind, memory, device, qemu, status == "running")
+
+    def _steps(self, plan: Plan, note: Note, guardian: Guardian) -> SnapshotManifest:
+        vm = self.vm
+        self._begin("unplug")
+        note.unplug = True
+        guardian.note(note)
+        unplug(vm, plan.device, self.unplug_seconds)
+
+        self._begin("stop")
+        note.stop = plan.running
+        guardian.note(note)
+        vm.execute("stop")
+        stopped_ns = time.time_ns()
+        self._save_state(plan, note, guardian)
+        self._begin("verify")
+        free, why = self._free()
+        copied = self._copy(plan, free)
+
+        self._begin("resume")
+        if self.quit:
+            note.over = True
+            guardian.note(note)
+            vm.execute("quit")
+        else:
+            if plan.running:
+                vm.execute("cont")
+            note.stop = False
+            self._begin("plug")
+            plug(vm, plan.device.arguments, plan.device.chardev)
+            note.unplug = False
+            guardian.note(note)
+        return self._finish(plan, copied, why, stopped_ns)
+
+    def _save_state(self, plan: Plan, note: Note, guardian: Guardian) -> None:
+        self._begin("state")
+        if plan.kind is StateKind.IGNORE_SHARED:
+            note.ignore_shared = set_ignore_shared(self.vm, False)
+            set_ignore_shared(self.vm, note.ignore_shared)
+        note.migrate = True
+        guardian.note(note)
+        fd = self.store.open_state()
+        try:
+            save_state(self.vm, plan.kind, fd)
+        finally:
+            os.close(fd)
+        note.migrate = False
+
+    def _free(self) -> tuple[FreeMemory | None, str]:
+        """The free pages, or why they are not known."""
+        try:
+            if self.free_memory is not None:
+                return self.free_memory(self.source), ""
+            return self.source.free_memory(), ""
+        except VerificationRefused as error:
+            return None, str(error)
+
+    def _copy(self, plan: Plan, free: FreeMemory | None) -> Copied:
+        self._begin("copy")
+        todo, holes, verified = [], 0, 0
+        for _, file in plan.memory:
+            data = ext.data_extents(file.fd, file.size)
+            wanted = data
+            if free is not None:
+                wanted = ext.without(data, ext.to_file(free.ranges, file.regions))
+            holes += file.size - ext.length(data)
+            verified += ext.length(data) - ext.length(wanted)
+            todo.append(wanted)
+        self.observer.size(sum(ext.length(wanted) for wanted in todo))
+        sizes = []
+        for index, ((memdev, file), wanted) in enumerate(zip(plan.memory, todo, strict=True)):
+            sizes.append(
+                self.store.copy(
+                    index, ram_name(memdev.id), file.fd, file.size, wanted, self.observer.copied
+                )
+            )
+        return Copied(sizes, {"holes": holes, "verified": verified})
+
+    def _finish(self, plan: Plan, copied: Copied, why: str, stopped_ns: int) -> SnapshotManifest:
+        self._begin("finish")
+        state_bytes, state_digest, digests = self.store.digests()
+        manifest = SnapshotManifest(
+            created_ns=stopped_ns,
+            qemu=plan.qemu,
+            state=StateFile(plan.kind, state_bytes, state_digest),
+            memory=tuple(
+                MemoryFile(memdev.id, ram_name(memdev.id), file.size, size, digest)
+                for (memdev, file), size, digest in zip(
+                    plan.memory, copied.sizes, digests, strict=True
+                )
+            ),
+            left_out=copied.left_out,
+            verification=why,
+            balloon={"device": plan.device.arguments, "chardev": plan.device.chardev},
+            running=plan.running,
+            extra={"seconds": self.seconds()},
+        )
+        self.store.finish(manifest)
+        self._begin("done")
+        return manifest
+
+    def seconds(self) -> dict[str, float]:
+        """How long each step took, and how long the guest stood still (``stopped``)."""
+        names, at = list(self.times), list(self.times.values())
+        took = {n: round(b - a, 6) for n, a, b in zip(names, at, at[1:], strict=False)}
+        if "stop" in self.times and "plug" in self.times:
+            took["stopped"] = round(self.times["plug"] - self.times["stop"], 6)
+        return took
+
+
+@dataclass(slots=True)
+class Copied:
+    """Bytes copied of each file, and bytes left out by reason."""
+
+    sizes: list[int]
+    left_out: dict[str, int]
+
+
+def _match(vm: QemuVm, source: GuestSource) -> list[tuple[Memdev, RamFile]]:
+    """Which memory backend each file of the backend's is, from where both lie in guest memory."""
+    sections = vm.sections()
+    found: dict[str, RamFile] = {}
+    for file in source.files:
+        names = {_name_at(sections, region) for region in file.regions} - {None}
+        if len(names) == 1:
+            found[names.pop() or ""] = file
+    matched = []
+    for memdev in vm.memdevs():
+        if not memdev.share:
+            continue  # QEMU saves it with its state, or refuses to
+        known = found.get(memdev.id)
+        if known is None or known.size != memdev.size:
+            raise UsageError(f"memory backend {memdev.id} is not known to the balloon's backend")
+        matched.append((memdev, known))
+    if not matched:
+        raise UsageError("the guest has no shared memory backend")
+    return matched
+
+
+def _name_at(sections: list[Any], region: tuple[int, int, int]) -> str | None:
+    addr, _, offset = region
+    for section in sections:
+        if section.start <= addr < section.end:
+            here = section.offset + addr - section.start
+            return str(section.name) if here == offset else None
+    return None

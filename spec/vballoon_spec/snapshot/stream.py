@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A snapshot as a stream: the magic, then frames; the last one is the manifest.
+
+Each frame is a header and ``length`` bytes.  DATA goes to ``offset`` of the file of guest memory
+whose place in the manifest is ``file``; STATE is the next piece of the device state; MANIFEST is
+``manifest.json`` and ends the stream.  A stream that ends without it is no snapshot.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import construct as c
+
+from vballoon_spec.wire import WireStruct
+
+__all__ = ("STREAM_MAGIC", "Frame", "FrameKind")
+
+STREAM_MAGIC = b"VBSNAP01"
+
+
+class FrameKind(IntEnum):
+    """What follows a frame's header."""
+
+    DATA = 1
+    STATE = 2
+    MANIFEST = 3
+
+
+class Frame(WireStruct):
+    """Header of a frame, little-endian; ``offset`` and ``length`` are bytes."""
+
+    kind: int
+    file: int = 0
+    offset: int = 0
+    length: int
+
+    SUBCON = c.Struct(
+        "kind" / c.Int32ul,
+        "file" / c.Int32ul,
+        "offset" / c.Int64ul,
+        "length" / c.Int64ul,
+    )
