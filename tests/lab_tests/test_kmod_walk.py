@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walk queue end to end: what the guest pushes is what is free, by three independent witnesses.
+
+They are the kernel's own ``/proc/kpageflags``, its ``/proc/buddyinfo``, and the guest's page
+structures read from outside while the guest is stopped.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.lab import NAMES, Machine, build_module
+from tests.lab_tests.kmod_device import LocalDevice, as_bools, memory_of, same_length
+
+from vballoon.snapshot.memmap import VerificationRefused, free_memory
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
+DRIVER = Path(__file__).resolve().parents[2] / "driver_kmod"
+SLICE = "/sys/module/vballoon_walk/parameters/slice_us"
+TROUBLE = r"BUG|WARNING|Oops|Call Trace|Bad page|hung task|refcount"
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Name of a kernel, and the module built for it."""
+    out = tmp_path_factory.mktemp("kmod")
+    return request.param, build_module(request.param, DRIVER, out).modules[0]
+
+
+@contextmanager
+def attached(module: tuple[str, Path], **hardware: Any) -> Iterator[tuple[Machine, LocalDevice]]:
+    """A guest with the module, and the device that it drives."""
+    extra = hardware.pop("extra", [])
+    transport = hardware.pop("transport", "vfio-user")
+    files: dict[str, bytes | Path] = {"lab/vballoon_walk.ko": module[1]}
+    with (
+        LocalDevice(transport) as device,
+        Machine(
+            kernel=module[0], files=files, extra=[*extra, *device.arguments()], **hardware
+        ) as vm,
+    ):
+        vm.guest.load("virtio_pci")
+        vm.guest.sh("dmesg -c >/dev/null; insmod /lab/vballoon_walk.ko")
+        wait_for_layout(device)
+        yield vm, device
+        log = vm.guest.sh("dmesg")
+        assert not re.findall(TROUBLE, log), log[-4000:]
+
+
+def wait_for_layout(device: LocalDevice, other_than: int = 0) -> int:
+    """The id of a layout that has come."""
+    for _ in range(300):
+        layout = device.balloon.walk_queue.memmap.layout
+        if layout is not None and layout.header.layout_id != other_than:
+            return int(layout.header.layout_id)
+        time.sleep(0.1)
+    raise AssertionError("no layout has come")
+
+
+def fragmented(vm: Machine, mib: int) -> None:
+    vm.guest.start(f"memhog {mib}", log="/run/hog.log", fifo="/run/hog")
+    vm.guest.wait_for("grep -q filled /run/hog.log")
+    vm.guest.sh("echo fragment >/run/hog")
+    vm.guest.wait_for("tail -1 /run/hog.log | grep -q fragment")
+
+
+def check_round(device: LocalDevice, done: dict[str, Any]) -> None:
+    assert done["complete"], done
+    assert done["bad-records"] == 0
+    begin, end = device.balloon.walk_queue.begin, device.balloon.walk_queue.end
+    assert begin is not None
+    assert end is not None
+    assert (end.result, begin.page_shift) == (0, 12)
+    # The walk takes nothing: free memory is what it was, less what others did meanwhile.
+    assert abs(end.free_pages - begin.free_pages) < 256
+
+
+def compare_with_kpageflags(vm: Machine, device: LocalDevice) -> None:
+    before = vm.guest.pages()
+    check_round(device, device.walk())
+    walked = device.walked()
+    after = vm.guest.pages()
+    before, walked, after = same_length(before, walked, after)
+    missed = before & after & ~walked
+    wrong = walked & ~before & ~after
+    assert not missed.any(), f"{missed.sum()} free pages were not pushed"
+    # Free only between the two samples: what the program that takes them holds itself.
+    assert wrong.sum() < 1024, f"{wrong.sum()} pushed pages were not free"
+
+
+def compare_with_memmap(vm: Machine, device: LocalDevice, attempts: int = 12) -> None:
+    """To the page, at an instant at which nothing changed between the walk and the stop."""
+    seen = []
+    for _ in range(attempts):
+        check_round(device, device.walk())
+        found = device.free_now(vm)
+        walked, free = same_length(device.walked(), as_bools(found.ranges))
+        differ = int((walked != free).sum())
+        seen.append(differ)
+        if not differ:
+            assert found.loose == 0
+            assert found.pages == int(walked.sum())
+            return
+    raise AssertionError(f"never equal, pages that differ: {seen}")
+
+
+@pytest.mark.parametrize(
+    ("memory", "smp", "nodes"), [(4096, 1, 1), (4096, 2, 1), (8192, 2, 1), (2048, 2, 2)]
+)
+def test_pushes_what_is_free(module: Any, memory: int, smp: int, nodes: int) -> None:
+    with attached(module, memory=memory, smp=smp, nodes=nodes) as (vm, device):
+        compare_with_kpageflags(vm, device)
+        compare_with_memmap(vm, device)
+        free = vm.guest.meminfo()["MemFree"] // 4096
+        share = int(device.walked().sum()) / free
+        end = device.balloon.walk_queue.end
+        assert end is not None
+        print(
+            f"\n{module[0]}, {memory} MiB, {smp} CPU: {end.blocks} blocks in {end.ranges} ranges, "
+            f"{share:.2%} of free memory, {end.duration_ns / 1e6:.2f} ms, longest hold "
+            f"{end.longest_hold_ns / 1e3:.0f} us"
+        )
+        assert share > 0.99
+
+
+@pytest.mark.parametrize("slice_us", [1, 50, 100_000])
+def test_pushes_what_is_free_of_a_fragmented_guest(module: Any, slice_us: int) -> None:
+    with attached(module, memory=1024, smp=2) as (vm, device):
+        fragmented(vm, 700)
+        vm.guest.sh(f"echo {slice_us} >{SLICE}")
+        compare_with_kpageflags(vm, device)
+        compare_with_memmap(vm, device)
+        end = device.balloon.walk_queue.end
+        assert end is not None
+        assert end.blocks > 50_000
+        assert (end.slices > 1000) == (slice_us == 1)
+        print(
+            f"\n{module[0]}, fragmented, slices of {slice_us} us: {end.blocks} blocks in "
+            f"{end.slices} slices, {end.buffers} buffers, {end.duration_ns / 1e6:.1f} ms, "
+            f"longest hold {end.longest_hold_ns / 1e3:.0f} us"
+        )
+
+
+@pytest.mark.parametrize("order", [3, 9, 10, 200])
+def test_reports_no_smaller_block_than_asked_for(module: Any, order: int) -> None:
+    with attached(module, memory=512) as (_vm, device):
+        check_round(device, device.walk(order))
+        begin = device.balloon.walk_queue.begin
+        assert begin is not None
+        applied = min(order, 10)
+        assert (begin.min_order, begin.max_order) == (applied, 10)
+        edges = device.ask(lambda: device.balloon.skipmap.extents("walked"))  # type: ignore[arg-type]
+        assert edges.size
+        assert not (edges % np.uint64(1 << applied)).any()
+
+
+def test_churn_outdates_a_part_of_what_was_pushed(module: Any) -> None:
+    """Measured and printed: it is the reason for the safety rule, not a fault."""
+    with attached(module, memory=1024, smp=2) as (vm, device):
+        vm.guest.start("churn 500 120", log="/run/churn.log")
+        vm.guest.sh("sleep 1")
+        shares = []
+        for _ in range(5):
+            done = device.walk()
+            assert done["bad-records"] == 0
+            free = device.free_now(vm)
+            walked, now = same_length(device.walked(), as_bools(free.ranges))
+            shares.append(float((walked & ~now).sum() / walked.sum()))
+        print(f"\n{module[0]}: no longer free a moment later: {[f'{s:.2%}' for s in shares]}")
+        assert max(shares) > 0
+        assert "bad" not in vm.guest.sh("cat /run/churn.log").replace(", 0 bad", "")
+
+
+def test_new_round_ends_the_old_and_stop_ends_it_too(module: Any) -> None:
+    with attached(module, memory=1024, smp=1) as (vm, device):
+        fragmented(vm, 600)
+        vm.guest.sh(f"echo 1 >{SLICE}")
+        check_round(device, device.walk())
+        numbers = [device.start_walk() for _ in range(5)]
+        last: dict[str, Any] = {}
+        while last.get("round") != numbers[-1]:
+            last = device.ended.get(timeout=60)
+        check_round(device, last)
+        device.start_walk()
+        device.ask(device.balloon.stop_walk)
+        check_round(device, device.walk())
+
+
+def test_memory_pressure_during_rounds(module: Any) -> None:
+    """The guest runs out of memory, kills, and both it and the walk go on."""
+    with attached(module, memory=512, smp=2) as (vm, device):
+        for number in range(4):  # each holds what it got; together more than there is
+            vm.guest.start("memhog 150", log=f"/run/hog{number}.log", fifo=f"/run/hog{number}")
+        killed = False
+        for _ in range(300):
+            device.walk()
+            killed = "Killed process" in vm.guest.sh("dmesg")
+            if killed:
+                break
+        assert killed
+        compare_with_memmap(vm, device)
+        vm.guest.sh("dmesg -c >/dev/null")  # an OOM report has a call trace
+
+
+def test_loads_and_unloads_with_rounds_under_way(module: Any) -> None:
+    with attached(module, memory=512, smp=2) as (vm, device):
+        fragmented(vm, 200)
+        for _ in range(8):
+            vm.guest.sh(f"echo 1 >{SLICE}")
+            device.start_walk()
+            vm.guest.sh("rmmod vballoon_walk; insmod /lab/vballoon_walk.ko", timeout=30)
+            wait_for_layout(device)
+        compare_with_memmap(vm, device)
+
+
+def test_layout_dies_with_the_module_and_outlives_the_device(module: Any) -> None:
+    with attached(module, memory=512, machine="pc", transport="vhost-user") as (vm, device):
+        compare_with_memmap(vm, device)
+        layout = device.balloon.walk_queue.memmap.layout
+        assert layout is not None
+        memory = memory_of(vm)
+        vm.qmp("device_del", id="b0")
+        vm.monitor.wait_event("DEVICE_DELETED", device="b0")
+        vm.qmp("stop")
+        assert free_memory(layout, memory).pages > 50_000
+        vm.qmp("cont")
+        vm.guest.sh("rmmod vballoon_walk")
+        vm.qmp("stop")
+        with pytest.raises(VerificationRefused):
+            free_memory(layout, memory)
+        vm.qmp("cont")
+
+
+def test_memory_that_comes_and_goes_makes_a_new_layout(module: Any) -> None:
+    extra = ["-m", "slots=2,maxmem=4G"]
+    with attached(
+        module, memory=512, machine="pc", extra=extra, append="memhp_default_state=online_movable"
+    ) as (vm, device):
+        first = wait_for_layout(device)
+        old = device.balloon.walk_queue.memmap.layout
+        share = {"qom-type": "memory-backend-memfd", "id": "m1", "size": 512 << 20, "share": True}
+        vm.qmp("object-add", **share)
+        vm.qmp("device_add", driver="pc-dimm", id="d1", memdev="m1")
+        vm.guest.wait_for("test $(grep -l online /sys/devices/system/memory/*/state | wc -l) -gt 4")
+        second = wait_for_layout(device, first)
+        compare_with_kpageflags(vm, device)
+        compare_with_memmap(vm, device)
+        assert device.walked().sum() > 150_000
+        assert old is not None
+        vm.qmp("stop")
+        with pytest.raises(VerificationRefused, match="witness"):
+            device.ask(lambda: free_memory(old, device.balloon.transport.memory))  # type: ignore[union-attr]
+        vm.qmp("cont")
+        vm.qmp("device_del", id="d1")
+        vm.monitor.wait_event("DEVICE_DELETED", device="d1")
+        wait_for_layout(device, second)
+        compare_with_memmap(vm, device)
+        assert device.walked().sum() < 131_072
