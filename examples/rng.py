@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """A virtio entropy device: the same few lines on vhost-user and on vfio-user.
 
-python examples/rng.py --vfio-user rng.sock
-qemu-system-x86_64 … -device '{"driver":"vfio-user-pci",
-    "socket":{"type":"unix","path":"rng.sock"}}'
+    python examples/rng.py --vfio-user rng.sock
+    qemu-system-x86_64 … -device
+        '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"rng.sock"}}'
+
+    python examples/rng.py --vhost-user rng.sock
+    qemu-system-x86_64 … -chardev socket,id=rng,path=rng.sock
+        -device vhost-user-test-device-pci,chardev=rng,virtio-id=4,num_vqs=1,vq_size=64
+
+In the guest it is /dev/hwrng.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 
 import numpy as np
 
+from vballoon.vhost_user import VhostUserServer
 from vballoon.virtio import DeviceQueue, VirtioDevice
+from vballoon.virtio_pci import VirtioPciFunction
 from vballoon.virtqueue import ChainBatch
+from vfio_user import run_program
 
 LARGEST = 1 << 16
 """Bytes of randomness for one buffer, however large the driver made it."""
@@ -30,28 +40,30 @@ class Rng(VirtioDevice):
 
     @property
     def device_features(self) -> int:
+        """The device has no features of its own."""
         return 0
 
     def read_config(self) -> bytes:
+        """Nor does it have a configuration space."""
         return b""
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
+        """Fill a batch of buffers and give them back."""
         sizes = np.minimum(batch.writable_size(), LARGEST)
         written = [batch.write(i, os.urandom(size)) for i, size in enumerate(sizes.tolist())]
         queue.give(batch.ids, np.array(written, np.uint32))
 
 
 def main(argv: list[str]) -> int:
-    """``--vfio-user PATH`` serves the device there."""
+    """Usage: rng.py --vhost-user PATH | --vfio-user PATH."""
     match argv:
         case ["--vfio-user", path]:
-            from vballoon.virtio_pci import VirtioPciFunction
-            from vfio_user import run_program
-
             return run_program(VirtioPciFunction(Rng()), ["--socket-path", path])
-        case _:
-            print(main.__doc__, file=sys.stderr)
-            return 2
+        case ["--vhost-user", path]:
+            asyncio.run(VhostUserServer(Rng(), path=path).serve())
+            return 0
+    print(main.__doc__, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from vfio_user.device import PciDevice
 from vfio_user.dirty import DmaLog
 from vfio_user.dma import DmaChannel, DmaRegion, DmaTable
 from vfio_user.errors import DmaError, FatalError, RequestError, UsageError, VfioUserError
+from vfio_user.intx import IntxPin
 from vfio_user.irqs import IrqTable
 from vfio_user.migration import MigrationMachine
 from vfio_user.regions import IoEvent, Region
@@ -29,6 +30,7 @@ __all__ = (
     "DmaRegion",
     "DmaTable",
     "FatalError",
+    "IntxPin",
     "IoEvent",
     "IrqTable",
     "MigrationMachine",

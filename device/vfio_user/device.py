@@ -22,6 +22,7 @@ from vballoon_spec.vfio_user import PCI_NUM_REGIONS, DeviceFlags, PciRegion
 from vfio_user.config import ConfigSpace
 from vfio_user.dma import DmaRegion, DmaTable
 from vfio_user.errors import RequestError, UsageError
+from vfio_user.intx import IntxPin
 from vfio_user.irqs import IrqTable
 from vfio_user.migration import MigrationMachine
 from vfio_user.regions import Region
@@ -38,6 +39,7 @@ class PciDevice:
 
     *regions* maps indices of :class:`~vballoon_spec.vfio_user.PciRegion` to regions (BARs are
     entered into *config* here); *irqs* says how many vectors each interrupt index has.
+    Edges are signalled with ``irqs.trigger``, the level of INTx with ``intx.set``.
     ``migratable`` devices offer the migration states and must give and take their state.
     """
 
@@ -52,6 +54,7 @@ class PciDevice:
         self.dma.on_unmap = self.dma_unmapped
         self.irqs = IrqTable(irqs)
         self.irqs.on_state = self.irq_state
+        self.intx = IntxPin(config, self.irqs)
         self.migration = MigrationMachine(self)
         self.regions = [regions.get(index, _EMPTY) for index in range(PCI_NUM_REGIONS)]
         if self.regions[PciRegion.CONFIG].size or set(regions) - set(PciRegion):
@@ -135,6 +138,7 @@ class PciDevice:
         """DEVICE_RESET: configuration space, pending interrupts, migration state, registers."""
         self.config.reset()
         self.irqs.clear_pending()
+        self.intx.reset()
         self.stop_logging()
         self.migration.reset()
         self.reset()

@@ -213,6 +213,17 @@ class TestBrokenQueues:
         assert len(told) == 1
         end(guest)
 
+    def test_no_descriptor_is_kept_by_what_broke(self) -> None:
+        """An exception's traceback holds frames, and those the mapping of guest memory."""
+        before = descriptors()
+        _, guest = make()
+        guest.start(V1)
+        guest.rings[0].desc[0] = (1 << 50, 16, 0, 0)  # type: ignore[attr-defined]
+        guest.rings[0].avail[1] = 1  # type: ignore[attr-defined]
+        guest.kick(0)
+        end(guest)
+        assert descriptors() == before
+
     @pytest.mark.parametrize("address", [0, RAM_BASE + RAM_SIZE, RAM_BASE + 1, 2**64 - 16])
     def test_rings_outside_of_memory(self, mapped: tuple[Echo, Guest], address: int) -> None:
         _, guest = mapped

@@ -77,10 +77,8 @@ class DeviceQueue:
     def fail(self, error: QueueError | MemoryFault) -> None:
         """Stop this queue for good (until the driver resets it): one line in the log, one event."""
         if self.broken is None:
-            broken = (
-                error if isinstance(error, QueueError) else QueueError(error.rule, error.detail)
-            )
-            self.broken = broken
+            # A fresh one: the frames in the traceback of *error* would keep guest memory mapped.
+            self.broken = broken = QueueError(error.rule, error.detail)
             log.error("queue %d stopped: %s", self.index, broken)
             self._on_broken(self, broken)
 

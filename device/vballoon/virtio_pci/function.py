@@ -84,7 +84,7 @@ class VirtioPciFunction(PciDevice):
         super().__init__(config, self._regions(), {PciIrq.INTX: 1, PciIrq.MSIX: vectors.vectors})
         self.client_memory = ClientMemory(self.dma)
         self.msix.irqs = self.irqs
-        self.interrupts = Interrupts(config, self.irqs, self._caps.msix)
+        self.interrupts = Interrupts(config, self.irqs, self.intx, self._caps.msix)
         self._add_window()
         config.on_write(self._caps.express + 8, 2, self._flr)
 

@@ -7,10 +7,10 @@ status capability*.
 
 from __future__ import annotations
 
-from vballoon_spec.pci import Command, MsixControl
+from vballoon_spec.pci import MsixControl
 from vballoon_spec.vfio_user import PciIrq
 from vballoon_spec.virtio.pci import NO_VECTOR, IsrStatus
-from vfio_user import ConfigSpace, IrqTable
+from vfio_user import ConfigSpace, IntxPin, IrqTable
 
 __all__ = ("Interrupts",)
 
@@ -18,13 +18,13 @@ __all__ = ("Interrupts",)
 class Interrupts:
     """Which way an interrupt goes.  *msix* is the offset of the MSI-X capability."""
 
-    def __init__(self, config: ConfigSpace, irqs: IrqTable, msix: int) -> None:
+    def __init__(self, config: ConfigSpace, irqs: IrqTable, intx: IntxPin, msix: int) -> None:
         self._config = config
         self._irqs = irqs
+        self._intx = intx
         self._control = msix + 2
         self._isr = IsrStatus(0)
         config.on_write(self._control, 2, self._changed)
-        config.on_write(0x04, 2, self._changed)  # Command: INTx can be disabled there
 
     @property
     def msix_enabled(self) -> bool:
@@ -66,6 +66,4 @@ class Interrupts:
         self._update()
 
     def _update(self) -> None:
-        pending = bool(self._isr) and not self.msix_enabled
-        self._config.interrupt_status = pending
-        self._irqs.set_intx(pending and not self._config.command & Command.INTX_DISABLE)
+        self._intx.set(bool(self._isr) and not self.msix_enabled)
