@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -15,6 +16,9 @@ from collections.abc import Callable, Iterator
 from tests.fakes.echo_device import EchoDevice
 
 from vballoon.vhost_user import BackendEvents, VhostUserServer
+
+
+PR_SET_PDEATHSIG = 1
 
 
 class Backend:
@@ -73,12 +77,15 @@ def backend_thread(device, **options) -> Iterator[Backend]:
 class KillableBackend:
     """A child process that serves an echo device on *listener*, and dies by SIGKILL."""
 
-    def __init__(self, listener: socket.socket, **device) -> None:
+    def __init__(self, listener: socket.socket, *, device: dict, **options) -> None:
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                # Never outlives a test that fails before it comes to the kill.
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 logging.disable(logging.CRITICAL)
-                server = VhostUserServer(EchoDevice(**device), fd=os.dup(listener.fileno()))
+                fd = os.dup(listener.fileno())
+                server = VhostUserServer(EchoDevice(**device), fd=fd, **options)
                 asyncio.run(server.serve())
             finally:
                 os._exit(1)
