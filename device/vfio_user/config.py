@@ -16,6 +16,7 @@ from vballoon_spec.pci import (
     HEADER_SIZE,
     BarFlags,
     Command,
+    ExtendedCapabilityHeader,
     Status,
     Type0Header,
 )
@@ -81,6 +82,8 @@ class ConfigSpace:
         self._reset_values: bytes | None = None
         self._next = HEADER_SIZE
         self._last = _CAP_LIST
+        self._next_extended = CONFIG_SIZE
+        self._last_extended = 0
         self._before_read: list[tuple[int, int, Hook]] = []
         self._after_write: list[tuple[int, int, Hook]] = []
         self._allow(_COMMAND, int(_COMMAND_BITS), 2)
@@ -130,6 +133,35 @@ class ConfigSpace:
         self._next = end + -end % 4
         return offset
 
+    def add_extended_capability(
+        self, cap_id: int, body: bytes, *, version: int = 1, writable: bytes = b""
+    ) -> int:
+        """Append an extended capability (*body* follows its header); returns its offset.
+
+        *writable* is the mask of the body's bits that can be written.  Raises
+        :class:`~vfio_user.errors.UsageError` in conventional configuration space, or when it is
+        full.
+        """
+        offset = self._next_extended
+        start = offset + ExtendedCapabilityHeader.SIZE
+        end = start + len(body)
+        if end > self.size or len(writable) > len(body):
+            raise UsageError(f"no room for an extended capability of {len(body)} bytes")
+        self._set_extended(offset, cap_id, version, 0)
+        self.data[start:end] = body
+        self._mask[start : start + len(writable)] = writable
+        if self._last_extended:
+            last, word = self._last_extended, self.long(self._last_extended)
+            self._set_extended(last, word & 0xFFFF, word >> 16 & 0xF, offset)
+        self._last_extended = offset
+        self._next_extended = end + -end % 4
+        return offset
+
+    def _set_extended(self, offset: int, cap_id: int, version: int, following: int) -> None:
+        word = cap_id | version << 16 | following << 20
+        header = ExtendedCapabilityHeader(word=word).build()
+        self.data[offset : offset + len(header)] = header
+
     def on_read(self, offset: int, size: int, hook: Hook) -> None:
         """Call *hook(offset, size)* before a read that touches these bytes."""
         self._before_read.append((offset, offset + size, hook))
@@ -175,6 +207,15 @@ class ConfigSpace:
         while offset and len(found) < CONFIG_SIZE // 4:
             found.append((self.data[offset], offset))
             offset = self.data[offset + 1]
+        return found
+
+    def extended_capabilities(self) -> list[tuple[int, int]]:
+        """The list of extended capabilities as (id, offset), in order."""
+        found: list[tuple[int, int]] = []
+        offset = CONFIG_SIZE if self.size > CONFIG_SIZE else 0
+        while offset and self.long(offset) and len(found) < self.size // 4:
+            found.append((self.word(offset), offset))
+            offset = self.long(offset) >> 20
         return found
 
     def read(self, offset: int, count: int) -> bytes:

@@ -23,6 +23,7 @@ __all__ = (
     "CapabilityHeader",
     "Command",
     "ExpressCapability",
+    "ExtendedCapabilityHeader",
     "MsixCapability",
     "MsixControl",
     "MsixTableEntry",
@@ -135,6 +136,17 @@ class CapabilityHeader(WireStruct):
     next: int
 
     SUBCON = c.Struct("id" / c.Int8ul, "next" / c.Int8ul)
+
+
+class ExtendedCapabilityHeader(WireStruct):
+    """What every extended capability (PCI Express, from offset 256 on) begins with.
+
+    Bits 0 to 15 are the id, 16 to 19 the version, 20 to 31 the offset of the next one.
+    """
+
+    word: int
+
+    SUBCON = c.Struct("word" / c.Int32ul)
 
 
 class PowerManagementCapability(WireStruct):

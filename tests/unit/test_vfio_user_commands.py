@@ -351,6 +351,27 @@ class TestConfigSpace:
         with pytest.raises(UsageError):
             space.add_capability(b"\x09\0")
 
+    def test_extended_capabilities(self) -> None:
+        space = ConfigSpace(vendor_id=1, device_id=2)
+        assert space.extended_capabilities() == []
+        first = space.add_extended_capability(3, bytes(8))  # a serial number
+        second = space.add_extended_capability(11, b"vendor", writable=b"\xff")
+        third = space.add_extended_capability(11, b"")
+        assert (first, second, third) == (0x100, 0x10C, 0x118)
+        assert space.extended_capabilities() == [(3, 0x100), (11, 0x10C), (11, 0x118)]
+        assert space.long(0x100) == 0x10C10003
+        space.write(second, b"\0" * 10)
+        assert space.long(second) == 0x1181000B, "the header cannot be written"
+        assert space.read(second + 4, 6) == b"\0endor"
+
+    def test_extended_capabilities_without_room(self) -> None:
+        with pytest.raises(UsageError):
+            ConfigSpace(vendor_id=1, device_id=2, express=False).add_extended_capability(3, b"")
+        space = ConfigSpace(vendor_id=1, device_id=2)
+        space.add_extended_capability(3, bytes(4096 - 256 - 4))
+        with pytest.raises(UsageError):
+            space.add_extended_capability(3, b"")
+
     @pytest.mark.parametrize(
         ("index", "size", "bar"),
         [

@@ -63,6 +63,21 @@ class TestPciDeviceDiscovery:
             guest.client.set_config(0x10 + 4 * bar, 0xFFFFFFFF, 4)
             assert guest.client.config(0x10 + 4 * bar, 4) == answer
 
+    def test_what_can_be_written_of_pci_express_and_power_management(self, guest: Guest) -> None:
+        """The bits that software owns, no capability bits, no status."""
+        express = guest.express
+        before = guest.client.read(PciRegion.CONFIG, express, 60)
+        for offset in [o for o in range(express + 2, express + 60, 2) if o != express + 8]:
+            guest.client.set_config(offset, 0xFFFF, 2)
+        guest.client.set_config(express + 8, 0x7FFF, 2)
+        after = guest.client.read(PciRegion.CONFIG, express, 60)
+        changed = {i: a for i, (a, b) in enumerate(zip(after, before, strict=True)) if a != b}
+        assert changed == {8: 0xFF, 9: 0x7F, 16: 0xCB, 17: 0x01, 40: 0x1F, 48: 0x0F}
+        power = dict(guest.function.config.capabilities())[CapId.PM]
+        guest.client.set_config(power + 2, 0xFFFFFFFF, 4)
+        guest.client.set_config(power + 4, 0xFFFFFFFF, 4)
+        assert guest.client.read(PciRegion.CONFIG, power + 2, 6) == b"\3\0\x0b\0\0\0"
+
     def test_standard_capabilities(self, guest: Guest) -> None:
         ids = [cap for cap, _ in guest.function.config.capabilities()]
         assert ids.count(CapId.VENDOR) == 5

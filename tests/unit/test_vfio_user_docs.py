@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``docs/vfio-user.md``: its device runs, and its table names tests that exist."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from tests.fakes.vfio_client import FakeClient, events
+
+from vballoon_spec.vfio_user import PciIrq
+from vfio_user import PciDevice
+
+HERE = Path(__file__).parent
+PAGE = (HERE.parents[1] / "docs/vfio-user.md").read_text()
+
+
+def test_every_test_that_the_table_names_exists() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", PAGE)
+    assert len(named) > 30
+    for file, name in named:
+        tree = ast.parse((HERE / file).read_text())
+        assert name in {getattr(node, "name", None) for node in tree.body}, f"{file}::{name}"
+
+
+def test_every_test_class_of_vfio_user_is_in_the_table() -> None:
+    named = set(re.findall(r"`test_\w+\.py::(Test\w+)`", PAGE))
+    for file in HERE.glob("test_vfio_user_*.py"):
+        tree = ast.parse(file.read_text())
+        classes = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+        own = {"TestStream", "TestIntx", "TestDeclaration", "TestRegionWriteMulti"}
+        own |= {"TestDeviceReset", "TestProgram", "Wire"}  # nothing of theirs is like it
+        assert classes - named - own == set(), file.name
+
+
+def test_the_device_on_the_page_works() -> None:
+    text = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "Counter" in b)
+    served: list[PciDevice] = []
+    run = patch("vfio_user.run_program", lambda device: served.append(device) or 0)
+    with run, pytest.raises(SystemExit, match="0"):
+        exec(compile(text, "docs/vfio-user.md", "exec"), {"__name__": "page"})
+    client = FakeClient(served[0])
+    client.negotiate()
+    assert [client.read(0, 0, 4)[0] for _ in range(3)] == [1, 2, 3]
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    client.assign(PciIrq.INTX, [fd])
+    client.write(0, 0, b"\1")
+    assert events(fd) == 1
+    client.close()
+    os.close(fd)
