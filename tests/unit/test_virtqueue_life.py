@@ -276,7 +276,9 @@ class Record:
         for ident in ids.tolist():
             del self.taken[ident]
 
-    index: Any = None
+    def index(self) -> int | None:
+        """The used index as the driver sees it now."""
+        return None
 
     def resubmit(self, d: DriverRing) -> Resubmit:
         ids = u16(*self.taken)
@@ -293,7 +295,9 @@ def test_buffers_in_flight_come_again_and_no_others(
 ) -> None:
     d = make_driver(memory, 16, features)
     record = Record()
-    record.index = lambda: int(d.used[1]) if isinstance(d, SplitDriver) else None
+    record.index = (  # type: ignore[method-assign]
+        lambda: int(d.used[1]) if isinstance(d, SplitDriver) else None
+    )
     q = make(memory, d, engine, inflight=record)
     ids = [d.add(*[d.buffer(8) for _ in range(1 + i % 2)]) for i in range(6)]
     d.publish()
@@ -326,6 +330,24 @@ def test_buffers_in_flight_come_again_and_no_others(
     assert again.should_notify() is True
     assert sorted(i for i, _ in d.collect()) == sorted(ids)
     assert record.taken == {}
+
+
+@pytest.mark.parametrize("features", [0, PACKED])
+def test_the_driver_sees_nothing_until_everything_is_written(
+    memory: GuestMemory, engine: Engine, features: int
+) -> None:
+    """All elements first; then one index, or the first descriptor's flags, makes them visible."""
+    d = make_driver(memory, 8, features)
+    record = Record()
+    seen: list[Any] = []
+    record.before_give = lambda ids: seen.append(d.collect())  # type: ignore[method-assign]
+    q = make(memory, d, engine, inflight=record)
+    for _ in range(6):  # across the end of the ring, with both wrap counters
+        ids = [d.add(*[d.buffer(8)] * count) for count in (2, 1, 2)]
+        d.publish()
+        q.give(q.take().ids, zeros(3))
+        assert [i for i, _ in d.collect()] == ids
+    assert seen == [[]] * 6
 
 
 @pytest.mark.parametrize("features", [0, EVENT, PACKED])
@@ -416,3 +438,45 @@ def test_what_was_taken_does_not_change_with_the_guest(
     memory.window(0x10000, 0x80000)[:] = 0xFF
     for old, new in zip(before, (batch.ids, batch.addr, batch.len, batch.writable), strict=True):
         assert np.array_equal(old, new)
+
+
+# the common path stays on the batch engine
+
+
+@pytest.mark.parametrize("features", [0, PACKED])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [((False,), False)],
+        [((True,), False)],
+        [((True,), False), ((False,), False)],
+        [((False, True), False)],
+        [((True, True), False), ((False,), False)],
+        [((False, True), True)],
+        [((False, True, True), True), ((True,), False), ((False, False), True)],
+    ],
+)
+def test_no_descriptor_of_a_common_shape_goes_through_python(
+    memory: GuestMemory,
+    features: int,
+    kinds: list[tuple[tuple[bool, ...], bool]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    d = make_driver(memory, 128, features | f.mask(f.VIRTIO_F_INDIRECT_DESC))
+    q = make(memory, d, "batch")
+
+    def walk(*_: object) -> None:
+        raise AssertionError("walked one by one")
+
+    monkeypatch.setattr(type(q), "_walk" if isinstance(d, SplitDriver) else "_chain_of", walk)
+    for _ in range(3):
+        ids = [
+            d.add(*[d.buffer(8, w) for w in writable], indirect=indirect)
+            for _ in range(40 // len(kinds))
+            for writable, indirect in kinds
+        ]
+        d.publish()
+        batch = q.take()
+        assert batch.ids.tolist() == ids
+        q.give(batch.ids, zeros(len(ids)))
+        d.collect()

@@ -8,6 +8,7 @@ The cases are bugs that real devices have had.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -308,6 +309,55 @@ def test_split_fault_in_a_crowd(memory: GuestMemory, engine: str, case: str, bef
     if rule == "chain-too-long":
         fault = in_table(*[READ] * 129)
     check(d, engine, before, rule, fault)
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_split_fault_behind_longer_chains(memory: GuestMemory, engine: str, case: str) -> None:
+    """Twelve chains of three, whose ends are followed together, and then the bad one."""
+    d = make_driver(memory, 64, BOTH_INDIRECT)
+    rule, fault = SPLIT[case]
+    if rule == "chain-too-long":
+        fault = in_table(*[READ] * 65)
+    q = queue_of(engine, d)
+    good = [d.add(*[d.buffer(8)] * 3) for _ in range(12)]
+    fault(d)
+    d.publish()
+    assert ids(q.take()) == good
+    with pytest.raises(QueueError) as caught:
+        q.take()
+    assert caught.value.rule == rule
+
+
+def many_bad_next(d: SplitDriver) -> None:
+    for _ in range(12):
+        next_out_of_range(d)
+
+
+def test_many_chains_with_a_bad_next(memory: GuestMemory, engine: str) -> None:
+    d = make_driver(memory, 64)
+    check(d, engine, 3, "desc-next-range", many_bad_next)
+
+
+@pytest.mark.parametrize(("size", "good"), [(16, 1), (128, 10)])
+def test_chain_and_table_together_longer_than_the_queue(
+    memory: GuestMemory, engine: str, size: int, good: int
+) -> None:
+    d = make_driver(memory, size, BOTH_INDIRECT)
+    assert isinstance(d, SplitDriver)
+    q = queue_of(engine, d)
+    entries = size - 6
+    for direct_ones in [6] * good + [7]:
+        table = d.arena.take(16 * entries)
+        d.write_table(table, (READ,) * entries)
+        slots = [d.free.popleft() for _ in range(direct_ones + 1)]
+        for slot, after in pairwise(slots):
+            d.desc[slot] = (0x9000, 8, NEXT, after)
+        d.desc[slots[-1]] = (table, 16 * entries, INDIRECT, 0)
+        d.offer(slots)
+    d.publish()
+    assert q.take().first.tolist() == [size * i for i in range(good + 1)]
+    with pytest.raises(QueueError, match="chain-too-long"):
+        q.take()
 
 
 @pytest.mark.parametrize("format_", [0, PACKED])
