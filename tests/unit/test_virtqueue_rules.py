@@ -338,15 +338,15 @@ def test_many_chains_with_a_bad_next(memory: GuestMemory, engine: str) -> None:
     check(d, engine, 3, "desc-next-range", many_bad_next)
 
 
-@pytest.mark.parametrize(("size", "good"), [(16, 1), (128, 10)])
+@pytest.mark.parametrize(("size", "good", "bad"), [(16, 1, 1), (128, 2, 9)])
 def test_chain_and_table_together_longer_than_the_queue(
-    memory: GuestMemory, engine: str, size: int, good: int
+    memory: GuestMemory, engine: str, size: int, good: int, bad: int
 ) -> None:
     d = make_driver(memory, size, BOTH_INDIRECT)
     assert isinstance(d, SplitDriver)
     q = queue_of(engine, d)
     entries = size - 6
-    for direct_ones in [6] * good + [7]:
+    for direct_ones in [6] * good + [7] * bad:
         table = d.arena.take(16 * entries)
         d.write_table(table, (READ,) * entries)
         slots = [d.free.popleft() for _ in range(direct_ones + 1)]
