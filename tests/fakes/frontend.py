@@ -86,11 +86,11 @@ class Frontend:
         self.sock = sock
         sock.settimeout(TIMEOUT)
         self.memory = memory or make_memory()
+        self._own_memory = None if memory else self.memory
         self.arena = Arena(0x10000, self.memory.regions[0].size - 0x10000)
         self.features = self.protocol = 0
         self.rings: dict[int, Ring] = {}
         self.channel: socket.socket | None = None
-        self._fds: list[int] = []
 
     @classmethod
     def connect(cls, path, memory: GuestMemory | None = None) -> Frontend:
@@ -111,9 +111,8 @@ class Frontend:
         self.rings.clear()
         if self.channel is not None:
             self.channel.close()
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
+        if self._own_memory is not None:
+            self._own_memory.close()
 
     # -- messages -----------------------------------------------------------------------------
 
