@@ -109,7 +109,7 @@ def test_statistics_reach_the_host(module: Any) -> None:
         vm.guest.wait_for("grep -q filled /run/hog.log")
         wait_until(lambda: seen()["stat-free-memory"] < before - 70 * MIB)
         assert 0 < seen()["stat-available-memory"] < guest_total
-        assert seen()["stat-minor-faults"] > 100 * MIB // 4096
+        assert seen()["stat-minor-faults"] > 1000
 
 
 def test_reporting_frees_host_memory(module: Any) -> None:
@@ -179,33 +179,31 @@ def test_loads_unloads_and_changes_places_with_the_stock_driver(module: Any) -> 
         wait_until(lambda: vm.guest.meminfo()["MemFree"] > free - 8 * MIB)
 
 
-WALK = """
-cat /proc/buddyinfo; echo =
-echo {order} >{debugfs}/dry_run && cat {debugfs}/dry_run; echo =
-cat /proc/buddyinfo
+WALK = r"""
+snap() {{ S=; while read -r line; do S="$S$line|"; done </proc/buddyinfo; }}
+for i in $(seq 300); do
+    snap; B=$S; echo {order} >{debugfs}/dry_run; snap
+    if [ "$B" = "$S" ]; then echo "$B"; cat {debugfs}/dry_run; exit 0; fi
+done
+exit 1
 """
 
 
 def buddy_pages(text: str, order: int) -> int:
-    rows = [[int(n) for n in line.split("zone")[1].split()[1:]] for line in text.splitlines()]
+    rows = [[int(n) for n in row.split("zone")[1].split()[1:]] for row in text.split("|") if row]
     return sum(n << i for row in rows for i, n in enumerate(row) if i >= order)
 
 
 def quiet_walk(vm: Machine, order: int) -> dict[str, int]:
-    """A dry run beside which nothing changed in the free lists (so /proc/buddyinfo is exact)."""
-    for _ in range(40):
-        text = vm.guest.sh(WALK.format(order=order, debugfs=DEBUGFS))
-        before, walk, after = (part.strip() for part in text.split("="))
-        found = numbers(walk)
-        if before == after:
-            assert found["block_pages"] == buddy_pages(before, order)
-            assert found["result"] == 0
-            assert found["cut"] == 0
-            return found
-        # Not still: what the walk saw lies between the two, give or take what came and went.
-        near = buddy_pages(before, order)
-        assert abs(found["block_pages"] - near) < 2048 << max(order - 5, 0)
-    raise AssertionError("the guest never kept still")
+    """A dry run beside which nothing changed in the free lists, so /proc/buddyinfo is exact.
+
+    The script forks nothing between its two looks.
+    """
+    counted, walk = vm.guest.sh(WALK.format(order=order, debugfs=DEBUGFS)).split("\n", 1)
+    found = numbers(walk)
+    assert found["block_pages"] == buddy_pages(counted, order)
+    assert (found["result"], found["cut"]) == (0, 0)
+    return found
 
 
 def test_dry_run_sees_what_buddyinfo_counts(module: Any) -> None:

@@ -83,16 +83,19 @@ def check_round(device: LocalDevice, done: dict[str, Any]) -> None:
 
 
 def compare_with_kpageflags(vm: Machine, device: LocalDevice) -> None:
-    before = vm.guest.pages()
-    check_round(device, device.walk())
-    walked = device.walked()
-    after = vm.guest.pages()
-    before, walked, after = same_length(before, walked, after)
-    missed = before & after & ~walked
-    wrong = walked & ~before & ~after
-    assert not missed.any(), f"{missed.sum()} free pages were not pushed"
-    # Free only between the two samples: what the program that takes them holds itself.
-    assert wrong.sum() < 1024, f"{wrong.sum()} pushed pages were not free"
+    """A page may be in use, or in a CPU's own list, for just the time of a walk; hence attempts."""
+    seen = []
+    for _ in range(5):
+        before = vm.guest.pages()
+        check_round(device, device.walk())
+        before, walked, after = same_length(before, device.walked(), vm.guest.pages())
+        # Free only between the two samples: what the program that takes them holds itself.
+        wrong = int((walked & ~before & ~after).sum())
+        assert wrong < 1024, f"{wrong} pushed pages were not free"
+        seen.append(int((before & after & ~walked).sum()))
+        if not seen[-1]:
+            return
+    raise AssertionError(f"free pages that were not pushed: {seen}")
 
 
 def compare_with_memmap(vm: Machine, device: LocalDevice, attempts: int = 12) -> None:
