@@ -8,6 +8,7 @@ guest that answers.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ _COPIED = (
 )  # fmt: skip
 """Properties that are given again when they are set; ``bus`` and ``chardev`` need more thought."""
 SOCKET_PREFIX = "unix:"
+POLL_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,14 @@ def unplug(vm: QemuVm, device: BalloonDevice, timeout: float) -> None:
 
 def wait_until_gone(vm: QemuVm, path: str, timeout: float) -> bool:
     """Whether the device at *path* is gone within *timeout* seconds; at once if it was refused."""
-    step = 0.2
+    deadline = time.monotonic() + timeout
     while True:
-        if vm.wait_event("DEVICE_DELETED", min(step, timeout), path=path) or not _exists(vm, path):
+        # The event may come well after the device has gone: it waits for its last reference.
+        if vm.wait_event("DEVICE_DELETED", POLL_SECONDS, path=path) or not _exists(vm, path):
             return True
         if vm.wait_event("DEVICE_UNPLUG_GUEST_ERROR", 0, path=path):
             return False
-        timeout -= step
-        if timeout <= 0:
+        if time.monotonic() > deadline:
             return False
 
 

@@ -108,7 +108,7 @@ class Restored:
     vm: QemuVm
 
     def load(self, manifest: SnapshotManifest) -> None:
-        """Wait until the state is loaded, and let the guest run if it did before."""
+        """Wait until the state is loaded, and let the guest run."""
         deadline = time.monotonic() + LOAD_SECONDS
         while (status := self.vm.status()) == "inmigrate":
             if time.monotonic() > deadline:
@@ -120,7 +120,7 @@ class Restored:
         migration = self.vm.execute("query-migrate")
         if migration.get("status") != "completed":
             raise UsageError(f"QEMU did not load the state: {migration}")
-        if manifest.running and status != "running":
+        if status != "running":
             self.vm.execute("cont")
 
 

@@ -71,7 +71,6 @@ class Plan:
     memory: list[tuple[Memdev, RamFile]]
     device: BalloonDevice
     qemu: dict[str, str]
-    running: bool
 
 
 @dataclass(slots=True)
@@ -117,8 +116,8 @@ class Snapshot:
         self._begin("look")
         vm = self.vm
         status = vm.status()
-        if status not in ("running", "paused"):
-            raise UsageError(f"the machine is {status}; it must run, or be paused")
+        if status != "running":  # a guest that stands still lets go of nothing
+            raise UsageError(f"the machine is {status}; it must be running")
         device = find_balloon(vm, self.device_id, self.device_socket)
         note.device_path, note.device = device.path, device.arguments
         note.chardev = device.chardev
@@ -131,7 +130,7 @@ class Snapshot:
             "machine": str(machine).removesuffix("-machine"),
             "target": str(vm.execute("query-target")["arch"]),
         }
-        return Plan(kind, memory, device, qemu, status == "running")
+        return Plan(kind, memory, device, qemu)
 
     def _steps(self, plan: Plan, note: Note, guardian: Guardian) -> SnapshotManifest:
         vm = self.vm
@@ -141,7 +140,7 @@ class Snapshot:
         unplug(vm, plan.device, self.unplug_seconds)
 
         self._begin("stop")
-        note.stop = plan.running
+        note.stop = True
         guardian.note(note)
         vm.execute("stop")
         stopped_ns = time.time_ns()
@@ -150,19 +149,19 @@ class Snapshot:
         free, why = self._free()
         copied = self._copy(plan, free)
 
-        self._begin("resume")
-        if self.quit:
+        if self.quit:  # the machine ends only when there is a snapshot of it
+            manifest = self._finish(plan, copied, why, stopped_ns)
             note.over = True
             guardian.note(note)
             vm.execute("quit")
-        else:
-            if plan.running:
-                vm.execute("cont")
-            note.stop = False
-            self._begin("plug")
-            plug(vm, plan.device.arguments, plan.device.chardev)
-            note.unplug = False
-            guardian.note(note)
+            return manifest
+        self._begin("resume")
+        vm.execute("cont")
+        note.stop = False
+        self._begin("plug")
+        plug(vm, plan.device.arguments, plan.device.chardev)
+        note.unplug = False
+        guardian.note(note)
         return self._finish(plan, copied, why, stopped_ns)
 
     def _save_state(self, plan: Plan, note: Note, guardian: Guardian) -> None:
@@ -225,7 +224,6 @@ class Snapshot:
             left_out=copied.left_out,
             verification=why,
             balloon={"device": plan.device.arguments, "chardev": plan.device.chardev},
-            running=plan.running,
             extra={"seconds": self.seconds()},
         )
         self.store.finish(manifest)

@@ -87,8 +87,6 @@ class SnapshotManifest:
     """``""``: the guest's free lists were read; else why not."""
     balloon: dict[str, Any]
     """``device``: arguments of ``device_add``; ``chardev``: its socket's id and path, or null."""
-    running: bool
-    """Whether the guest ran before."""
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     extra: dict[str, Any] = field(default_factory=dict)
@@ -119,7 +117,6 @@ class SnapshotManifest:
             left_out={k: v for k, v in _get(data, "left_out", dict).items() if type(v) is int},
             verification=_get(data, "verification", str),
             balloon=_balloon(_get(data, "balloon", dict)),
-            running=_get(data, "running", bool),
         )
 
 
