@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to be copied, and copying it: nothing else, and nothing less."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.fakes.memory import memfd
+
+from vballoon.snapshot import copy
+from vballoon.snapshot.copy import copy_extents, sparse_digest
+from vballoon.snapshot.extents import data_extents, length, to_file, without
+
+PAGE = 4096
+extents = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), max_size=12).map(
+    lambda pairs: as_extents({at + i for at, size in pairs for i in range(size)})
+)
+
+
+def as_extents(numbers: set[int]) -> np.ndarray:
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number:
+            found[-1][1] += 1
+        else:
+            found.append([number, number + 1])
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def numbers(array: np.ndarray) -> set[int]:
+    return {n for start, end in array.tolist() for n in range(start, end)}
+
+
+@given(extents, extents)
+def test_without_is_set_difference(data: np.ndarray, left_out: np.ndarray) -> None:
+    result = without(data, left_out)
+    assert numbers(result) == numbers(data) - numbers(left_out)
+    assert length(result) == len(numbers(result))
+    assert (result[1:, 0] > result[:-1, 1]).all()
+
+
+@given(extents)
+def test_guest_pages_are_found_in_their_file(pages: np.ndarray) -> None:
+    """Two regions of one file, in the other order there, with a gap between them in the guest."""
+    regions = [(0, 20 * PAGE, 15 * PAGE), (25 * PAGE, 15 * PAGE, 0)]
+    expected = set()
+    for page in numbers(pages):
+        if page < 20:
+            expected.add(page + 15)
+        elif 25 <= page < 40:
+            expected.add(page - 25)
+    found = to_file(pages.astype(np.uint64), regions)
+    assert {n // PAGE for n in numbers(found)} == expected
+    assert length(found) == len(expected) * PAGE
+
+
+def test_page_beyond_the_signed_range_is_no_page_of_a_file() -> None:
+    high = np.array([[1 << 40, (1 << 40) + 1]], np.uint64)
+    assert not to_file(high, [(0, 1 << 30, 0)]).size
+
+
+MOVERS: dict[str, Callable[[], int]] = {
+    "same file system": lambda: memfd(0),
+    "other file system": lambda: os.open("/tmp", os.O_TMPFILE | os.O_RDWR),
+}
+
+
+@pytest.mark.parametrize("target", MOVERS.values(), ids=MOVERS)
+@settings(max_examples=30, deadline=None)
+@given(extents)
+def test_copies_the_extents_and_leaves_the_rest_a_hole(
+    target: Callable[[], int], wanted: np.ndarray
+) -> None:
+    source, copied = memfd(64 * PAGE), target()
+    try:
+        content = os.urandom(64 * PAGE)
+        os.pwrite(source, content, 0)
+        os.ftruncate(copied, 64 * PAGE)
+        told: list[int] = []
+        total = copy_extents(source, copied, wanted * PAGE, told.append)
+        assert total == sum(told) == length(wanted) * PAGE
+        result = os.pread(copied, 64 * PAGE, 0)
+        for page in range(64):
+            here = slice(page * PAGE, (page + 1) * PAGE)
+            assert result[here] == (content[here] if page in numbers(wanted) else bytes(PAGE))
+        assert length(data_extents(copied, 64 * PAGE)) == total
+    finally:
+        os.close(source)
+        os.close(copied)
+
+
+def test_each_way_of_moving_is_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EXDEV, "no")
+
+    monkeypatch.setattr(copy, "_copy_file_range", refuse)
+    monkeypatch.setattr(copy, "_sendfile", refuse)
+    source, target = memfd(4 * PAGE), memfd(4 * PAGE)
+    os.pwrite(source, b"x" * 4 * PAGE, 0)
+    assert copy_extents(source, target, np.array([[PAGE, 3 * PAGE]])) == 2 * PAGE
+    assert os.pread(target, 4 * PAGE, 0) == bytes(PAGE) + b"x" * 2 * PAGE + bytes(PAGE)
+
+
+def test_full_disk_is_an_error_and_no_reason_to_try_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def full(*_: object) -> int:
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(copy, "_copy_file_range", full)
+    monkeypatch.setattr(copy, "_sendfile", full)
+    with pytest.raises(OSError, match="full"):
+        copy_extents(memfd(PAGE), memfd(PAGE), np.array([[0, PAGE]]))
+    assert len(calls) == 1
+
+
+def test_source_that_ends_early_is_an_error_not_a_loop() -> None:
+    with pytest.raises(OSError, match="ends before"):
+        copy_extents(memfd(PAGE), memfd(4 * PAGE), np.array([[0, 2 * PAGE]]))
+
+
+def test_digest_does_not_see_holes_but_every_byte(tmp_path: Path) -> None:
+    content = bytearray(600_000)
+    content[100_000:170_000] = os.urandom(70_000)
+    content[599_999] = 1
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    dense.write_bytes(content)
+    with sparse.open("wb") as file:
+        file.truncate(len(content))
+        file.seek(100_000)
+        file.write(content[100_000:170_000])
+        file.seek(599_999)
+        file.write(b"\1")
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return sparse_digest(file.fileno())
+
+    first = digest(dense)
+    assert digest(sparse) == first
+    for at in (0, 99_999, 120_000, 300_000, 599_999):
+        changed = bytearray(content)
+        changed[at] ^= 1
+        dense.write_bytes(changed)
+        assert digest(dense) != first
+    dense.write_bytes(content[100_000:170_000].rjust(600_000 - 4096, b"\0").ljust(600_000, b"\0"))
+    assert digest(dense) != first
+
+
+def test_extents_of_a_file_that_is_all_hole_or_all_data() -> None:
+    fd = memfd(16 * PAGE)
+    assert data_extents(fd, 16 * PAGE).tolist() == []
+    os.pwrite(fd, b"x", 5 * PAGE)
+    assert data_extents(fd, 16 * PAGE).tolist() == [[5 * PAGE, 6 * PAGE]]
+    os.pwrite(fd, b"x" * 16 * PAGE, 0)
+    assert data_extents(fd, 16 * PAGE).tolist() == [[0, 16 * PAGE]]
+    assert data_extents(fd, 4 * PAGE).tolist() == [[0, 4 * PAGE]]
