@@ -43,7 +43,7 @@ class Edu(PciDevice):
         )
         bar = Region(BAR_SIZE, read=self.read, write=self.write)
         self.reset_registers()
-        super().__init__(config, {PciRegion.BAR0: bar}, {PciIrq.INTX: 1})
+        super().__init__(config, {PciRegion.BAR0: bar}, {PciIrq.INTX: 1, PciIrq.ERR: 1})
 
     def reset_registers(self) -> None:
         """As after power-on."""

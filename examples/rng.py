@@ -55,10 +55,11 @@ class Rng(VirtioDevice):
 
 
 def main(argv: list[str]) -> int:
-    """Usage: rng.py --vhost-user PATH | --vfio-user PATH."""
+    """Usage: rng.py --vhost-user PATH | --vfio-user PATH [--intx]."""
     match argv:
-        case ["--vfio-user", path]:
-            return run_program(VirtioPciFunction(Rng()), ["--socket-path", path])
+        case ["--vfio-user", path, *rest] if rest in ([], ["--intx"]):
+            function = VirtioPciFunction(Rng(), msix=not rest)
+            return run_program(function, ["--socket-path", path])
         case ["--vhost-user", path]:
             asyncio.run(VhostUserServer(Rng(), path=path).serve())
             return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,7 +39,7 @@ from vballoon_spec.vfio_user import (
     WriteMulti,
     WriteOne,
 )
-from vballoon_spec.wire import WireError, WireStruct
+from vballoon_spec.wire import WireError, WireStruct, struct_format
 from vfio_user import features
 from vfio_user.errors import FatalError, RequestError
 
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
 __all__ = ("EXCLUSIVE", "handle")
 
 Reply = tuple[bytes, list[int]]
+
+_ACCESS = struct.Struct(struct_format(RegionAccess.SUBCON) or "")
+"""The declaration of a region access as one :mod:`struct` format."""
+
 Head = TypeVar("Head", bound=WireStruct)
 
 EXCLUSIVE = frozenset(
@@ -227,12 +232,16 @@ def region_read(session: Session, message: Message) -> Reply:
 
 
 def region_write(session: Session, message: Message) -> Reply:
-    """``VFIO_USER_REGION_WRITE``: the way of every doorbell."""
-    request, data = _split(RegionAccess, message.payload)
-    if request.count != len(data) or request.count > _transfer_limit(session):
-        raise RequestError(errno.EINVAL, f"REGION_WRITE of {request.count} with {len(data)} bytes")
-    _region(session, request.region).access_write(request.offset, data)
-    return message.payload[: RegionAccess.SIZE], []
+    """``VFIO_USER_REGION_WRITE``: the way of every doorbell, so without an object for the head."""
+    payload = message.payload
+    size = len(payload) - _ACCESS.size
+    if size < 0:
+        raise RequestError(errno.EINVAL, f"REGION_WRITE with {len(payload)} bytes")
+    offset, index, count = _ACCESS.unpack_from(payload)
+    if count != size or count > _transfer_limit(session):
+        raise RequestError(errno.EINVAL, f"REGION_WRITE of {count} with {size} bytes")
+    _region(session, index).access_write(offset, payload[_ACCESS.size :])
+    return payload[: _ACCESS.size], []
 
 
 def region_write_multi(session: Session, message: Message) -> Reply:

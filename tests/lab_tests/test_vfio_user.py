@@ -28,13 +28,13 @@ COMPLAINTS = (
 
 
 @contextmanager
-def example(name: str, option: str) -> Iterator[tuple[Path, Path]]:
+def example(name: str, option: str, *more: str) -> Iterator[tuple[Path, Path]]:
     """Run an example; its socket and its log."""
     folder = Path(tempfile.mkdtemp(prefix="vfio-"))
     sock, words = folder / "dev.sock", folder / "log"
     with words.open("wb") as out:
         program = subprocess.Popen(
-            [sys.executable, EXAMPLES / name, option, sock], stdout=out, stderr=out
+            [sys.executable, EXAMPLES / name, option, sock, *more], stdout=out, stderr=out
         )
     try:
         deadline = time.monotonic() + 20
@@ -92,8 +92,9 @@ def test_rng_over_vfio_user(kernel: str, machine: str) -> None:
         for part in ("CommonCfg", "Notify", "ISR", "Power Management", "Express (v2)"):
             assert part in decoded
         assert not re.search("access denied|invalid|unknown header|!!!", decoded), decoded
-        again = "echo virtio0 >unbind; echo virtio0 >bind;" * 10
-        vm.guest.sh(f"cd /sys/bus/virtio/drivers/virtio_rng; {again}")
+        for _ in range(10):  # not faster: 6.1 oopses in hwrng, with QEMU's own device, too
+            vm.guest.sh("cd /sys/bus/virtio/drivers/virtio_rng; echo virtio0 >unbind; sleep 0.1")
+            vm.guest.sh("cd /sys/bus/virtio/drivers/virtio_rng; echo virtio0 >bind; sleep 0.1")
         use_rng(vm)
         assert vm.guest.sh(COMPLAINTS) == ""
         vm.reboot()
@@ -140,11 +141,17 @@ def test_rng_without_shared_memory(machine: str) -> None:
         assert words.read_text().count("not shared") == 1
 
 
-def test_rng_behind_a_root_port_comes_and_goes() -> None:
-    """Hot-plug and unplug; the device outlives its client."""
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_rng_comes_and_goes(machine: str) -> None:
+    """Hot-plug and unplug with INTx; the device outlives its client.
+
+    With MSI-X, QEMU 11.1.3 aborts when it lets go of a ``vfio-user-pci`` device (an assertion in
+    ``memory_region_del_subregion``): see docs/vfio-user.md.
+    """
+    port = {"bus": "rp0"} if machine == "q35" else {}
     with (
-        example("rng.py", "--vfio-user") as (sock, words),
-        Machine(kernel="6.12", machine="q35", memory=512) as vm,
+        example("rng.py", "--vfio-user", "--intx") as (sock, words),
+        Machine(kernel="6.12", machine=machine, memory=512) as vm,
     ):
         vm.guest.load("virtio_rng")
         for round_ in range(3):
@@ -152,14 +159,16 @@ def test_rng_behind_a_root_port_comes_and_goes() -> None:
                 "device_add",
                 driver="vfio-user-pci",
                 id="rng0",
-                bus="rp0",
                 socket={"type": "unix", "path": str(sock)},
+                **port,
             )
             vm.guest.wait_for("grep -q virtio_rng /sys/class/misc/hw_random/rng_available", 30)
             use_rng(vm)
+            assert "IO-APIC" in vm.guest.sh("grep virtio /proc/interrupts")
             vm.qmp("device_del", id="rng0")
             vm.monitor.wait_event("DEVICE_DELETED", device="rng0")
-            assert words.read_text().count("client gone") == round_ + 1
+            assert words.read_text().count("client connected") == round_ + 1
+        assert "error recovery" not in (vm.folder / "qemu.log").read_text()
 
 
 @pytest.mark.parametrize("machine", ["pc", "q35"])

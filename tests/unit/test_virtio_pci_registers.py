@@ -423,4 +423,32 @@ class TestPciConfigurationAccessCapability:
 
 
 def test_interrupt_indices(guest: Guest) -> None:
-    assert [guest.function.irqs.count(i) for i in PciIrq] == [1, 0, 3, 0, 0]
+    assert [guest.function.irqs.count(i) for i in PciIrq] == [1, 0, 3, 1, 0]
+
+
+class TestWithoutMsix:
+    """INTx only, for a machine from which the device is to be unplugged."""
+
+    @pytest.fixture
+    def guest(self, echo: Echo) -> Iterator[Guest]:
+        function = VirtioPciFunction(echo, msix=False)
+        guest = Guest(function)
+        yield guest
+        guest.close()
+        function.close()
+
+    def test_nothing_of_it_shows(self, guest: Guest) -> None:
+        assert CapId.MSIX not in [cap for cap, _ in guest.function.config.capabilities()]
+        assert guest.function.irqs.count(PciIrq.MSIX) == 0
+        guest.client.set_config(0x18, 0xFFFFFFFF, 4)
+        assert guest.client.config(0x18, 4) == 0
+        guest.set("config_msix_vector", 0)
+        assert guest.get("config_msix_vector") == NO_VECTOR
+
+    def test_interrupts(self, guest: Guest) -> None:
+        guest.negotiate(V1)
+        guest.use_intx()
+        guest.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+        guest.function.config_changed()
+        assert events(guest.intx) == 1
+        assert guest.isr() == 2

@@ -46,7 +46,9 @@ DEFAULT_RING_FEATURES = f.mask(
 class VirtioPciFunction(PciDevice):
     """The PCI function around *device*; implements :class:`~vballoon.virtio.Transport`.
 
-    *on_queue_broken(index, rule, detail)* is told when a queue has stopped for good.
+    Without *msix* the function has INTx only: QEMU 11.1.3 aborts when a ``vfio-user-pci`` device
+    that has MSI-X is unplugged.  *on_queue_broken(index, rule, detail)* is told when a queue has
+    stopped for good.
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class VirtioPciFunction(PciDevice):
         *,
         ring_features: int = DEFAULT_RING_FEATURES,
         engine: Literal["batch", "scalar"] = "batch",
+        msix: bool = True,
         on_queue_broken: Callable[[int, str, str], None] | None = None,
     ) -> None:
         self.device = device
         self._on_queue_broken = on_queue_broken
-        vectors = layout.MsixLayout(device.num_queues + 1)
+        vectors = layout.MsixLayout(device.num_queues + 1 if msix else 0)
         config, self._caps = layout.build_config(
             device_id=device.device_id,
             class_code=device.pci_class,
@@ -81,7 +84,9 @@ class VirtioPciFunction(PciDevice):
         self._kicked: dict[int, None] = {}
         self._busy = self._scheduled = self._reset_due = False
         self._wanted: set[int] = set()
-        super().__init__(config, self._regions(), {PciIrq.INTX: 1, PciIrq.MSIX: vectors.vectors})
+        # ERR is never signalled; without it QEMU warns that error recovery cannot be enabled.
+        irqs: dict[int, int] = {PciIrq.INTX: 1, PciIrq.MSIX: vectors.vectors, PciIrq.ERR: 1}
+        super().__init__(config, self._regions(), irqs)
         self.client_memory = ClientMemory(self.dma)
         self.msix.irqs = self.irqs
         self.interrupts = Interrupts(config, self.irqs, self.intx, self._caps.msix)
@@ -104,7 +109,7 @@ class VirtioPciFunction(PciDevice):
             )
             for index in range(self.device.num_queues)
         ]
-        return {
+        regions: dict[int, Region] = {
             layout.STRUCTURES_BAR: Region(
                 layout.STRUCTURES_SIZE,
                 read=self._read_structures,
@@ -112,10 +117,11 @@ class VirtioPciFunction(PciDevice):
                 bar=BarFlags.MEMORY_64,
                 io_events=self._bells,
             ),
-            layout.MSIX_BAR: Region(
-                self.msix.layout.bar_size, read=self.msix.read, write=self.msix.write
-            ),
         }
+        if self.msix.layout.vectors:
+            size = self.msix.layout.bar_size
+            regions[layout.MSIX_BAR] = Region(size, read=self.msix.read, write=self.msix.write)
+        return regions
 
     # -- Transport --------------------------------------------------------------------------------
 

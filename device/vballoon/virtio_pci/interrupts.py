@@ -16,20 +16,25 @@ __all__ = ("Interrupts",)
 
 
 class Interrupts:
-    """Which way an interrupt goes.  *msix* is the offset of the MSI-X capability."""
+    """Which way an interrupt goes.  *msix* is where the MSI-X capability is, 0 without one."""
 
     def __init__(self, config: ConfigSpace, irqs: IrqTable, intx: IntxPin, msix: int) -> None:
         self._config = config
         self._irqs = irqs
         self._intx = intx
-        self._control = msix + 2
+        self._control = msix + 2 if msix else 0
         self._isr = IsrStatus(0)
-        config.on_write(self._control, 2, self._changed)
+        if msix:
+            config.on_write(self._control, 2, self._changed)
 
     @property
     def msix_enabled(self) -> bool:
         """Whether the driver uses MSI-X."""
-        return bool(self._config.word(self._control) & MsixControl.ENABLE)
+        return bool(self._msix_control & MsixControl.ENABLE)
+
+    @property
+    def _msix_control(self) -> int:
+        return self._config.word(self._control) if self._control else 0
 
     def queue(self, vector: int) -> None:
         """A used buffer notification, on *vector*."""
@@ -61,8 +66,7 @@ class Interrupts:
         self._changed(0, 0)
 
     def _changed(self, offset: int, size: int) -> None:
-        control = MsixControl(self._config.word(self._control))
-        self._irqs.hold(PciIrq.MSIX, bool(control & MsixControl.FUNCTION_MASK))
+        self._irqs.hold(PciIrq.MSIX, bool(self._msix_control & MsixControl.FUNCTION_MASK))
         self._update()
 
     def _update(self) -> None:

@@ -54,7 +54,7 @@ NOTIFY_MULTIPLIER = 4
 
 @dataclass(frozen=True)
 class MsixLayout:
-    """Table and pending bits in their BAR: offsets and sizes in bytes."""
+    """Table and pending bits in their BAR: offsets and sizes in bytes; no vectors, no MSI-X."""
 
     vectors: int
 
@@ -84,6 +84,7 @@ class Capabilities:
     """Offsets in configuration space of what is looked at again."""
 
     msix: int
+    """0 where there is none."""
     pci_cfg: int
     express: int
 
@@ -104,10 +105,7 @@ def build_config(
         subsystem_id=MODERN_DEVICE_ID_BASE + device_id,
         interrupt_pin=1,
     )
-    msix_at = space.add_capability(
-        MsixCapability(control=msix.vectors - 1, table=MSIX_BAR, pba=msix.pba | MSIX_BAR).build(),
-        bytes(2) + int(MsixControl.ENABLE | MsixControl.FUNCTION_MASK).to_bytes(2, "little"),
-    )
+    msix_at = _add_msix(space, msix) if msix.vectors else 0
     _add_structures(space, queues, config_size)
     pci_cfg = space.add_capability(
         VirtioPciCfgCap().build(),
@@ -119,6 +117,14 @@ def build_config(
     express = space.add_capability(ExpressCapability().build(), _express_mask())
     space.seal()
     return space, Capabilities(msix=msix_at, pci_cfg=pci_cfg, express=express)
+
+
+def _add_msix(space: ConfigSpace, msix: MsixLayout) -> int:
+    control = int(MsixControl.ENABLE | MsixControl.FUNCTION_MASK)
+    return space.add_capability(
+        MsixCapability(control=msix.vectors - 1, table=MSIX_BAR, pba=msix.pba | MSIX_BAR).build(),
+        bytes(2) + control.to_bytes(2, "little"),
+    )
 
 
 def _add_structures(space: ConfigSpace, queues: int, config_size: int) -> None:

@@ -130,11 +130,16 @@ class ClientMemory:
         return region
 
     def _differs(self, addr: int) -> bool:
-        """Whether the client has something where the file has nothing."""
+        """Whether the client has something where the file has nothing.
+
+        The file is looked at once more after the answer: a driver that fills its ring while the
+        message is under way would else make its own memory look like somebody else's.
+        """
         channel = self._dma.channel
         try:
-            return channel is not None and any(channel.dma_read(addr, _SAMPLE))
-        except DmaError as error:
+            found = channel is not None and any(channel.dma_read(addr, _SAMPLE))
+            return found and not any(self.table.read(addr, _SAMPLE))
+        except (DmaError, MemoryFault) as error:
             log.info("cannot compare guest memory: %s", error)
             return False
 
