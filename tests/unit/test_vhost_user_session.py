@@ -184,6 +184,19 @@ def test_replies(name):
     assert peer.session.is_open
 
 
+def test_the_message_that_begins_or_ends_reply_ack_is_itself_acknowledged():
+    """Front-ends set the flag on the message that negotiates it; other back-ends answer too."""
+    for before, after in ((0, ProtocolFeature.REPLY_ACK), (ProtocolFeature.REPLY_ACK, 0)):
+        peer = Handled(acked=ProtocolFeature(before))
+
+        def negotiate(payload, fds, peer=peer, after=after):
+            peer.session.protocol_features = ProtocolFeature(after)
+
+        peer.session._handlers = {Request.SET_PROTOCOL_FEATURES: negotiate}
+        peer.session.feed(message(Request.SET_PROTOCOL_FEATURES, bytes(8), flags=9))
+        assert [VhostUserU64.parse(p).u64 for _, p, _ in peer.output()] == [0]
+
+
 def test_a_refusal_that_cannot_be_told_ends_the_connection():
     for request, flags in ((Request.SET_OWNER, 1), (Request.GET_FEATURES, 9)):
         peer = Handled()

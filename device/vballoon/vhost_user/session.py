@@ -211,17 +211,18 @@ class Session:
 
     def _carry_out(self, header: VhostUserHeader, payload: bytes, fds: Fds) -> None:
         self.counters[request_name(header.request)] += 1
+        wanted = self._ack_wanted(header)  # a message may be what ends or begins REPLY_ACK
         try:
             rule, handler = self._rule(header)
             message = self._parse(rule, header, payload, fds)
             answer = handler(message, fds)
         except PeerError as error:
-            self._refuse(header, error)
+            self._refuse(header, error, wanted)
         except Exception as error:  # our own fault: the front-end must not pay with a hang
             log.debug("%s", request_name(header.request), exc_info=True)
             self._fail(ProtocolError("internal", f"{type(error).__name__}: {error}"))
         else:
-            self._answer(header, answer)
+            self._answer(header, answer, wanted or self._ack_wanted(header))
 
     def _rule(self, header: VhostUserHeader) -> tuple[MessageRule, Handler]:
         """The rule and the handler of a request that is known and negotiated."""
@@ -272,27 +273,27 @@ class Session:
         """Whether an answer is still due (:meth:`finish`), and later messages wait for it."""
         return self._waiting is not None
 
-    def _answer(self, header: VhostUserHeader, answer: Reply | _Later | None) -> None:
+    def _answer(self, header: VhostUserHeader, answer: Reply | _Later | None, wanted: bool) -> None:
         if isinstance(answer, Reply):
             self._send(header, answer)
         elif answer is LATER:
             self._waiting = header
-        elif self._ack_wanted(header):
+        elif wanted:
             self._send(header, u64(0))
 
-    def _refuse(self, header: VhostUserHeader, error: PeerError) -> None:
+    def _refuse(self, header: VhostUserHeader, error: PeerError, wanted: bool) -> None:
         self.counters["refused"] += 1
         name = request_name(header.request)
-        failure = self._failure(header)
+        failure = self._failure(header, wanted)
         if failure is None:
             self._fail(ProtocolError(error.rule, error.detail or name))
         else:
             log.warning("%s refused: %s", name, error)
             self._send(header, failure)
 
-    def _failure(self, header: VhostUserHeader) -> Reply | None:
+    def _failure(self, header: VhostUserHeader, wanted: bool) -> Reply | None:
         """The answer that says "failed", or None where there is no way to say it."""
-        request, wanted = header.request, self._ack_wanted(header)
+        request = header.request
         if request == Request.GET_CONFIG:  # "zero length of payload to indicate an error"
             return Reply(b"")
         if request == Request.GET_INFLIGHT_FD:  # no area: QEMU goes on without one
