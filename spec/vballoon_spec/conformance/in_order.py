@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from vballoon_spec.conformance.findings import Finding, Hang
+from vballoon_spec.conformance.rig import Rig
 from vballoon_spec.conformance.ring import DriverRing
 from vballoon_spec.conformance.ring_packed import AVAIL, USED, PackedRing
 from vballoon_spec.conformance.ring_split import SplitRing
@@ -14,7 +15,7 @@ from vballoon_spec.conformance.ring_split import SplitRing
 __all__ = ("collect_in_order",)
 
 
-def collect_in_order(ring: DriverRing, ids: Sequence[int], limit: float = 2.0) -> None:
+def collect_in_order(rig: Rig, ring: DriverRing, ids: Sequence[int], limit: float = 2.0) -> None:
     """Wait until all *ids* are used, in this order; elements may stand for those before them."""
     waiting = list(ids)
     deadline = time.monotonic() + limit
@@ -24,7 +25,7 @@ def collect_in_order(ring: DriverRing, ids: Sequence[int], limit: float = 2.0) -
         if not seen:
             if time.monotonic() > deadline:
                 raise Hang(f"buffers {waiting} did not come back within {limit} s")
-            time.sleep(0.001)
+            rig.main_quiet(0.001)
 
 
 def _split(ring: SplitRing, waiting: list[int]) -> bool:

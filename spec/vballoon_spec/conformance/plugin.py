@@ -40,6 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--protocol", choices=["vhost-user", "vfio-user"], default="vhost-user",
                     help="what the spawned backend speaks")  # fmt: skip
     group.addoption("--before", metavar="SHELL", default="", help="run before every start; {dir}")
+    group.addoption("--config-change", metavar="SHELL", default="",
+                    help="makes a spawned device change its configuration; {dir}, {n}")  # fmt: skip
     group.addoption("--device", default="none", help="device profile, for valid requests")
     group.addoption("--time-limit", type=float, default=10.0, help="seconds for a test")
     group.addoption("--answer-limit", type=float, default=2.0, help="seconds for an answer")
@@ -65,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
         socket=str(Path(socket).absolute()) if socket else "",
         command=command,
         before=get("before"),
+        config_change=get("config_change"),
         device=get("device"),
         time_limit=get("time_limit"),
         answer_limit=get("answer_limit"),
@@ -92,6 +95,7 @@ def repeat_command(options: Options, nodeid: str) -> str:
         words += ["--spawn", options.command]
         words += ["--protocol", options.protocol] if options.protocol != "vhost-user" else []
         words += ["--before", options.before] if options.before else []
+        words += ["--config-change", options.config_change] if options.config_change else []
     else:
         words += [f"--{options.protocol}", options.socket]
     words += ["--device", options.device] if options.device != "none" else []

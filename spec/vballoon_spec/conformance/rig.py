@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +124,12 @@ class Rig(ABC):
         queues: Sequence[int] | None = None,
         extra: int = 0,
         ready: bool = True,
+        configure: Callable[[], None] | None = None,
     ) -> DriverRing:
         """Negotiate VERSION_1, the ring layout and *bits*, start the rings; the main one.
 
-        *bits* have to be offered (:meth:`need`); *extra* are device features as a mask.
+        *bits* have to be offered (:meth:`need`); *extra* are device features as a mask;
+        *configure* runs between negotiation and the rings, where a driver writes configuration.
         """
         if not self.profile.has_requests:
             not_applicable("no device profile, so no valid request is known")
@@ -136,6 +138,8 @@ class Rig(ABC):
         wanted = f.mask(f.VIRTIO_F_VERSION_1, *bits) | self.profile.features | extra
         wanted |= f.mask(f.VIRTIO_F_RING_PACKED) if self.packed else 0
         self.negotiate(wanted & self.offered)
+        if configure:
+            configure()
         for index in self.profile.queues if queues is None else queues:
             ring = self.make_ring(size)
             self.start_ring(index, ring)
@@ -251,6 +255,17 @@ class Rig(ABC):
     def main_quiet(self, seconds: float) -> None:
         """Let the device do whatever it does with what it was given."""
         time.sleep(seconds)
+
+    def change_configuration(self) -> None:
+        """Have the operator change the device's configuration."""
+        self.target.change_configuration(self.main_quiet)
+
+    def expect_quiet(self, seconds: float = 0.1) -> None:
+        """Nothing comes back on the main ring for a while; whatever does is a finding."""
+        self.main_quiet(seconds)
+        found = self.main.poll()
+        if found:
+            raise Finding(f"buffers came back that must not: {found[:4]}")
 
     def survive(self, *, spinning: bool = False) -> None:
         """After something malformed: no crash, no hang, and with *spinning* no busy loop."""

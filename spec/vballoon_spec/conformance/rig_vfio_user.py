@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import time
 
-from vballoon_spec.conformance.findings import Finding, Hang
+from vballoon_spec.conformance.findings import Closed, Finding, Hang
 from vballoon_spec.conformance.observe import EventFd
 from vballoon_spec.conformance.rig import Rig
 from vballoon_spec.conformance.ring import DriverRing, Used
 from vballoon_spec.conformance.vfio_user import Client
 from vballoon_spec.conformance.virtio_pci import VirtioPci
-from vballoon_spec.vfio_user import PciIrq
+from vballoon_spec.vfio_user import Command, DeviceFlags, PciIrq
 from vballoon_spec.virtio.pci import NO_VECTOR
 
 __all__ = ("VfioUserRig",)
@@ -23,12 +23,15 @@ class VfioUserRig(Rig):
     transport = "vfio-user"
     map_memory = True
     with_fds = True
+    use_msix = True
 
     def connect(self) -> None:
         self.client = Client(self.target.connect(), self.target.options.answer_limit)
         self.target.taps.append(self.client.tap)
         self.client.ram = self.ram
         self.client.negotiate()
+        if self.client.info().flags & DeviceFlags.RESET:  # a device keeps its state between clients
+            self.client.do(Command.DEVICE_RESET)
         self.pci = VirtioPci(self.client)
         self._offered = self.pci.device_features()
         self.config_event = EventFd()
@@ -45,9 +48,9 @@ class VfioUserRig(Rig):
         if self.map_memory:
             self.map_all()
         self.pci.set_config(4, 2, self.pci.config(4, 2) | 0x6)  # memory space, bus master
-        self.vector_count = self.client.irq_info(PciIrq.MSIX).count
+        self.vector_count = self.client.irq_info(PciIrq.MSIX).count if self.use_msix else 0
+        self.pci.enable_msix(bool(self.vector_count))
         if self.vector_count:
-            self.pci.enable_msix()
             self._vector(0, self.config_event)
             self.pci.set("config_msix_vector", 0)
 
@@ -87,16 +90,28 @@ class VfioUserRig(Rig):
         self.client.write(bar, offset, index.to_bytes(2, "little"))
 
     def collect(self, ring: DriverRing, count: int, limit: float = 2.0) -> list[Used]:
-        if self.with_fds:
-            return ring.collect(count, limit)
+        """Wait for buffers; a server may send DMA messages at any time, also with mapped memory."""
         found: list[Used] = []
         deadline = time.monotonic() + limit
-        while len(found) < count:
+        pause = 0.0002
+        while True:
+            found += ring.poll()
+            if len(found) > count:
+                raise Finding(f"{len(found)} buffers came back where {count} were due")
+            if len(found) == count:
+                return found
             if time.monotonic() > deadline:
                 raise Hang(f"{len(found)} of {count} buffers came back within {limit} s")
-            self.client.serve_for(0.005)
-            found += ring.poll()
-        return found
+            self.client.serve_for(pause)
+            pause = min(pause * 1.5, 0.005)
+
+    def main_quiet(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.client.tap.closed and (left := deadline - time.monotonic()) > 0:
+            try:
+                self.client.serve_for(left)
+            except Closed:
+                return
 
     def usable(self) -> bool:
         return self.client.usable()

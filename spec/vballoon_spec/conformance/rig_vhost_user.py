@@ -196,5 +196,3 @@ class VhostUserRig(Rig):
 
     def leave(self) -> None:
         self.fe.close()
-
-

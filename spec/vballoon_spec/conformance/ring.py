@@ -123,10 +123,3 @@ class DriverRing(ABC):
                 raise Hang(f"{len(found)} of {count} buffers came back within {limit} s")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.005)
-
-    def expect_quiet(self, seconds: float = 0.1) -> None:
-        """Nothing comes back for a while; whatever does is a finding."""
-        time.sleep(seconds)
-        found = self.poll()
-        if found:
-            raise Finding(f"buffers came back that must not: {found[:4]}")

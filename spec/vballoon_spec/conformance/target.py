@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class Options:
     command: str = ""
     before: str = ""
     """A shell command that prepares ``{dir}`` before each start."""
+    config_change: str = ""
+    """A shell command that makes the device change its configuration; ``{n}`` differs each time."""
     device: str = "none"
     time_limit: float = 10.0
     answer_limit: float = 2.0
@@ -57,7 +60,7 @@ class Target:
         self.process: Process | None = None
         self.folder: Path | None = None
         self.socket = options.socket
-        self.connections = 0
+        self.connections = self._changes = 0
         self.taps: list[Tap] = []
         """What went over every connection so far, for the report."""
         if options.command:
@@ -83,6 +86,20 @@ class Target:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def change_configuration(self, meanwhile: Callable[[float], None]) -> None:
+        """Run the operator's command that makes the device change its configuration.
+
+        *meanwhile* is called again and again until it ends: a server may have something to ask.
+        """
+        self._changes += 1
+        places = {"socket": self.socket, "dir": str(self.folder or "."), "n": self._changes % 7 + 1}
+        command = self.options.config_change.format(**places)
+        running = subprocess.Popen(command, shell=True, stdout=subprocess.DEVNULL)
+        while running.poll() is None:
+            meanwhile(0.02)
+        if running.returncode:
+            raise Finding(f"{command} ends with status {running.returncode}")
 
     def connect(self) -> socket.socket:
         """A new connection."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -123,9 +124,7 @@ class Client:
             f" error={header.error} size={header.size} payload={payload[:40].hex()}"
             f" fds={len(fds + more)}"
         )
-        return Answer(
-            header.id, header.command, header.flags, header.error, payload, fds + more
-        )
+        return Answer(header.id, header.command, header.flags, header.error, payload, fds + more)
 
     def _serve(self, request: Answer) -> None:
         if request.command not in (Command.DMA_READ, Command.DMA_WRITE):
@@ -158,8 +157,10 @@ class Client:
 
     def serve_for(self, seconds: float) -> None:
         """Serve the server's DMA messages for a while; a reply that comes is a finding."""
+        if not select.select([self.tap.sock], [], [], seconds)[0]:
+            return
         try:
-            answer = self.receive(seconds)
+            answer = self.receive(seconds + 0.01)
         except Hang:
             return
         raise Finding(f"a reply to {command_name(answer.command)} that nobody waits for")

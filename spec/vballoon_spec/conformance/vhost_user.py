@@ -167,9 +167,7 @@ class FrontEnd:
         self.features = self.get_u64(Request.GET_FEATURES)
         if self.features & VhostFeature.PROTOCOL_FEATURES:
             offered = self.get_u64(Request.GET_PROTOCOL_FEATURES)
-            self.send(
-                Request.SET_PROTOCOL_FEATURES, VhostUserU64(u64=offered & protocol).build()
-            )
+            self.send(Request.SET_PROTOCOL_FEATURES, VhostUserU64(u64=offered & protocol).build())
             self.protocol = ProtocolFeature(offered & protocol)
         self.do(Request.SET_OWNER)
         self.acked = self.features & (features | VhostFeature.PROTOCOL_FEATURES)
@@ -214,7 +212,13 @@ class FrontEnd:
         self.do(request, VhostVringState(index=index, num=num).build())
 
     def vring_addr(
-        self, index: int, areas: tuple[int, int, int], ram: GuestRam, *, flags: int = 0, log: int = 0
+        self,
+        index: int,
+        areas: tuple[int, int, int],
+        ram: GuestRam,
+        *,
+        flags: int = 0,
+        log: int = 0,
     ) -> None:
         """SET_VRING_ADDR from guest-physical areas (descriptors, driver, device)."""
         desc, driver, device = (ram.user(area) for area in areas)

@@ -52,9 +52,7 @@ class VirtioPci:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.capabilities = list(self._capabilities())
-        self.structures = [
-            structure(cap) for cap in self.capabilities if cap.id == CapId.VENDOR
-        ]
+        self.structures = [structure(cap) for cap in self.capabilities if cap.id == CapId.VENDOR]
 
     # -- configuration space -----------------------------------------------------------------
 
@@ -94,9 +92,7 @@ class VirtioPci:
         """A common configuration register by its name in the standard."""
         offset, size = _register(name)
         common = self.find(CapType.COMMON_CFG)
-        return int.from_bytes(
-            self.client.read(common.bar, common.offset + offset, size), "little"
-        )
+        return int.from_bytes(self.client.read(common.bar, common.offset + offset, size), "little")
 
     def set(self, name: str, value: int) -> None:
         """Write a common configuration register; 64-bit ones in two halves, as drivers do."""
@@ -143,7 +139,13 @@ class VirtioPci:
         self.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
 
     def set_queue(
-        self, index: int, size: int, areas: tuple[int, int, int], vector: int, *, enable: bool = True
+        self,
+        index: int,
+        size: int,
+        areas: tuple[int, int, int],
+        vector: int,
+        *,
+        enable: bool = True,
     ) -> None:
         """Program one queue and enable it."""
         self.set("queue_select", index)
@@ -172,10 +174,12 @@ class VirtioPci:
         place = self.find(CapType.DEVICE_CFG)
         self.client.write(place.bar, place.offset + offset, data)
 
-    def enable_msix(self) -> None:
-        """Set MSI-X Enable in the capability."""
-        at = next(cap.at for cap in self.capabilities if cap.id == CapId.MSIX)
-        self.set_config(at + 2, 2, self.config(at + 2, 2) | 0x8000)
+    def enable_msix(self, on: bool = True) -> None:
+        """Set or clear MSI-X Enable in the capability, if there is one."""
+        for cap in self.capabilities:
+            if cap.id == CapId.MSIX:
+                control = self.config(cap.at + 2, 2) & 0x7FFF
+                self.set_config(cap.at + 2, 2, control | (0x8000 if on else 0))
 
 
 def structure(cap: Capability) -> Structure:

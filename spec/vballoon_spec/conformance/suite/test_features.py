@@ -153,7 +153,7 @@ def test_nothing_before_driver_ok(rig: Rig) -> None:
     before = rig.ram.picture()
     ring.publish()
     rig.kick(rig.profile.main)
-    ring.expect_quiet(0.2)
+    rig.expect_quiet(0.2)
     rig.ram.expect_untouched(before, avail(ring))
     require(not rig.calls[rig.profile.main].take(), "a notification before DRIVER_OK")
     rig.driver_ok()

@@ -353,9 +353,7 @@ def test_device_state_loaded(split_rig: VhostUserRig, new_rig: object) -> None:
 def load_state(rig: VhostUserRig, state: bytes) -> None:
     """Write a state into a stopped device; it has to take it."""
     reader, writer = os.pipe()
-    reply = rig.fe.ask(
-        Request.SET_DEVICE_STATE_FD, (1).to_bytes(4, "little") + bytes(4), [reader]
-    )
+    reply = rig.fe.ask(Request.SET_DEVICE_STATE_FD, (1).to_bytes(4, "little") + bytes(4), [reader])
     os.close(reader)
     require(reply.u64 & 0xFF == 0, f"SET_DEVICE_STATE_FD answers {reply.u64:#x}")
     with open(writer, "wb") as pipe:

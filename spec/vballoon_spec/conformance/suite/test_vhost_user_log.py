@@ -192,9 +192,7 @@ def test_log_rests_when_stopped(rig: VhostUserRig, log: Log) -> None:
     [(0, 0), (1 << 63, 1 << 63), (1 << 40, 0), (4096, (1 << 64) - 4096), (8, 0), (4096, 1 << 40)],
     ids=["empty", "overflow", "huge", "wrap", "small", "far"],
 )
-def test_log_that_makes_no_sense(
-    rig: VhostUserRig, log: Log, size: int, offset: int
-) -> None:
+def test_log_that_makes_no_sense(rig: VhostUserRig, log: Log, size: int, offset: int) -> None:
     """Logs that overflow, lie beyond their file or are too small do no harm."""
     rig.need_log()
     rig.bring_up()
@@ -311,7 +309,7 @@ def test_inflight_buffers_are_served_after_a_crash(new_rig: MakeRig) -> None:
     rig.driver_ok()
     rig.kick(rig.profile.main)
     rig.check(placed, rig.collect(ring, 4))
-    ring.expect_quiet(0.05)
+    rig.expect_quiet(0.05)
     os.close(fd)
 
 

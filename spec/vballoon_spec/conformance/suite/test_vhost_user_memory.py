@@ -172,16 +172,16 @@ def test_more_slots_than_there_are(new_rig: MakeRig) -> None:
         rig.fe.protocol &= ~P.REPLY_ACK  # not one by one: that would take long
         for i in range(min(limit + 3, 600)):
             place = (1 << 40) + i * 16 * PAGE
-            rig.fe.add_region(
-                Region(place, PAGE, place, 0, fd, PAGE, rig.ram.regions[0].view)
-            )
+            rig.fe.add_region(Region(place, PAGE, place, 0, fd, PAGE, rig.ram.regions[0].view))
         rig.fe.barrier()
     except Closed:
         pass
     rig.survive()
 
 
-def table(fe: FrontEnd, regions: list[VhostUserMemoryRegion], fds: list[int], count: int = -1) -> None:
+def table(
+    fe: FrontEnd, regions: list[VhostUserMemoryRegion], fds: list[int], count: int = -1
+) -> None:
     """SET_MEM_TABLE with any contents; refusals and closing are fine."""
     raw = VhostUserMemory.of(regions).build()
     if count >= 0:
@@ -199,9 +199,7 @@ TABLES = [
 ]  # fmt: skip
 
 
-@pytest.mark.requirement(
-    "vu.robust.mem-table", "vu.robust.surplus-fds", "vu.robust.missing-fds"
-)
+@pytest.mark.requirement("vu.robust.mem-table", "vu.robust.surplus-fds", "vu.robust.missing-fds")
 @pytest.mark.parametrize("shape", TABLES)
 def test_memory_tables_that_make_no_sense(split_rig: VhostUserRig, shape: str) -> None:
     """Tables with absurd contents are refused or harmless, and leave nothing open."""

@@ -26,7 +26,9 @@ def negotiated(rig: VhostUserRig) -> VhostUserRig:
     return rig
 
 
-def poke(rig: VhostUserRig, request: int, payload: bytes = b"", fds: list[int] = [], **how: object) -> None:  # noqa: B006
+def poke(
+    rig: VhostUserRig, request: int, payload: bytes = b"", fds: list[int] = [], **how: object
+) -> None:  # noqa: B006
     """Send something that may be refused by any means but a hang."""
     try:
         rig.fe.send(request, payload, fds, **how)  # type: ignore[arg-type]
@@ -92,9 +94,7 @@ def test_size_beyond_all_messages(split_rig: VhostUserRig, new_rig: MakeRig, siz
 @pytest.mark.requirement("vu.robust.unknown")
 @pytest.mark.parametrize("number", [0, 45, 255, 0x10000, 0xFFFFFFFF])
 @pytest.mark.parametrize("ack", [False, True], ids=["plain", "need-reply"])
-def test_unknown_request(
-    split_rig: VhostUserRig, new_rig: MakeRig, number: int, ack: bool
-) -> None:
+def test_unknown_request(split_rig: VhostUserRig, new_rig: MakeRig, number: int, ack: bool) -> None:
     """Requests that no standard knows."""
     rig = negotiated(split_rig)
     poke(rig, number, bytes(8), need_reply=ack)
@@ -235,9 +235,7 @@ def test_connection_ends_within_a_message(
 
 @pytest.mark.requirement("vu.robust.order", "vu.reconnect")
 @pytest.mark.parametrize("seed", range(6))
-def test_messages_in_random_order(
-    split_rig: VhostUserRig, new_rig: MakeRig, seed: int
-) -> None:
+def test_messages_in_random_order(split_rig: VhostUserRig, new_rig: MakeRig, seed: int) -> None:
     """Well-formed messages in an order that no front-end would send."""
     rig, dice = negotiated(split_rig), random.Random(seed)
     event = EventFd()

@@ -68,7 +68,7 @@ def test_nothing_before_the_kick_descriptor(rig: VhostUserRig) -> None:
     before = rig.ram.picture()
     ring.publish()
     rig.fe.barrier()
-    ring.expect_quiet(QUIET)
+    rig.expect_quiet(QUIET)
     rig.ram.expect_untouched(before, rig.allowed())
     rig.fe.vring_fd(Request.SET_VRING_KICK, index, rig.kicks[index].fd)
     rig.kick(index)
