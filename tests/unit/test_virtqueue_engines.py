@@ -284,4 +284,4 @@ def test_engines_agree_on_long_programs(format_: int) -> None:
         rules |= {seen for seen in scalar if isinstance(seen, str)}
         chains_taken += sum(len(s[2]) for s in scalar if isinstance(s, tuple) and s[0] == "ids")
     assert chains_taken > 10_000, "the programs are too small to mean anything"
-    assert len(rules) >= 5, rules
+    assert len(rules) >= 4, rules
