@@ -116,7 +116,7 @@ class Balloon(VirtioDevice):
         role = self.roles.get(queue.index)
         match role:
             case Role.INFLATE:
-                self._inflate.inflate(queue, batch, self.skipmap)
+                self._inflate.inflate(queue, batch, self.skipmap, tells=self._driver_tells)
             case Role.DEFLATE:
                 self._inflate.deflate(queue, batch, self.skipmap)
             case Role.STATS:
@@ -129,6 +129,12 @@ class Balloon(VirtioDevice):
                 self.walk_queue.handle(queue, batch, self.skipmap)
             case None:
                 raise QueueError("queue-without-role", "no negotiated feature has this queue")
+
+    @property
+    def _driver_tells(self) -> bool:
+        """Whether the driver uses no ballooned page before the host has acknowledged it."""
+        assert self.transport is not None  # a transport brought the queue
+        return bool(self.transport.features & BalloonFeature.MUST_TELL_HOST)
 
     def stop(self) -> None:
         """Give the statistics buffer back while its ring is still there."""
@@ -147,6 +153,7 @@ class Balloon(VirtioDevice):
 
     def _forget(self) -> None:
         self._void(VoidReason.RESET)
+        self.discarder.forget()
         self.walk_queue.reset()
         self.stats_queue.reset()
         self.roles = {}

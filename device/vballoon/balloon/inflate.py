@@ -44,13 +44,19 @@ class InflateQueues:
         self._counters = counters
         self._discarder = discarder
 
-    def inflate(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
-        """Discard the pages, set their bits, give the buffers back."""
+    def inflate(
+        self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap, *, tells: bool
+    ) -> None:
+        """Discard the pages, set their bits, give the buffers back.
+
+        *tells*: the driver asks before it uses a page again (MUST_TELL_HOST negotiated), so that
+        the parts of a huge page may add up.
+        """
         for pfns in self._read(batch):
             start, end = self._ranges(batch.memory, pfns)
             self._counters.inflated_pages += int((end - start).sum())
             self._counters.discarded_bytes += self._discarder.discard(
-                batch.memory, start << _SHIFT, end << _SHIFT
+                batch.memory, start << _SHIFT, end << _SHIFT, accumulate=tells
             )
             skipmap.set_ranges(Provenance.BALLOONED, start, end)
         queue.give(batch.ids)
