@@ -31,24 +31,11 @@ ONLY = {"test_vhost_user": "vhost-user", "test_vfio_user": "vfio-user", "test_pc
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Command-line options, in a group of their own."""
+    from vballoon_spec.conformance.options import OPTIONS as DECLARED
+
     group = parser.getgroup("conformance", "vhost-user and vfio-user conformance")
-    group.addoption("--vhost-user", metavar="SOCKET", help="test the vhost-user backend there")
-    group.addoption("--vfio-user", metavar="SOCKET", help="test the vfio-user server there")
-    group.addoption(
-        "--spawn", metavar="COMMAND", help="start a backend for every test; {socket}, {dir} in it"
-    )
-    group.addoption("--protocol", choices=["vhost-user", "vfio-user"], default="vhost-user",
-                    help="what the spawned backend speaks")  # fmt: skip
-    group.addoption("--before", metavar="SHELL", default="", help="run before every start; {dir}")
-    group.addoption("--config-change", metavar="SHELL", default="",
-                    help="makes a spawned device change its configuration; {dir}, {n}")  # fmt: skip
-    group.addoption("--device", default="none", help="device profile, for valid requests")
-    group.addoption("--time-limit", type=float, default=10.0, help="seconds for a test")
-    group.addoption("--answer-limit", type=float, default=2.0, help="seconds for an answer")
-    group.addoption("--start-limit", type=float, default=10.0, help="seconds for a start")
-    group.addoption("--keep", action="store_true", help="one backend, while tests pass")
-    group.addoption("--polls", action="store_true", help="the backend polls by design")
-    group.addoption("--no-discards", action="store_true", help="the balloon frees no memory")
+    for name, how in DECLARED.items():
+        group.addoption(name, **how)
     group.addoption("--conformance-json", metavar="FILE", help="write the results there")
 
 
@@ -60,8 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if get("vhost_user"):
         protocol = "vhost-user"
     socket, command = get("vhost_user") or get("vfio_user") or "", get("spawn") or ""
-    if (socket or command) and get("device") not in _profiles():
-        raise pytest.UsageError(f"--device: one of {', '.join(_profiles())}")
     config.stash[OPTIONS] = Options(
         protocol=protocol,
         socket=str(Path(socket).absolute()) if socket else "",
@@ -77,9 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
         discards=not get("no_discards"),
     )
     if get("conformance_json"):
-        from vballoon_spec.conformance.record import Recorder
+        from vballoon_spec.conformance.record import Recorder, Run
 
-        config.pluginmanager.register(Recorder(config, Path(get("conformance_json"))))
+        run = Run(protocol=protocol, device=get("device"), backend=command or socket)
+        config.pluginmanager.register(Recorder(run, Path(get("conformance_json"))))
 
 
 def _profiles() -> dict[str, Any]:

@@ -68,6 +68,9 @@ class VhostUserRig(Rig):
     def negotiate(self, features: int) -> None:
         self.fe.negotiate(features, self.protocol)
         self.features = features
+        if self.has_status:
+            for status in (1, 1 | 2, 1 | 2 | 8):  # ACKNOWLEDGE, DRIVER, FEATURES_OK
+                self.fe.do(Request.SET_STATUS, VhostUserU64(u64=status).build())
         if self.slots:
             for region in self.ram.regions:
                 if self.fe.add_region(region):

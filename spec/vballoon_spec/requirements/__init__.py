@@ -18,6 +18,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 __all__ = ("CHAPTERS", "Chapter", "Elsewhere", "Requirement", "by_id", "chapters", "gaps", "index")
 
@@ -98,10 +99,10 @@ def by_id() -> dict[str, Requirement]:
 
 
 @cache
-def index() -> dict[str, dict[str, dict[str, list[str] | str]]]:
-    """Chapter → label → ``{"strengths": [...], "sha256": ...}``, as the sources had them."""
+def index() -> dict[str, dict[str, dict[str, Any]]]:
+    """Chapter → label → ``{"strengths": [...], "sha256": ..., "line": ...}``, from the sources."""
     text = (files(__package__) / "index.json").read_text(encoding="utf-8")
-    loaded: dict[str, dict[str, dict[str, list[str] | str]]] = json.loads(text)["chapters"]
+    loaded: dict[str, dict[str, dict[str, Any]]] = json.loads(text)["chapters"]
     return loaded
 
 

@@ -41,7 +41,11 @@ def _entries(blocks: Sequence[Block]) -> dict[str, Any]:
     for block in blocks:
         if block.label in found:
             raise ValueError(f"label {block.label!r} twice")
-        found[block.label] = {"strengths": list(block.strengths), "sha256": block.sha256}
+        found[block.label] = {
+            "strengths": list(block.strengths),
+            "sha256": block.sha256,
+            "line": block.line,
+        }
     return found
 
 

@@ -47,13 +47,16 @@ class Block:
     label: str
     strengths: tuple[str, ...]
     sha256: str
+    line: int = 0
+    """Where the block begins in its TeX file; 0 for a manual page."""
 
     @classmethod
-    def of(cls, label: str, text: str) -> Block:
+    def of(cls, label: str, text: str, line: int = 0) -> Block:
         """The block of *text*; the digest ignores how the lines are wrapped."""
         flat = " ".join(text.split())
         found = tuple(_strength(match) for match in _WORD.finditer(flat))
-        return cls(" ".join(label.split()), found, hashlib.sha256(flat.encode()).hexdigest()[:16])
+        digest = hashlib.sha256(flat.encode()).hexdigest()[:16]
+        return cls(" ".join(label.split()), found, digest, line)
 
 
 def _strength(match: re.Match[str]) -> str:
@@ -64,25 +67,25 @@ def _strength(match: re.Match[str]) -> str:
 def virtio_blocks(source: str) -> list[Block]:
     """The device requirement blocks of one TeX file, in order."""
     blocks: list[Block] = []
-    label, lines = "", list[str]()
-    for line in [*source.splitlines(), "\\section{end}"]:
+    label, lines, begin = "", list[str](), 0
+    for number, line in enumerate([*source.splitlines(), "\\section{end}"], 1):
         heading = _HEADING.match(line)
         bare = line.startswith("\\label{devicenormative:")
         if (heading or bare) and label:
-            blocks.append(_finished(label, lines))
+            blocks.append(_finished(lines, begin))
             label = ""
         if bare or (heading and heading["kind"] == "device"):
-            label, lines = "pending", []
+            label, lines, begin = "pending", [], number
         lines.append(line)
     return blocks
 
 
-def _finished(label: str, lines: list[str]) -> Block:
+def _finished(lines: list[str], begin: int) -> Block:
     text = "\n".join(lines)
     found = _LABEL.match(text) or _BARE_LABEL.match(text)
     if found is None:
         raise ValueError(f"no label at {lines[0]!r}")
-    return Block.of(found["label"], text[found.end() :])
+    return Block.of(found["label"], text[found.end() :], begin)
 
 
 class _Sections(html.parser.HTMLParser):

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report as one HTML page, grouped by the sections of the specifications."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from itertools import groupby
+
+from vballoon_spec.conformance.record import Record, Run
+from vballoon_spec.conformance.verdict import FAILED, WARNED, Verdict
+from vballoon_spec.requirements import revisions
+
+__all__ = ("render",)
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+h1{font-size:1.5rem} h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #d0d7de}
+h3{font-size:1rem;margin:1.4rem 0 .3rem;font-weight:600}
+table{border-collapse:collapse;width:100%} td,th{padding:.25rem .6rem;text-align:left;vertical-align:top}
+tr{border-top:1px solid #eaeef2} .s{white-space:nowrap;font-weight:600}
+.passed{color:#1a7f37} .failed{color:#cf222e} .warned{color:#9a6700} .na,.untestable{color:#6e7781}
+code,pre{font:12px/1.45 ui-monospace,monospace} pre{background:#f6f8fa;padding:.6rem;overflow-x:auto}
+details{margin:.3rem 0} summary{cursor:pointer} .id{color:#57606a;font:12px ui-monospace,monospace}
+"""
+
+
+def render(run: Run, verdicts: list[Verdict]) -> str:
+    """The page."""
+    pinned = revisions()
+    body = [
+        f"<h1>Conformance of a {run.protocol} backend, device {e(run.device)}</h1>",
+        f"<p><code>{e(run.backend)}</code></p>",
+        f"<p>virtio revision {pinned['virtio'][:8]}, QEMU's documents of {pinned['qemu']};"
+        f" {len(run.records)} tests in {run.seconds:.0f} s.</p>",
+        _summary(verdicts),
+    ]
+    for chapter, rows in groupby(verdicts, key=lambda v: v.chapter):
+        body.append(f"<h2>{e(chapter.title)}</h2>")
+        for label, inner in groupby(rows, key=lambda v: v.row.label):
+            body.append(_section(label, list(inner)))
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>{run.protocol} conformance</title><style>{STYLE}</style>" + "\n".join(body)
+    )
+
+
+def e(text: str) -> str:
+    """Escaped text."""
+    return html.escape(text)
+
+
+def _css(status: str) -> str:
+    return status.replace("/", "")
+
+
+def _summary(verdicts: list[Verdict]) -> str:
+    counts = Counter(verdict.status for verdict in verdicts)
+    cells = "".join(
+        f'<td><span class="s {_css(status)}">{count}</span> {status}</td>'
+        for status, count in counts.most_common()
+    )
+    return f"<table><tr>{cells}</tr></table>"
+
+
+def _section(label: str, rows: list[Verdict]) -> str:
+    link = rows[0].link
+    title = f'<a href="{e(link)}">{e(label)}</a>' if link else e(label)
+    return f"<h3>{title}</h3><table>{''.join(_row(verdict) for verdict in rows)}</table>"
+
+
+def _row(verdict: Verdict) -> str:
+    row = verdict.row
+    why = e(row.untestable) if row.untestable else _tests(verdict)
+    return (
+        f'<tr id="{e(row.id)}"><td class="s {_css(verdict.status)}">{verdict.status}</td>'
+        f"<td class=s>{row.strength}</td><td>{e(row.text)} <span class=id>{e(row.id)}</span>"
+        f"{why}</td></tr>"
+    )
+
+
+def _tests(verdict: Verdict) -> str:
+    failed = [r for r in verdict.records if r.outcome == "failed"]
+    if verdict.status in (FAILED, WARNED):
+        return "".join(_failure(record) for record in failed)
+    reasons = sorted({r.observed for r in verdict.records if r.outcome == "n/a"})
+    count = sum(r.outcome == "passed" for r in verdict.records)
+    told = f"<br><span class=id>{count} tests</span>" if count else ""
+    if not count and reasons:
+        told = f"<br><span class=id>{e('; '.join(reasons))}</span>"
+    return told
+
+
+def _failure(record: Record) -> str:
+    parts = [f"<p>{e(record.about)}</p>", f"<pre>{e(record.observed)}</pre>"]
+    if record.wire:
+        parts.append(f"<p>Sent and received, last:</p><pre>{e(record.wire)}</pre>")
+    if record.backend.strip():
+        parts.append(f"<p>The backend's output:</p><pre>{e(record.backend.strip())}</pre>")
+    parts.append(f"<p>Again:</p><pre>{e(record.repeat)}</pre>")
+    first = record.observed.splitlines()[0] if record.observed else ""
+    return (
+        f"<details><summary><code>{e(record.name)}</code>: {e(first)}</summary>"
+        f"{''.join(parts)}</details>"
+    )
