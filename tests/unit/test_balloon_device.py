@@ -7,12 +7,14 @@ import itertools
 
 import numpy as np
 import pytest
+from tests.fakes.memory import by_messages, make_memory
 from tests.fakes.rig import MIB, Rig
 
 from vballoon.balloon import Balloon, Role, settle_roles
 from vballoon.balloon.config import ConfigSpace
 from vballoon.errors import ProtocolError, UsageError
 from vballoon.skipmap import Provenance
+from vballoon.virtqueue import make_virtqueue
 from vballoon_spec.virtio.balloon import BalloonConfig, BalloonFeature, BalloonState
 
 OPTIONAL = (
@@ -188,3 +190,18 @@ class TestState:
         assert rig.balloon.skipmap.count(Provenance.BALLOONED) == 0
         with pytest.raises(ProtocolError, match="64-bit"):
             rig.balloon.load(header.build() + np.array([1, (1 << 64) - 1], "<u8").tobytes())
+
+
+def test_memory_that_goes_away_under_a_ring_stops_that_queue() -> None:
+    """A ring reached by messages: the client refuses its page in the middle of things."""
+    backing = make_memory((0, 64 * MIB))
+    remote, peer = by_messages(backing)
+    rig = Rig(memory=backing)
+    driver = rig.drivers[0]
+    ring = make_virtqueue(remote, rig.size, driver.addresses, driver.features, engine="scalar")
+    rig.queues[0].ring = ring
+    rig.drivers[0].add(*rig.pfns(4096))
+    rig.drivers[0].publish()
+    peer.refuse = set(range(driver.addresses.device, driver.addresses.device + 1024))
+    assert not rig.balloon.process(rig.queues[0])
+    assert rig.broken[0].rule == "dma-refused"

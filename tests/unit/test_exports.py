@@ -19,7 +19,7 @@ PUBLIC = {
         VballoonError""",
     "vballoon.memory": """PAGE_SIZE VHOST_LOG_PAGE BitmapLog DirtyLog Discarder GuestMemory
         MemoryRegion RemoteMemory data_extents""",
-    "vballoon.virtqueue": """RULES ChainBatch InflightLog NullInflight Resubmit RingAddresses
+    "vballoon.virtqueue": """RULES ChainBatch Engine InflightLog NullInflight Resubmit RingAddresses
         RingState Virtqueue empty_batch make_virtqueue""",
     "vballoon.skipmap": """PAGE_SHIFT PAGE_SIZE VOIDS BitmapLayout FrozenExport Instant PageBitmap
         Provenance RegionBits Round RoundKind SkipExport SkipMap VoidReason combine

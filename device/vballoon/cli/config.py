@@ -11,10 +11,11 @@ from vballoon.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ("WHERE", "read_config")
+__all__ = ("ENGINES", "WHERE", "read_config")
 
 WHERE = ("vhost-user", "vfio-user", "fd")
 """Of these a machine has exactly one."""
+ENGINES = ("batch", "scalar")
 _KINDS: dict[str, type] = {
     "vhost-user": str,
     "vfio-user": str,
@@ -23,6 +24,8 @@ _KINDS: dict[str, type] = {
     "client": bool,
     "no-discard": bool,
     "features": str,
+    "engine": str,
+    "no-msix": bool,
 }
 
 
@@ -48,5 +51,7 @@ def _check_machine(where: str, machine: dict[str, Any]) -> None:
             raise UsageError(f"{where}: unknown key {key!r}; known: {', '.join(_KINDS)}")
         if type(value) is not _KINDS[key]:
             raise UsageError(f"{where}: {key} must be of type {_KINDS[key].__name__}")
+    if machine.get("engine", "batch") not in ENGINES:
+        raise UsageError(f"{where}: engine must be one of {', '.join(ENGINES)}")
     if sum(key in machine for key in WHERE) != 1:
         raise UsageError(f"{where}: exactly one of {', '.join(WHERE)} is needed")

@@ -88,6 +88,17 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "balloon's; for example -FREE_PAGE_WALK,+RING_PACKED or STATS_VQ,PAGE_REPORTING",
     )
     command.add_argument(
+        "--no-msix",
+        action="store_true",
+        help="vfio-user without MSI-X: QEMU 11.1 ends when it unplugs a function that has it",
+    )
+    command.add_argument(
+        "--engine",
+        choices=("batch", "scalar"),
+        default="batch",
+        help="how rings are served: whole batches with NumPy, or step by step (default: batch)",
+    )
+    command.add_argument(
         "--log-level", choices=LOG_LEVELS, default="info", help="default: %(default)s"
     )
 
@@ -136,7 +147,8 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     given = {key: value for key, value in given.items() if value is not None}
     if options.config is not None:
-        if options.control or options.client or options.no_discard or options.features:
+        single = ("control", "client", "no_discard", "features", "no_msix")
+        if any(getattr(options, name) for name in single) or options.engine != "batch":
             raise UsageError("--config FILE takes everything but --log-level from the file")
         from pathlib import Path
 
@@ -146,7 +158,8 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not given:
         raise UsageError("serve: one of --vhost-user, --vfio-user, --fd or --config is needed")
     given |= {"client": options.client, "no-discard": options.no_discard}
-    given |= {"features": options.features}
+    given |= {"features": options.features, "engine": options.engine}
+    given |= {"no-msix": options.no_msix}
     if options.control:
         given["control"] = options.control
     return [given]

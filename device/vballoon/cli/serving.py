@@ -117,13 +117,16 @@ def _transport(
     emit: Callable[[str, dict[str, Any]], None],
 ) -> ServedTransport:
     names = device_names()
+    engine = options.get("engine", "batch")
     if "vfio-user" in options:
         sock = listening.take(options["vfio-user"])
-        return VfioUser(balloon, features, emit, names, sock=sock)
+        msix = not options.get("no-msix", False)
+        return VfioUser(balloon, features, emit, names, sock=sock, engine=engine, msix=msix)
     if options.get("client"):
-        return VhostUser(balloon, features, emit, names, path=options["vhost-user"])
+        path = options["vhost-user"]
+        return VhostUser(balloon, features, emit, names, path=path, engine=engine)
     sock = _adopt(options["fd"]) if "fd" in options else listening.take(options["vhost-user"])
-    return VhostUser(balloon, features, emit, names, sock=sock)
+    return VhostUser(balloon, features, emit, names, sock=sock, engine=engine)
 
 
 def _adopt(number: int) -> socket.socket:

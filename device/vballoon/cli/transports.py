@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vballoon.cli.features import Offered
     from vballoon.virtio import VirtioDevice
+    from vballoon.virtqueue import Engine
 
     Emit = Callable[[str, dict[str, Any]], None]
 
@@ -63,6 +64,7 @@ class VhostUser(VhostUserServer):
         *,
         sock: socket.socket | None = None,
         path: str | None = None,
+        engine: Engine = "batch",
     ) -> None:
         super().__init__(
             device,
@@ -72,6 +74,7 @@ class VhostUser(VhostUserServer):
             ring_features=features.ring,
             events=_Events(emit),
             device_names=names,
+            engine=engine,
         )
         self.open()
 
@@ -83,10 +86,19 @@ class VhostUser(VhostUserServer):
 class _Function(VirtioPciFunction):
     """The PCI function, which tells of its clients."""
 
-    def __init__(self, device: VirtioDevice, ring: int, emit: Emit) -> None:
+    def __init__(
+        self,
+        device: VirtioDevice,
+        ring: int,
+        emit: Emit,
+        engine: Engine,
+        msix: bool,
+    ) -> None:
         super().__init__(
             device,
             ring_features=ring,
+            engine=engine,
+            msix=msix,
             on_queue_broken=lambda index, rule, detail: emit(
                 "QUEUE_BROKEN", {"queue": index, "rule": rule, "detail": detail}
             ),
@@ -113,8 +125,10 @@ class VfioUser:
         names: dict[int, str],
         *,
         sock: socket.socket,
+        engine: Engine = "batch",
+        msix: bool = True,
     ) -> None:
-        self._function = _Function(device, features.pci_ring, emit)
+        self._function = _Function(device, features.pci_ring, emit, engine, msix)
         self._server = Server(self._function, sock)
         self._names = names
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vballoon.memory import BitmapLog, DirtyLog, GuestMemory
     from vballoon.vhost_user.channel import BackendChannel
     from vballoon.vhost_user.inflight import InflightArea
-    from vballoon.virtqueue import Virtqueue
+    from vballoon.virtqueue import Engine, Virtqueue
 
 __all__ = ("DEFAULT_RING_FEATURES", "PROTOCOL_FEATURES", "VhostUserBackend")
 
@@ -91,8 +91,10 @@ class VhostUserBackend:
         ring_features: int = DEFAULT_RING_FEATURES,
         protocol_features: P = PROTOCOL_FEATURES,
         events: BackendEvents | None = None,
+        engine: Engine = "batch",
     ) -> None:
         self.device, self.io = device, io
+        self._engine = engine
         self.events = events or BackendEvents()
         self.offered = device.device_features | ring_features | TRANSPORT_FEATURES
         self.acked = 0
@@ -189,7 +191,13 @@ class VhostUserBackend:
 
     def _bind(self, vring: Vring) -> None:
         try:
-            vring.bind(self.memory, self.features, self.area, make_queue=self._make_queue)
+            vring.bind(
+                self.memory,
+                self.features,
+                self.area,
+                make_queue=self._make_queue,
+                engine=self._engine,
+            )
         except PeerError as error:
             vring.broken = QueueError(error.rule, error.detail)
             log.error("queue %d cannot be started: %s", vring.index, error)

@@ -26,6 +26,7 @@ from vballoon.vhost_user.io import BackendEvents
 from vballoon.vhost_user.shell import Connection
 from vballoon.vhost_user.status import BackendStatus, snapshot
 from vballoon.virtio import VirtioDevice
+from vballoon.virtqueue import Engine
 from vballoon_spec.vhost_user import ProtocolFeature
 
 __all__ = ("VhostUserServer",)
@@ -55,6 +56,7 @@ class VhostUserServer:
         ring_features: int = DEFAULT_RING_FEATURES,
         protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
         events: BackendEvents | None = None,
+        engine: Engine = "batch",
         device_names: Mapping[int, str] | None = None,
     ) -> None:
         if (path is None) == (fd is None):
@@ -65,6 +67,7 @@ class VhostUserServer:
         self.events = events or BackendEvents()
         self._path, self._fd, self._client = path, fd, client
         self._ring_features, self._protocol_features = ring_features, protocol_features
+        self._engine = engine
         self._names = device_names
         self._connection: Connection | None = None
         self._counters: Counter[str] = Counter()
@@ -149,6 +152,7 @@ class VhostUserServer:
             ring_features=self._ring_features,
             protocol_features=self._protocol_features,
             events=self.events,
+            engine=self._engine,
         )
 
     async def _accept(self, listener: socket.socket) -> socket.socket:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from vballoon.memory import GuestMemory
     from vballoon.vhost_user.inflight import InflightArea
+    from vballoon.virtqueue import Engine
     from vballoon_spec.vhost_user import VhostVringAddr
 
 __all__ = ("Vring", "decode_base", "encode_base")
@@ -123,6 +124,7 @@ class Vring:
         area: InflightArea | None,
         *,
         make_queue: Callable[[int, Virtqueue], DeviceQueue],
+        engine: Engine = "batch",
     ) -> None:
         """Put the virtqueue up: where it stood, or where the base or the record says.
 
@@ -140,6 +142,7 @@ class Vring:
             addresses,
             features,
             state,
+            engine=engine,
             inflight=self._log,
             dirty_ring=self.addr.log if self.addr.flags & VringFlag.LOG else None,
             resubmit=resubmit,

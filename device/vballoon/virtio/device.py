@@ -68,9 +68,14 @@ class DeviceQueue:
         """Return buffers to the driver and notify it if it asked for that."""
         if np.ndim(written) == 0:
             written = np.full(ids.size, written, dtype=np.uint32)
-        self.ring.give(ids, np.asarray(written, dtype=np.uint32))
-        self.given += int(ids.size)
-        if self.ring.should_notify():
+        try:
+            self.ring.give(ids, np.asarray(written, dtype=np.uint32))
+            self.given += int(ids.size)
+            wanted = self.ring.should_notify()
+        except MemoryFault as error:  # a ring reached by messages, and nobody answers
+            self.fail(error)
+            return
+        if wanted:
             self.notified += 1
             self._notify()
 
@@ -150,20 +155,21 @@ class VirtioDevice(ABC):
         The driver is asked not to kick while its buffers are being taken anyway.
         """
         queue.kicked += 1
+        try:
+            return self._drain(queue)
+        except (QueueError, MemoryFault) as error:
+            queue.fail(error)
+            return False
+
+    def _drain(self, queue: DeviceQueue) -> bool:
         queue.ring.disable_kicks()
         for _ in range(BATCHES_PER_KICK):
             batch = queue.take()
             if batch is not None:
-                self._handle(queue, batch)
+                self.handle(queue, batch)
             elif queue.broken is not None or not queue.ring.enable_kicks():
                 return False
         return queue.broken is None
-
-    def _handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
-        try:
-            self.handle(queue, batch)
-        except (QueueError, MemoryFault) as error:
-            queue.fail(error)
 
     def stop(self) -> None:
         """The queues are about to go away: give back every buffer that is still held."""

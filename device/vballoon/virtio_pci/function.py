@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
 
 from vballoon.errors import PeerError, QueueError
 from vballoon.memory import GuestMemory
@@ -25,6 +24,7 @@ from vballoon.virtio_pci.memory import ClientMemory
 from vballoon.virtio_pci.msix import MsixBar
 from vballoon.virtio_pci.registers import CommonRegisters, QueueRegisters, Status
 from vballoon.virtio_pci.rings import Rings
+from vballoon.virtqueue import Engine
 from vballoon_spec.pci import BarFlags
 from vballoon_spec.vfio_user import PciIrq
 from vballoon_spec.virtio import features as f
@@ -56,7 +56,7 @@ class VirtioPciFunction(PciDevice):
         device: VirtioDevice,
         *,
         ring_features: int = DEFAULT_RING_FEATURES,
-        engine: Literal["batch", "scalar"] = "batch",
+        engine: Engine = "batch",
         msix: bool = True,
         on_queue_broken: Callable[[int, str, str], None] | None = None,
     ) -> None:

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vballoon.errors import PeerError, QueueError
 from vballoon.virtio import DeviceQueue
-from vballoon.virtqueue import RingAddresses, RingState, make_virtqueue
+from vballoon.virtqueue import Engine, RingAddresses, RingState, make_virtqueue
 from vballoon_spec.virtio import features as f
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Rings:
     def __init__(
         self,
         *,
-        engine: Literal["batch", "scalar"],
+        engine: Engine,
         notify: Callable[[int], None],
         on_broken: Callable[[int, QueueError], None],
     ) -> None:

@@ -8,7 +8,14 @@ operations.  What a driver breaks is named by a rule (:mod:`vballoon.virtqueue.r
 
 from __future__ import annotations
 
-from vballoon.virtqueue.base import ChainBatch, RingAddresses, RingState, Virtqueue, empty_batch
+from vballoon.virtqueue.base import (
+    ChainBatch,
+    Engine,
+    RingAddresses,
+    RingState,
+    Virtqueue,
+    empty_batch,
+)
 from vballoon.virtqueue.inflight import InflightLog, NullInflight, Resubmit
 from vballoon.virtqueue.make import make_virtqueue
 from vballoon.virtqueue.rules import RULES
@@ -16,6 +23,7 @@ from vballoon.virtqueue.rules import RULES
 __all__ = (
     "RULES",
     "ChainBatch",
+    "Engine",
     "InflightLog",
     "NullInflight",
     "Resubmit",

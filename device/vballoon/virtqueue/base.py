@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     from vballoon.memory import GuestMemory
 
-__all__ = ("ChainBatch", "RingAddresses", "RingState", "Virtqueue")
+__all__ = ("ChainBatch", "Engine", "RingAddresses", "RingState", "Virtqueue")
+
+
+Engine = Literal["batch", "scalar"]
+"""How a ring is served: whole batches with NumPy, or step by step and obviously right."""
 
 
 @dataclass(frozen=True, slots=True)

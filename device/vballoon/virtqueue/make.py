@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from vballoon.errors import MemoryFault
 from vballoon.virtqueue.base import RingState, Virtqueue
@@ -16,7 +16,7 @@ from vballoon_spec.virtio import packed, split
 
 if TYPE_CHECKING:
     from vballoon.memory import GuestMemory
-    from vballoon.virtqueue.base import RingAddresses
+    from vballoon.virtqueue.base import Engine, RingAddresses
     from vballoon.virtqueue.inflight import InflightLog, Resubmit
 
 __all__ = ("make_virtqueue",)
@@ -29,7 +29,7 @@ def make_virtqueue(
     features: int,
     state: RingState | None = None,
     *,
-    engine: Literal["batch", "scalar"] = "batch",
+    engine: Engine = "batch",
     inflight: InflightLog | None = None,
     dirty_ring: int | None = None,
     resubmit: Resubmit | None = None,
