@@ -8,13 +8,15 @@ are, and touches registers in their natural width.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from tests.fakes.driver import DriverRing, make_driver
+from tests.fakes.echo import Echo
 from tests.fakes.memory import Arena
 from tests.fakes.vfio_client import FakeClient, Ram, events
 
 from vballoon.memory import GuestMemory, MemoryRegion
-from vballoon.virtio_pci import VirtioPciFunction
+from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
 from vballoon_spec.pci import CapId, MsixCapability
 from vballoon_spec.vfio_user import IrqSetFlags, PciIrq, PciRegion
 from vballoon_spec.virtio import features as f
@@ -22,6 +24,8 @@ from vballoon_spec.virtio.pci import CapType, CommonConfig, VirtioPciCap, Virtio
 
 RAM_BASE = 0x100000
 RAM_SIZE = 4 << 20
+MODES = {"mapped": {}, "messages": {"mapped": False}, "count32": {"mapped": False, "narrow": True}}
+"""How guest memory is reached: with a descriptor, or by DMA messages in either layout."""
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 
 
@@ -198,3 +202,31 @@ class Guest:
         for fd in [*self.vectors, self.intx]:
             if fd >= 0:
                 os.close(fd)
+
+
+def send(guest: Guest, index: int, *texts: bytes, kick: bool = True) -> list[int]:
+    """Make one buffer for each text available on queue *index*; the addresses of the answers."""
+    ring = guest.rings[index]
+    answers = []
+    for text in texts:
+        out, back = ring.buffer(len(text)), ring.buffer(len(text), writable=True)
+        guest.memory.write(out.addr, text)
+        ring.add(out, back)
+        answers.append(back.addr)
+    ring.publish()
+    if kick:
+        guest.kick(index)
+    return answers
+
+
+def make(
+    mode: str = "mapped", ring_features: int = DEFAULT_RING_FEATURES, **options: Any
+) -> tuple[Echo, Guest]:
+    echo = Echo()
+    function = VirtioPciFunction(echo, ring_features=ring_features, **options)
+    return echo, Guest(function, **MODES[mode])  # type: ignore[arg-type]
+
+
+def end(guest: Guest) -> None:
+    guest.close()
+    guest.function.close()
