@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.lab.machine import _die_with_parent
+from tests.lab.machine import Machine, _die_with_parent
 from tests.lab.qmp import Qmp
 
 TRANSPORTS = ("vhost-user", "vfio-user")
@@ -101,21 +101,41 @@ class Backend:
         """What the server has logged."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def device(self, machine: str, *, port: str = "rp0", id_: str = "balloon0") -> list[str]:
-        """QEMU arguments that attach this backend as *id_*, hot-pluggable on either machine."""
+    def properties(self, machine: str, port: str, id_: str) -> dict[str, Any]:
+        """The device's properties, as ``device_add`` and ``-device`` take them."""
         bus = {"bus": port} if machine == "q35" else {}
         if self.transport == "vfio-user":
-            device = {
+            return {
                 "driver": "vfio-user-pci", "id": id_,
                 "socket": {"type": "unix", "path": str(self.socket)}, **bus,
             }  # fmt: skip
-            return ["-device", json.dumps(device)]
-        device = {
+        return {
             "driver": "vhost-user-test-device-pci", "id": id_, "chardev": f"c-{id_}",
             "virtio-id": 5, "num_vqs": ROLES, "vq_size": 128,
             "config_size": self.config_size, **bus,
         }  # fmt: skip
-        return ["-chardev", f"socket,id=c-{id_},path={self.socket}", "-device", json.dumps(device)]
+
+    def device(self, machine: str, *, port: str = "rp0", id_: str = "balloon0") -> list[str]:
+        """QEMU arguments that attach this backend as *id_*, hot-pluggable on either machine."""
+        device = ["-device", json.dumps(self.properties(machine, port, id_))]
+        if self.transport == "vfio-user":
+            return device
+        return ["-chardev", f"socket,id=c-{id_},path={self.socket}", *device]
+
+    def plug(self, vm: Machine, port: str = "rp0", id_: str = "balloon0") -> None:
+        """Attach this backend to a running machine."""
+        if self.transport == "vhost-user":
+            address = {"type": "unix", "data": {"path": str(self.socket)}}
+            backend = {"type": "socket", "data": {"addr": address, "server": False}}
+            vm.qmp("chardev-add", id=f"c-{id_}", backend=backend)
+        vm.monitor.execute("device_add", self.properties(vm.config.machine, port, id_))
+
+    def unplug(self, vm: Machine, id_: str = "balloon0") -> None:
+        """Take the device out of the guest, and its socket out of QEMU."""
+        vm.qmp("device_del", id=id_)
+        vm.monitor.wait_event("DEVICE_DELETED", device=id_)
+        if self.transport == "vhost-user":
+            vm.qmp("chardev-remove", id=f"c-{id_}")
 
 
 def wait_until(condition: Any, timeout: float = 60, step: float = 0.1) -> Any:

@@ -31,8 +31,11 @@ class Qmp:
 
         Underscores in the arguments' names become dashes.
         """
-        words = {key.replace("_", "-"): value for key, value in arguments.items()}
-        return self._loop.run_until_complete(self._client.execute(name, words or None))
+        return self.execute(name, {k.replace("_", "-"): v for k, v in arguments.items()})
+
+    def execute(self, name: str, arguments: dict[str, Any]) -> Any:
+        """As :meth:`command`, with the arguments' names as they are (device properties)."""
+        return self._loop.run_until_complete(self._client.execute(name, arguments or None))
 
     def events(self) -> list[Message]:
         """All events so far, oldest first."""

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_garbage_of_other_modules() -> Iterator[None]:
+def _no_garbage_of_other_modules() -> None:
     """Tests count descriptors; those of another module's garbage must not go in the middle."""
     gc.collect()
-    yield
