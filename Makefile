@@ -32,6 +32,10 @@ unit: venv ## all tests that need no virtual machine
 	$(BIN)/python -m tests.lab prerequisites
 	$(BIN)/python -m pytest -q -m "not lab" tests
 
+bench: venv ## measure, beside C, QEMU's balloon and copying memory (FULL=1: every size, many turns)
+	$(BIN)/python -m tests.lab setup
+	$(BIN)/python -m tests.bench $(if $(FULL),--full)
+
 lint: venv ## formatting, style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
