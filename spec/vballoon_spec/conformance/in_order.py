@@ -19,9 +19,12 @@ def collect_in_order(rig: Rig, ring: DriverRing, ids: Sequence[int], limit: floa
     """Wait until all *ids* are used, in this order; elements may stand for those before them."""
     waiting = list(ids)
     deadline = time.monotonic() + limit
-    step = _split if isinstance(ring, SplitRing) else _packed
     while waiting:
-        seen = step(ring, waiting)  # type: ignore[operator]
+        if isinstance(ring, SplitRing):
+            seen = _split(ring, waiting)
+        else:
+            assert isinstance(ring, PackedRing)
+            seen = _packed(ring, waiting)
         if not seen:
             if time.monotonic() > deadline:
                 raise Hang(f"buffers {waiting} did not come back within {limit} s")

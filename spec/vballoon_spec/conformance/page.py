@@ -14,13 +14,15 @@ from vballoon_spec.requirements import revisions
 __all__ = ("render",)
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem} h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #d0d7de}
 h3{font-size:1rem;margin:1.4rem 0 .3rem;font-weight:600}
-table{border-collapse:collapse;width:100%} td,th{padding:.25rem .6rem;text-align:left;vertical-align:top}
+table{border-collapse:collapse;width:100%}
+td,th{padding:.25rem .6rem;text-align:left;vertical-align:top}
 tr{border-top:1px solid #eaeef2} .s{white-space:nowrap;font-weight:600}
 .passed{color:#1a7f37} .failed{color:#cf222e} .warned{color:#9a6700} .na,.untestable{color:#6e7781}
-code,pre{font:12px/1.45 ui-monospace,monospace} pre{background:#f6f8fa;padding:.6rem;overflow-x:auto}
+code,pre{font:12px/1.45 ui-monospace,monospace}
+pre{background:#f6f8fa;padding:.6rem;overflow-x:auto}
 details{margin:.3rem 0} summary{cursor:pointer} .id{color:#57606a;font:12px ui-monospace,monospace}
 """
 
@@ -28,11 +30,11 @@ details{margin:.3rem 0} summary{cursor:pointer} .id{color:#57606a;font:12px ui-m
 def render(run: Run, verdicts: list[Verdict]) -> str:
     """The page."""
     pinned = revisions()
+    sources = f"virtio revision {pinned['virtio'][:8]}, QEMU's documents of {pinned['qemu']}"
     body = [
         f"<h1>Conformance of a {run.protocol} backend, device {e(run.device)}</h1>",
         f"<p><code>{e(run.backend)}</code></p>",
-        f"<p>virtio revision {pinned['virtio'][:8]}, QEMU's documents of {pinned['qemu']};"
-        f" {len(run.records)} tests in {run.seconds:.0f} s.</p>",
+        f"<p>{sources}; {len(run.records)} tests in {run.seconds:.0f} s.</p>",
         _summary(verdicts),
     ]
     for chapter, rows in groupby(verdicts, key=lambda v: v.chapter):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -115,7 +115,7 @@ def _ours(item: pytest.Item) -> bool:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A test that takes longer than the time limit is a finding, not the end of the run."""
     if not _ours(item):
         return (yield)
@@ -136,7 +136,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[pytest.TestReport]:
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Say what was sent, what came back, which rule it is, and how to repeat it."""
     report: pytest.TestReport = yield
     if not _ours(item):
@@ -209,14 +209,15 @@ def profile(options: Options) -> Any:
 @pytest.fixture
 def new_rig(target: Target, profile: Any, options: Options) -> Iterator[Any]:
     """Makes devices over the transport under test; they are closed in the end."""
+    from vballoon_spec.conformance.rig import Rig
+    from vballoon_spec.conformance.rig_vfio_user import VfioUserRig
+    from vballoon_spec.conformance.rig_vhost_user import VhostUserRig
+
     made: list[Any] = []
 
     def make(packed: bool = False, **how: Any) -> Any:
-        if options.protocol == "vfio-user":
-            from vballoon_spec.conformance.rig_vfio_user import VfioUserRig as Kind
-        else:
-            from vballoon_spec.conformance.rig_vhost_user import VhostUserRig as Kind
-        made.append(Kind(target, profile, packed=packed, **how))
+        kind: type[Rig] = VfioUserRig if options.protocol == "vfio-user" else VhostUserRig
+        made.append(kind(target, profile, packed=packed, **how))
         return made[-1]
 
     yield make

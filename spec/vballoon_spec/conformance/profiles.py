@@ -79,6 +79,7 @@ class Balloon(Profile):
     POOL = 32
 
     def exchange(self, rig: Rig, serial: int) -> Exchange:
+        """A valid request."""
         if "balloon" not in rig.notes:
             rig.notes["balloon"] = rig.ram.alloc(self.POOL * PAGE, PAGE, region=1)
         page = rig.notes["balloon"] + serial % self.POOL * PAGE
@@ -100,6 +101,7 @@ class Rng(Profile):
     writes = has_requests = True
 
     def exchange(self, rig: Rig, serial: int) -> Exchange:
+        """A valid request."""
         return Exchange(b"", 64, _random)
 
 
@@ -124,6 +126,7 @@ class Blk(Profile):
     SECTORS = 8
 
     def exchange(self, rig: Rig, serial: int) -> Exchange:
+        """A valid request."""
         header = struct.pack("<IIQ", 0, 0, serial % self.SECTORS)  # VIRTIO_BLK_T_IN
         return Exchange(header, 512 + 1, _sector)
 
@@ -147,10 +150,12 @@ class Fs(Profile):
     INIT, STATFS = 26, 17
 
     def prepare(self, rig: Rig) -> None:
+        """Open the file system."""
         body = struct.pack("<IIII", 7, 31, 1 << 16, 0) + bytes(48)
         rig.run([self._fuse(self.INIT, 0, 1, body, 16 + 64)])
 
     def exchange(self, rig: Rig, serial: int) -> Exchange:
+        """A valid request."""
         return self._fuse(self.STATFS, 1, 2 + serial, b"", 16 + 80)
 
     def _fuse(self, op: int, node: int, unique: int, body: bytes, room: int) -> Exchange:
@@ -179,6 +184,7 @@ class Vsock(Profile):
     has_requests = True
 
     def exchange(self, rig: Rig, serial: int) -> Exchange:
+        """A valid request."""
         cid = int(rig.notes.get("cid", 3))
         packet = struct.pack(
             "<QQIIIHHIII", cid, 2, 1024 + serial % 60000, 4242, 0, 1, 1, 0, 65536, 0
@@ -196,6 +202,7 @@ class Net(Profile):
     has_requests = True
 
     def exchange(self, rig: Rig, serial: int) -> Exchange:
+        """A valid request."""
         frame = bytes.fromhex("020000000001020000000002 88b5") + struct.pack("<I", serial)
         return Exchange(bytes(12) + frame.ljust(60, b"\x5a"), verify=_no_bytes)
 

@@ -54,7 +54,10 @@ class Recorder:
     """A pytest plugin that fills a :class:`Run` and writes it as JSON in the end."""
 
     def __init__(
-        self, run: Run, path: Path | None = None, progress: Callable[[Record, int], None] | None = None
+        self,
+        run: Run,
+        path: Path | None = None,
+        progress: Callable[[Record, int], None] | None = None,
     ) -> None:
         self.run = run
         self.path = path

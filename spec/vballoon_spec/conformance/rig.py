@@ -159,6 +159,18 @@ class Rig(ABC):
         """The ring that requests go to."""
         return self.rings[self.profile.main]
 
+    @property
+    def main_split(self) -> SplitRing:
+        """The main ring, which is a split one."""
+        assert isinstance(self.main, SplitRing)
+        return self.main
+
+    @property
+    def main_packed(self) -> PackedRing:
+        """The main ring, which is a packed one."""
+        assert isinstance(self.main, PackedRing)
+        return self.main
+
     # -- requests ----------------------------------------------------------------------------
 
     def place(
@@ -237,9 +249,7 @@ class Rig(ABC):
         """Memory that may change: the device's ring areas, writable buffers, effects."""
         spans: list[tuple[int, int]] = []
         for ring in self.rings.values() if rings is None else rings:
-            spans += ring.device_span
-            if isinstance(ring, SplitRing):
-                spans.append((ring.avail_addr + 2, ring.avail_addr + 4))  # ours: publishing
+            spans += [*ring.device_span, *ring.publish_span]
         for one in placed:
             spans += one.exchange.may_change
             spans += [(s.addr, s.addr + s.len) for s in one.segments if s.write]

@@ -26,6 +26,7 @@ class VfioUserRig(Rig):
     use_msix = True
 
     def connect(self) -> None:
+        """Open the connection and learn what is offered."""
         self.client = Client(self.target.connect(), self.target.options.answer_limit)
         self.target.taps.append(self.client.tap)
         self.client.ram = self.ram
@@ -39,9 +40,11 @@ class VfioUserRig(Rig):
 
     @property
     def offered(self) -> int:
+        """The virtio feature bits offered."""
         return self._offered
 
     def negotiate(self, features: int) -> None:
+        """Settle features, hand over memory."""
         if not self.pci.accept(features):
             raise Finding(f"features {features:#x} of {self._offered:#x} were refused")
         self.features = features
@@ -67,6 +70,7 @@ class VfioUserRig(Rig):
             raise Finding(f"SET_IRQS of vector {number} failed with errno {answer.error}")
 
     def start_ring(self, index: int, ring: DriverRing, *, base: int | None = None) -> None:
+        """Program a ring and start it."""
         self.rings[index] = ring
         self.calls.setdefault(index, EventFd())
         vector = index + 1
@@ -83,9 +87,11 @@ class VfioUserRig(Rig):
         self.places = {**getattr(self, "places", {}), index: self.pci.notify_place(index)}
 
     def driver_ok(self) -> None:
+        """The driver is ready."""
         self.pci.driver_ok()
 
     def kick(self, index: int) -> None:
+        """Notify the device."""
         bar, offset = self.places[index]
         self.client.write(bar, offset, index.to_bytes(2, "little"))
 
@@ -106,6 +112,7 @@ class VfioUserRig(Rig):
             pause = min(pause * 1.5, 0.005)
 
     def main_quiet(self, seconds: float) -> None:
+        """Let the device work; its messages are served."""
         deadline = time.monotonic() + seconds
         while not self.client.tap.closed and (left := deadline - time.monotonic()) > 0:
             try:
@@ -114,14 +121,18 @@ class VfioUserRig(Rig):
                 return
 
     def usable(self) -> bool:
+        """Whether the connection answers."""
         return self.client.usable()
 
     def read_config(self, offset: int, size: int) -> bytes:
+        """Device configuration."""
         return self.pci.read_device(offset, size)
 
     def write_config(self, offset: int, data: bytes) -> None:
+        """Write device configuration."""
         self.pci.write_device(offset, data)
 
     def leave(self) -> None:
+        """Close the connection."""
         self.client.close()
         self.config_event.close()

@@ -12,12 +12,12 @@ from vballoon_spec.conformance.observe import EventFd
 from vballoon_spec.conformance.profiles import Profile
 from vballoon_spec.conformance.rig import Rig
 from vballoon_spec.conformance.ring import DriverRing
+from vballoon_spec.conformance.ring_split import SplitRing
 from vballoon_spec.conformance.target import Target
 from vballoon_spec.conformance.vhost_user import FrontEnd
 from vballoon_spec.vhost_user.features import ProtocolFeature, VhostFeature
 from vballoon_spec.vhost_user.payloads import VhostUserU64, VhostVringAddr, VhostVringState
 from vballoon_spec.vhost_user.requests import Request
-
 
 __all__ = ("COMMON_PROTOCOL", "VhostUserRig")
 
@@ -57,15 +57,18 @@ class VhostUserRig(Rig):
         super().__init__(target, profile, packed=packed)
 
     def connect(self) -> None:
+        """Open the connection and learn what is offered."""
         self.fe = FrontEnd(self.target.connect(), self.target.options.answer_limit)
         self.target.taps.append(self.fe.tap)
         self._offered = self.fe.get_u64(Request.GET_FEATURES)
 
     @property
     def offered(self) -> int:
+        """The virtio feature bits offered."""
         return self._offered & ~VHOST_BITS
 
     def negotiate(self, features: int) -> None:
+        """Settle features, hand over memory."""
         self.fe.negotiate(features, self.protocol)
         self.features = features
         if self.has_status:
@@ -79,6 +82,7 @@ class VhostUserRig(Rig):
             self.fe.set_memory(self.ram)
 
     def start_ring(self, index: int, ring: DriverRing, *, base: int | None = None) -> None:
+        """Program a ring and start it."""
         self.rings[index] = ring
         self.kicks.setdefault(index, EventFd())
         self.calls.setdefault(index, EventFd())
@@ -102,14 +106,17 @@ class VhostUserRig(Rig):
         return ring.base | ring.base << 16 if ring.packed else ring.base
 
     def driver_ok(self) -> None:
+        """The driver is ready."""
         if self.fe.protocol & P.STATUS:
             self.fe.do(Request.SET_STATUS, VhostUserU64(u64=DRIVER_OK).build())
 
     @property
     def has_status(self) -> bool:
+        """Whether the device status is carried."""
         return bool(self.fe.protocol & P.STATUS)
 
     def kick(self, index: int) -> None:
+        """Notify the device."""
         self.kicks[index].signal()
 
     def stop_ring(self, index: int) -> int:
@@ -161,6 +168,7 @@ class VhostUserRig(Rig):
         )
         kick = self.kicks[0] = EventFd()
         fe = self.fe
+        assert isinstance(ring, SplitRing)
         ring.desc[0] = (self.ram.alloc(64, 64, 1), 8, 0, 0)
         ring.avail[1] = 1
         before = self.ram.picture()
@@ -181,14 +189,17 @@ class VhostUserRig(Rig):
             not_applicable("LOG_ALL is not offered")
 
     def usable(self) -> bool:
+        """Whether the connection answers."""
         return self.fe.usable()
 
     def read_config(self, offset: int, size: int) -> bytes:
+        """Device configuration."""
         if not self.fe.protocol & P.CONFIG:
             not_applicable("protocol feature CONFIG is not offered")
         return self.fe.get_config(offset, size)
 
     def write_config(self, offset: int, data: bytes) -> None:
+        """Write device configuration."""
         if not self.fe.protocol & P.CONFIG:
             not_applicable("protocol feature CONFIG is not offered")
         self.fe.set_config(offset, data)
@@ -198,4 +209,5 @@ class VhostUserRig(Rig):
         self.fe.set_features(features | (self.fe.features & VhostFeature.PROTOCOL_FEATURES))
 
     def leave(self) -> None:
+        """Close the connection."""
         self.fe.close()

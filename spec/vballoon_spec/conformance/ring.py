@@ -13,6 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vballoon_spec.conformance.findings import Finding, Hang
 from vballoon_spec.conformance.memory import GuestRam
 
@@ -53,6 +56,8 @@ class DriverRing(ABC):
 
     packed: bool
     size: int
+    desc: NDArray[np.void]
+    """The descriptors, live."""
     areas: tuple[int, int, int]
     """Guest-physical addresses: descriptors, driver area, device area."""
 
@@ -96,6 +101,11 @@ class DriverRing(ABC):
     @abstractmethod
     def device_span(self) -> list[tuple[int, int]]:
         """Address ranges that the device may write: its own area, or for packed rings the ring."""
+
+    @property
+    @abstractmethod
+    def publish_span(self) -> list[tuple[int, int]]:
+        """Address ranges that publishing itself writes."""
 
     @property
     def outstanding(self) -> int:

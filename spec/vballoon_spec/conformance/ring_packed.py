@@ -86,6 +86,7 @@ class PackedRing(DriverRing):
     # -- as a good driver does ---------------------------------------------------------------
 
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
+        """As declared: one descriptor after the other."""
         if indirect:
             self.ram.write(indirect, build_packed_table(segments))
             segments = [Segment(indirect, 16 * len(segments))]
@@ -120,6 +121,7 @@ class PackedRing(DriverRing):
         self.heads.clear()
 
     def poll(self) -> list[Used]:
+        """Buffers that came back since the last call."""
         found: list[Used] = []
         while self.lengths:
             flags = int(self.desc["flags"][self.used_slot])
@@ -145,6 +147,7 @@ class PackedRing(DriverRing):
         return found
 
     def wants_kick(self) -> bool:
+        """Whether the device asked for a notification."""
         full_fence()
         old, self.kicked = self.kicked, (self.next_slot, self.wrap)
         flags = int(self.device_event[1]) & packed.EVENT_FLAGS_MASK
@@ -160,6 +163,7 @@ class PackedRing(DriverRing):
         return before <= event < new
 
     def interrupts(self, mode: str, after: int = 0) -> None:
+        """Ask for notifications."""
         if mode == "event":
             slot, wrap = self.used_slot + after, self.used_wrap
             if slot >= self.size:
@@ -175,9 +179,16 @@ class PackedRing(DriverRing):
 
     @property
     def base(self) -> int:
+        """What GET_VRING_BASE has to answer."""
         return self.next_slot | self.wrap << 15
 
     @property
     def device_span(self) -> list[tuple[int, int]]:
+        """What the device may write."""
         ring_end = self.ring_addr + packed.ring_size(self.size)
         return [(self.ring_addr, ring_end), (self.device_addr, self.device_addr + 4)]
+
+    @property
+    def publish_span(self) -> list[tuple[int, int]]:
+        """The ring, where the heads' flags are."""
+        return [(self.ring_addr, self.ring_addr + packed.ring_size(self.size))]

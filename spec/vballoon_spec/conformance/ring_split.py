@@ -110,6 +110,7 @@ class SplitRing(DriverRing):
     # -- as a good driver does ---------------------------------------------------------------
 
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
+        """As declared: one descriptor after the other."""
         if indirect:
             self.ram.write(indirect, build_table(segments))
             segments = [Segment(indirect, 16 * len(segments))]
@@ -127,10 +128,12 @@ class SplitRing(DriverRing):
         return slots[0]
 
     def publish(self) -> None:
+        """Show the device what has been added."""
         self.published = self.avail_idx
         self.set_avail_idx(self.avail_idx)
 
     def poll(self) -> list[Used]:
+        """Buffers that came back since the last call."""
         found: list[Used] = []
         now = self.used_idx
         if (now - self.last_used) & 0xFFFF > self.size:
@@ -146,6 +149,7 @@ class SplitRing(DriverRing):
         return found
 
     def wants_kick(self) -> bool:
+        """Whether the device asked for a notification."""
         full_fence()
         old, self.kicked = self.kicked, self.published
         if not self.event_idx:
@@ -154,6 +158,7 @@ class SplitRing(DriverRing):
         return passed < (self.published - old) & 0xFFFF
 
     def interrupts(self, mode: str, after: int = 0) -> None:
+        """Ask for notifications."""
         if self.event_idx:
             place = {"on": self.last_used, "off": self.last_used - 1}
             self.set_used_event(place.get(mode, self.last_used + after))
@@ -163,11 +168,18 @@ class SplitRing(DriverRing):
 
     @property
     def base(self) -> int:
+        """What GET_VRING_BASE has to answer."""
         return self.published
 
     @property
     def device_span(self) -> list[tuple[int, int]]:
+        """What the device may write."""
         return [(self.used_addr, self.used_addr + split.used_size(self.size))]
+
+    @property
+    def publish_span(self) -> list[tuple[int, int]]:
+        """The available index."""
+        return [(self.avail_addr + 2, self.avail_addr + 4)]
 
 
 def _table(ram: GuestRam, addr: int, size: int) -> NDArray[np.void]:

@@ -18,7 +18,7 @@ examples:
       the control plane of whatever listens there
   vballoon conform --vhost-user backend.sock --device blk --html report.html
   vballoon conform --spawn 'vballoon serve --vhost-user {socket}' --device balloon --keep
-  vballoon conform --spawn 'vballoon serve --vfio-user {socket}' --protocol vfio-user --device balloon
+  vballoon conform --spawn 'vballoon serve --vfio-user {socket}' --protocol vfio-user
   vballoon conform --spawn '...' --only test_ring_malformed.py
 
 The exit status is 0 if no requirement (MUST) is broken, 1 if one is, 2 for a wrong command line.
@@ -87,7 +87,9 @@ def _pytest_arguments(args: argparse.Namespace) -> list[str]:
     chosen = [str(suite / only) for only in args.only] or [str(suite)]
     words = ["-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "timeout=0"]
     words += ["-o", "filterwarnings=", "--import-mode=importlib"]
-    if not any(point.value == PLUGIN for point in importlib.metadata.entry_points(group="pytest11")):
+    if not any(
+        point.value == PLUGIN for point in importlib.metadata.entry_points(group="pytest11")
+    ):
         words += ["-p", PLUGIN]
     words += ["-k", args.k] if args.k else []
     words += [f"--junitxml={args.junit}"] if args.junit else []

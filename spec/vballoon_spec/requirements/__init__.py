@@ -122,7 +122,8 @@ def gaps(chapter: Chapter) -> list[str]:
     }
     faults: list[str] = []
     seen: set[tuple[str, int]] = set()
-    for entry in (*chapter.rows, *chapter.elsewhere):
+    entries: list[Requirement | Elsewhere] = [*chapter.rows, *chapter.elsewhere]
+    for entry in entries:
         if not entry.at:
             continue
         place = (entry.label, entry.at)

@@ -11,6 +11,7 @@ import pytest
 from vballoon_spec.conformance.findings import not_applicable, require
 from vballoon_spec.conformance.memory import Picture
 from vballoon_spec.conformance.rig import Rig
+from vballoon_spec.conformance.rig_vhost_user import VhostUserRig
 from vballoon_spec.conformance.ring_split import INDIRECT, NEXT, WRITE, SplitRing
 from vballoon_spec.virtio.features import VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING_PACKED
 
@@ -296,8 +297,8 @@ def test_descriptors_change_under_the_device(new_rig: Callable[..., Rig], packed
             entry["len"] = (1, 0xFFFFFFFF, 0, 4096)[(turn * 7 + slot) % 4]
             entry["flags"] = (turn * 5 + slot * 3) & (0xFFFF if packed else 7)
         if not packed:
-            ring.avail[2:] = (turn * 3) % 40
-            ring.set_avail_idx(turn * 5)
+            rig.main_split.avail[2:] = (turn * 3) % 40
+            rig.main_split.set_avail_idx(turn * 5)
         try:
             rig.kick(rig.profile.main)
         except AssertionError:
@@ -307,12 +308,12 @@ def test_descriptors_change_under_the_device(new_rig: Callable[..., Rig], packed
     rig.ram.expect_untouched(before, spans + own)
 
 
-PACKED_SHAPES = {
-    "endless": lambda ring, where: [(i, where, 1, 3, 1) for i in range(16)],
-    "reserved-flags": lambda ring, where: [(0, where, 1, 3, 0x7C78)],
-    "id-range": lambda ring, where: [(0, where, 1, 0xFFFF, 0)],
-    "indirect-unnegotiated": lambda ring, where: [(0, where, 16, 3, 4)],
-    "used-first": lambda ring, where: [(0, where, 1, 3, 0x8000)],
+PACKED_SHAPES: dict[str, Callable[[int], list[tuple[int, int, int, int, int]]]] = {
+    "endless": lambda where: [(i, where, 1, 3, 1) for i in range(16)],
+    "reserved-flags": lambda where: [(0, where, 1, 3, 0x7C78)],
+    "id-range": lambda where: [(0, where, 1, 0xFFFF, 0)],
+    "indirect-unnegotiated": lambda where: [(0, where, 16, 3, 4)],
+    "used-first": lambda where: [(0, where, 1, 3, 0x8000)],
 }
 
 
@@ -321,9 +322,10 @@ PACKED_SHAPES = {
 def test_malformed_packed_list(new_rig: Callable[..., Rig], shape: str) -> None:
     """Packed descriptors that no driver may make; checking for buffers must not spin."""
     rig = new_rig(True)
-    ring = rig.bring_up(size=16)
+    rig.bring_up(size=16)
+    ring = rig.main_packed
     where = buffer(rig)
-    rows = PACKED_SHAPES[shape](ring, where)
+    rows = PACKED_SHAPES[shape](where)
     for offset, addr, length, name, flags in reversed(rows):
         slot = (ring.next_slot + offset) % 16
         wrap = ring.wrap ^ (ring.next_slot + offset >= 16)
@@ -339,7 +341,8 @@ def test_malformed_packed_indirect_table(new_rig: Callable[..., Rig], length: in
     """Packed indirect tables of impossible size."""
     rig = new_rig(True)
     rig.need(VIRTIO_F_RING_PACKED, "RING_PACKED")
-    ring = rig.bring_up(VIRTIO_F_INDIRECT_DESC, size=16)
+    rig.bring_up(VIRTIO_F_INDIRECT_DESC, size=16)
+    ring = rig.main_packed
     table = rig.ram.alloc(4096, 4096, 1)
     ring.write_slot(ring.next_slot, table, length, 3, ring.available(ring.wrap) | 4)
     before = rig.ram.picture()
@@ -352,14 +355,11 @@ def test_malformed_packed_indirect_table(new_rig: Callable[..., Rig], length: in
 def test_ring_sizes(new_rig: Callable[..., Rig], size: int) -> None:
     """Ring sizes that are no size; refused or harmless."""
     rig = new_rig(False)
-    if rig.transport != "vhost-user":
+    if not isinstance(rig, VhostUserRig):
         not_applicable("over vfio-user the register has 16 bits; see the tests of PCI")
-    rig.bring_up()
-    rig.leave()
-    bad = new_rig(False)
-    bad.negotiate((1 << 32) & bad.offered)
-    bad.try_ring(size=size)  # type: ignore[attr-defined]
-    bad.survive(spinning=True)
+    rig.negotiate((1 << 32) & rig.offered)
+    rig.try_ring(size=size)
+    rig.survive(spinning=True)
 
 
 @pytest.mark.requirement("ring.addresses", "ring.bad-address")
@@ -368,9 +368,9 @@ def test_ring_sizes(new_rig: Callable[..., Rig], size: int) -> None:
 def test_ring_addresses(new_rig: Callable[..., Rig], which: int, shift: str) -> None:
     """A ring area outside memory, over its end, or unaligned; refused or harmless."""
     rig = new_rig(False)
-    if rig.transport != "vhost-user":
+    if not isinstance(rig, VhostUserRig):
         not_applicable("the same over vfio-user is in the tests of PCI")
     rig.negotiate((1 << 32) & rig.offered)
-    before = rig.try_ring(bad_area=which, shift=shift)  # type: ignore[attr-defined]
+    before = rig.try_ring(bad_area=which, shift=shift)
     rig.survive(spinning=True)
     rig.ram.expect_untouched(before, rig.allowed())

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
 from vballoon_spec.conformance.findings import not_applicable, require
 from vballoon_spec.conformance.rig import Rig
+from vballoon_spec.conformance.ring import Used
 from vballoon_spec.virtio.features import VIRTIO_F_EVENT_IDX, has
 from vballoon_spec.virtio.packed import EVENT_FLAGS_MASK, RING_EVENT_FLAGS_DESC
 
@@ -56,7 +58,8 @@ def test_silent_when_unwanted(rig: Rig) -> None:
 def test_used_event_without_event_idx(split_rig: Rig, event: int) -> None:
     """Without EVENT_IDX the word behind the available ring means nothing."""
     rig = split_rig
-    ring = rig.bring_up()
+    rig.bring_up()
+    ring = rig.main_split
     ring.set_used_event(event)
     for serial in range(3):
         one(rig, serial)
@@ -72,7 +75,8 @@ def test_used_event_without_event_idx(split_rig: Rig, event: int) -> None:
 def test_flag_with_event_idx(split_rig: Rig) -> None:
     """With EVENT_IDX the available ring's flag means nothing."""
     rig = split_rig
-    ring = rig.bring_up(VIRTIO_F_EVENT_IDX)
+    rig.bring_up(VIRTIO_F_EVENT_IDX)
+    ring = rig.main_split
     ring.set_avail_flags(1)
     for serial in range(3):
         ring.set_used_event(ring.last_used)
@@ -164,7 +168,8 @@ def test_spurious_kicks(rig: Rig) -> None:
 def test_used_flags(split_rig: Rig, event_idx: bool) -> None:
     """The used ring's flags are 0 or 1; with EVENT_IDX they are 0."""
     rig = split_rig
-    ring = rig.bring_up(*[VIRTIO_F_EVENT_IDX] * event_idx)
+    rig.bring_up(*[VIRTIO_F_EVENT_IDX] * event_idx)
+    ring = rig.main_split
     for serial in range(20):
         one(rig, serial)
         flags = ring.used_flags
@@ -173,10 +178,11 @@ def test_used_flags(split_rig: Rig, event_idx: bool) -> None:
 
 @pytest.mark.requirement("packed.event.device-values")
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event_idx"])
-def test_device_event_values(new_rig: object, event_idx: bool) -> None:
+def test_device_event_values(new_rig: Callable[..., Rig], event_idx: bool) -> None:
     """The device's suppression structure holds defined values."""
-    rig: Rig = new_rig(True)  # type: ignore[operator]
-    ring = rig.bring_up(*[VIRTIO_F_EVENT_IDX] * event_idx)
+    rig = new_rig(True)
+    rig.bring_up(*[VIRTIO_F_EVENT_IDX] * event_idx)
+    ring = rig.main_packed
     for serial in range(20):
         one(rig, serial)
         flags = int(ring.device_event[1])
@@ -221,15 +227,15 @@ def test_elements_are_complete_when_they_show(rig: Rig) -> None:
     (expected,) = rig.run([placed], watch=False)
     for _ in range(60):
         if not rig.packed:
-            ring.elements["id"] = 0xFFFFFFFF
-            ring.elements["len"] = 0xFFFFFFFF
+            rig.main_split.elements["id"] = 0xFFFFFFFF
+            rig.main_split.elements["len"] = 0xFFFFFFFF
         rig.submit(placed)
         ring.publish()
         rig.kick(rig.profile.main)
-        found: list[object] = []
+        found: list[Used] = []
         for _ in range(20_000):
             found = list(ring.poll())
             if found:
                 break
         (element,) = found or rig.collect(ring, 1)
-        require(element.len == expected.len, f"length {element.len}, due is {expected.len}")  # type: ignore[attr-defined]
+        require(element.len == expected.len, f"length {element.len}, due is {expected.len}")

@@ -9,7 +9,7 @@ import pytest
 
 from vballoon_spec.conformance.findings import not_applicable, require
 from vballoon_spec.conformance.memory import PAGE
-from vballoon_spec.conformance.rig import Rig
+from vballoon_spec.conformance.rig import Placed, Rig
 from vballoon_spec.conformance.ring import Segment
 from vballoon_spec.virtio.features import VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_DESC
 
@@ -99,7 +99,8 @@ def test_indirect_table(rig: Rig, cut: tuple[int, ...], align: int) -> None:
 def test_write_flag_on_an_indirect_descriptor(split_rig: Rig) -> None:
     """The WRITE flag beside INDIRECT means nothing."""
     rig = split_rig
-    ring = rig.bring_up(VIRTIO_F_INDIRECT_DESC)
+    rig.bring_up(VIRTIO_F_INDIRECT_DESC)
+    ring = rig.main_split
     placed = rig.submit(rig.request(), indirect=True)
     ring.desc["flags"][placed.id] |= 2
     before = rig.ram.picture()
@@ -115,7 +116,8 @@ def test_direct_descriptors_then_an_indirect_one(split_rig: Rig) -> None:
     from vballoon_spec.conformance.ring_split import build_table
 
     rig = split_rig
-    ring = rig.bring_up(VIRTIO_F_INDIRECT_DESC)
+    rig.bring_up(VIRTIO_F_INDIRECT_DESC)
+    ring = rig.main_split
     placed = rig.request(cut=(1, 1))
     if len(placed.segments) < 2:
         not_applicable("the request has a single byte")
@@ -142,7 +144,7 @@ def test_around_the_ring(rig: Rig, size: int) -> None:
     mark = rig.ram.regions[1].next_free
     serial = 0
     for turn in range(14):
-        batch = []
+        batch: list[Placed] = []
         room = size
         while room > 0 and len(batch) < max(16, size // 3):
             placed = rig.request(serial, cut=cuts[(serial + turn) % 4])
@@ -190,7 +192,8 @@ def test_a_full_ring_at_once(rig: Rig) -> None:
 def test_packed_descriptors_of_another_round(new_rig: Callable[..., Rig]) -> None:
     """Slots whose AVAIL bit has not changed are not used; used ones stay as they are."""
     rig = new_rig(True)
-    ring = rig.bring_up(size=8)
+    rig.bring_up(size=8)
+    ring = rig.main_packed
     placed = rig.submit(rig.request())
     ahead = rig.request(1)
     stale = ring.available(ring.wrap ^ 1)

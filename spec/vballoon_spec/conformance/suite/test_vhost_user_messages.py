@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,11 @@ def negotiated(rig: VhostUserRig) -> VhostUserRig:
 
 
 def poke(
-    rig: VhostUserRig, request: int, payload: bytes = b"", fds: list[int] = [], **how: object
-) -> None:  # noqa: B006
+    rig: VhostUserRig, request: int, payload: bytes = b"", fds: Sequence[int] = (), **how: Any
+) -> None:
     """Send something that may be refused by any means but a hang."""
     try:
-        rig.fe.send(request, payload, fds, **how)  # type: ignore[arg-type]
+        rig.fe.send(request, payload, fds, **how)
         rig.fe.usable()
     except Closed:
         pass

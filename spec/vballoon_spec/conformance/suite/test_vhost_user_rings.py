@@ -210,12 +210,12 @@ def test_stop_in_the_middle(rig: VhostUserRig) -> None:
         rig.ram.expect_untouched(before)
         if not rig.packed:
             require(
-                base & 0xFFFF == ring.last_used,
-                f"base {base:#x}, but {ring.last_used:#x} buffers were used, turn {turn}",
+                base & 0xFFFF == rig.main_split.last_used,
+                f"base {base:#x}, used are {rig.main_split.last_used:#x}, turn {turn}",
             )
             rig.start_ring(index, ring, base=base & 0xFFFF)
         else:
-            half = ring.used_slot | ring.used_wrap << 15
+            half = rig.main_packed.used_slot | rig.main_packed.used_wrap << 15
             require(base & 0xFFFF == half, f"base {base:#x}, used stands at {half:#x}")
             rig.start_ring(index, ring, base=half | half << 16)
         rig.kick(index)
@@ -239,7 +239,7 @@ def test_silence_when_stopped(rig: VhostUserRig) -> None:
     rig.main_quiet(QUIET)
     for region in rig.ram.regions:
         require(region.fd > 0, "the suite lost its memory")
-    rig.ram.expect_untouched(before, own_publish(rig))
+    rig.ram.expect_untouched(before, rig.main.publish_span)
     require(not rig.main.poll(), "a stopped ring was processed")
     require(not any(e.take() for e in rig.calls.values()), "a notification from a stopped device")
     require(rig.fe.tap.silent(0.02), "a message from a stopped device")
@@ -247,14 +247,6 @@ def test_silence_when_stopped(rig: VhostUserRig) -> None:
     require(placed.id >= 0, "the suite did not submit")
     if not rig.target.options.polls:
         require(rig.process.settles(), "a stopped device uses a whole processor")
-
-
-def own_publish(rig: VhostUserRig) -> list[tuple[int, int]]:
-    """What publishing itself writes: the driver's index, or the head's flags."""
-    ring = rig.main
-    if rig.packed:
-        return [(ring.ring_addr, ring.ring_addr + 16 * ring.size)]
-    return [(ring.avail_addr + 2, ring.avail_addr + 4)]
 
 
 @pytest.mark.requirement("vu.base.resume", "vu.base.set", "vu.mem.table-replaced")
@@ -296,7 +288,7 @@ def test_reset_device(rig: VhostUserRig) -> None:
     rig.main.publish()
     rig.kick(rig.profile.main)
     rig.main_quiet(QUIET)
-    rig.ram.expect_untouched(before, own_publish(rig))
+    rig.ram.expect_untouched(before, rig.main.publish_span)
     require(placed.id >= 0, "the suite did not submit")
     stop_all(rig)
     rig.fe.set_features(rig.fe.acked)
