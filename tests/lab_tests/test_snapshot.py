@@ -72,3 +72,58 @@ def only_what_is_used_was_copied(vm: Machine, saved: Path, factor: float) -> Non
     assert copied <= factor * used + 4 * MIB, (copied / MIB, used / MIB, manifest)
     on_disk = sum((saved / m["file"]).stat().st_blocks * 512 for m in manifest["memory"])
     assert on_disk <= copied + MIB
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_over_vfio_user(machine: str, tmp_path: Path) -> None:
+    """The function is served without MSI-X: QEMU 11.1 would abort when it is unplugged."""
+    with (
+        Backend("vfio-user", "--no-msix") as backend,
+        Backend("vfio-user", "--no-msix") as elsewhere,
+        balloon_guest(backend, kernel="6.12", machine=machine, memory=512) as vm,
+    ):
+        fill(vm, 100)
+        socket = ["--device-socket", str(backend.socket)]
+        done = snapshot(vm, backend, tmp_path / "saved", *socket)
+        assert done.returncode == 0, done.stderr
+        unharmed(vm)
+        balloon_works(vm, backend, 512)
+        done = snapshot(vm, backend, tmp_path / "last", *socket, "--quit")
+        assert done.returncode == 0, done.stderr
+        assert vm.process.wait(20) == 0
+        place = ["--balloon-socket", str(elsewhere.socket)]
+        with RestoredMachine(vm, tmp_path / "last", *place) as restored:
+            unharmed(restored)
+            balloon_works(restored, elsewhere, 512)
+
+
+def test_vfio_user_device_with_msix_is_left_alone(tmp_path: Path) -> None:
+    with (
+        Backend("vfio-user") as backend,
+        balloon_guest(backend, kernel="6.12", memory=256) as vm,
+    ):
+        socket = ["--device-socket", str(backend.socket)]
+        done = snapshot(vm, backend, tmp_path / "saved", *socket)
+        assert done.returncode == 1
+        assert "--no-msix" in done.stderr
+        assert vm.qmp("query-status")["status"] == "running"
+        assert vm.guest.sh("ls /sys/bus/virtio/devices")
+
+
+def test_memory_of_two_nodes(tmp_path: Path) -> None:
+    """Two memfds of one size: each file must become the right backend's."""
+    module = guest_module("6.12", tmp_path)
+    hardware = {"kernel": "6.12", "machine": "pc", "memory": 1024, "nodes": 2, "smp": 2}
+    with (
+        Backend("vhost-user", "--no-discard") as backend,
+        balloon_guest(backend, module=module, **hardware) as vm,
+    ):
+        fill(vm, 300)
+        done = snapshot(vm, backend, tmp_path / "saved", "--quit")
+        assert done.returncode == 0, done.stderr
+        assert vm.process.wait(20) == 0
+        manifest = json.loads((tmp_path / "saved" / "manifest.json").read_text())
+        assert manifest["verification"] == ""
+        assert manifest["left_out"]["verified"] > 150 * MIB
+        with RestoredMachine(vm, tmp_path / "saved", "--no-balloon") as restored:
+            unharmed(restored)

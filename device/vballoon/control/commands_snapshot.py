@@ -54,6 +54,7 @@ def query_guest_memory(operator: Operator) -> dict[str, Any]:
                 "size": region.size,
                 "file": number,
                 "file-offset": region.file_offset,
+                "userspace-addr": region.userspace_addr,
             }
         )
     return {

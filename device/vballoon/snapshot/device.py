@@ -29,6 +29,9 @@ _COPIED = (
 """Properties that are given again when they are set; ``bus`` and ``chardev`` need more thought."""
 SOCKET_PREFIX = "unix:"
 POLL_SECONDS = 0.01
+RELEASE_SECONDS = 3.0
+PLUG_ATTEMPTS = 3
+"""A vfio-user backend may still be busy with the old connection: QEMU gives up after 5 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +95,12 @@ def _describe(vm: QemuVm, path: str, kind: str, socket: str | None) -> BalloonDe
         if any(name.startswith("VFIO MSIX PBA") for name in properties):
             raise UsageError(
                 "QEMU would end when this vfio-user device is unplugged, because it has MSI-X; "
-                "serve it without"
+                "serve it with --no-msix"
             )
         if socket is None:
-            raise UsageError("QEMU does not tell a vfio-user device's socket: name it")
+            raise UsageError(
+                "QEMU does not tell a vfio-user device's socket: --device-socket is needed"
+            )
         arguments["socket"] = {"type": "unix", "path": socket}
         return BalloonDevice(path, arguments, None)
     arguments["chardev"] = vm.execute("qom-get", path=path, property="chardev")
@@ -116,6 +121,9 @@ def unplug(vm: QemuVm, device: BalloonDevice, timeout: float) -> None:
     vm.execute("device_del", id=device.arguments.get("id", device.path))
     if not wait_until_gone(vm, device.path, timeout):
         raise UsageError(f"the guest did not let go of the balloon within {timeout:g} s")
+    if device.arguments["driver"] == VFIO_USER:
+        # Its connection lasts until QEMU has dropped the last reference, and a backend has one.
+        vm.wait_event("DEVICE_DELETED", RELEASE_SECONDS, path=device.path)
 
 
 def wait_until_gone(vm: QemuVm, path: str, timeout: float) -> bool:
@@ -149,4 +157,11 @@ def plug(vm: QemuVm, arguments: dict[str, Any], chardev: dict[str, str] | None) 
         address = {"type": "unix", "data": {"path": chardev["path"]}}
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         vm.execute("chardev-add", id=chardev["id"], backend=backend)
-    vm.execute("device_add", **arguments)
+    for attempt in range(PLUG_ATTEMPTS):
+        try:
+            vm.execute("device_add", **arguments)
+        except QemuRefused as error:
+            if "timed out" not in str(error) or attempt == PLUG_ATTEMPTS - 1:
+                raise
+        else:
+            return

@@ -14,15 +14,12 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from vballoon.errors import UsageError
 
-__all__ = ("Memdev", "QemuGone", "QemuRefused", "QemuVm", "RamBlock", "Section")
+__all__ = ("Memdev", "QemuGone", "QemuRefused", "QemuVm", "RamBlock")
 
 ANSWER_SECONDS = 60.0
 """How long QEMU may take for an answer: its monitor waits while the main loop is busy."""
-_SECTION = re.compile(
-    r"^  ([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (\w+)\): (\S+)(?: @([0-9a-f]{16}))?"
-)
 _BLOCK = re.compile(
-    r"^\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x[0-9a-f]+\s+(r[ow])$"
+    r"^\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+(r[ow])$"
 )
 
 
@@ -36,31 +33,25 @@ class QemuGone(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Memdev:
-    """A memory backend object; ``named``: it is a file with a name."""
+    """A memory backend object; ``path``: of its file, if it has a name."""
 
     id: str
     size: int
     share: bool
-    named: bool
+    path: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """A block of QEMU's RAM; ``read_only`` ones are firmware, made anew by each QEMU."""
+    """A block of QEMU's RAM at *host*, its address in QEMU's own memory.
+
+    ``read_only`` ones are firmware, made anew by each QEMU.
+    """
 
     name: str
     size: int
+    host: int
     read_only: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A piece of the guest's physical address space that is RAM: block *name* from *offset* on."""
-
-    start: int
-    end: int
-    name: str
-    offset: int
 
 
 class QemuVm:
@@ -128,8 +119,10 @@ class QemuVm:
             if name is None:
                 raise UsageError("a memory backend without an id cannot be named in a snapshot")
             kind = self.execute("qom-get", path=f"/objects/{name}", property="type")
-            named = kind == "memory-backend-file"
-            found.append(Memdev(name, entry["size"], bool(entry.get("share")), named))
+            path = None
+            if kind == "memory-backend-file":
+                path = self.execute("qom-get", path=f"/objects/{name}", property="mem-path")
+            found.append(Memdev(name, entry["size"], bool(entry.get("share")), path))
         return found
 
     def ram_blocks(self) -> list[RamBlock]:
@@ -140,28 +133,10 @@ class QemuVm:
         if not lines or not all(found):
             raise UsageError("QEMU lists its RAM in a way that is not known here")
         return [
-            RamBlock(m[1].removeprefix("/objects/"), int(m[2], 16), m[3] == "ro")
+            RamBlock(m[1].removeprefix("/objects/"), int(m[2], 16), int(m[3], 16), m[4] == "ro")
             for m in found
             if m is not None
         ]
-
-    def sections(self) -> list[Section]:
-        """Which block lies where in the guest's physical memory."""
-        text = self.execute("human-monitor-command", **{"command-line": "info mtree -f"})
-        for view in text.split("FlatView #"):
-            if re.search(r'AS "memory"|AS "cpu-memory-0"', view):
-                matches = [_SECTION.match(line) for line in view.splitlines()]
-                return [
-                    Section(
-                        int(m[1], 16),
-                        int(m[2], 16) + 1,
-                        m[4].removeprefix("/objects/"),
-                        int(m[5] or "0", 16),
-                    )
-                    for m in matches
-                    if m is not None and m[3] in ("ram", "rom", "romd")
-                ]
-        raise UsageError("QEMU shows the guest's memory in a way that is not known here")
 
     def close(self) -> None:
         """Disconnect; safe to call twice."""

@@ -24,11 +24,15 @@ __all__ = ("GuestSource", "RamFile")
 
 @dataclass(frozen=True, slots=True)
 class RamFile:
-    """A file of guest memory; ``regions`` are (guest-physical address, size, offset), bytes."""
+    """A file of guest memory; ``regions`` are (guest-physical address, size, offset), bytes.
+
+    ``host_address``: where its first byte is in QEMU's own memory, 0 if not known.
+    """
 
     fd: int
     size: int
     regions: list[tuple[int, int, int]]
+    host_address: int
 
 
 @dataclass(slots=True)
@@ -120,7 +124,12 @@ def _fetch_file(
         for region in regions
         if region["file"] == number
     ]
-    return RamFile(fd, status.st_size, inside)
+    host = {
+        region["userspace-addr"] - region["file-offset"] if region["userspace-addr"] else 0
+        for region in regions
+        if region["file"] == number
+    }
+    return RamFile(fd, status.st_size, inside, host.pop() if len(host) == 1 else 0)
 
 
 def _fetch_layout(control: ControlClient) -> tuple[MemmapLayout | None, int | None, str]:

@@ -33,7 +33,7 @@ def choose_kind(vm: QemuVm, memdevs: Sequence[Memdev]) -> StateKind:
 
     *memdevs* are the backends whose memory is copied by us.
     """
-    if all(memdev.named for memdev in memdevs):
+    if all(memdev.path for memdev in memdevs):
         return StateKind.IGNORE_SHARED
     ours = {memdev.id for memdev in memdevs}
     others = [b.name for b in vm.ram_blocks() if b.name not in ours and not b.read_only]

@@ -19,11 +19,12 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from vballoon.errors import UsageError
 from vballoon.snapshot import extents as ext
 from vballoon.snapshot.device import BalloonDevice, find_balloon, plug, unplug
+from vballoon.snapshot.match import match_memory
 from vballoon.snapshot.memmap import VerificationRefused
 from vballoon.snapshot.recovery import Guardian, Note, go_back
 from vballoon.snapshot.state import choose_kind, save_state, set_ignore_shared
@@ -121,7 +122,7 @@ class Snapshot:
         device = find_balloon(vm, self.device_id, self.device_socket)
         note.device_path, note.device = device.path, device.arguments
         note.chardev = device.chardev
-        memory = _match(vm, self.source)
+        memory = match_memory(vm, self.source)
         kind = choose_kind(vm, [memdev for memdev, _ in memory])
         version = vm.execute("query-version")["qemu"]
         machine = vm.execute("qom-get", path="/machine", property="type")
@@ -245,33 +246,3 @@ class Copied:
 
     sizes: list[int]
     left_out: dict[str, int]
-
-
-def _match(vm: QemuVm, source: GuestSource) -> list[tuple[Memdev, RamFile]]:
-    """Which memory backend each file of the backend's is, from where both lie in guest memory."""
-    sections = vm.sections()
-    found: dict[str, RamFile] = {}
-    for file in source.files:
-        names = {_name_at(sections, region) for region in file.regions} - {None}
-        if len(names) == 1:
-            found[names.pop() or ""] = file
-    matched = []
-    for memdev in vm.memdevs():
-        if not memdev.share:
-            continue  # QEMU saves it with its state, or refuses to
-        known = found.get(memdev.id)
-        if known is None or known.size != memdev.size:
-            raise UsageError(f"memory backend {memdev.id} is not known to the balloon's backend")
-        matched.append((memdev, known))
-    if not matched:
-        raise UsageError("the guest has no shared memory backend")
-    return matched
-
-
-def _name_at(sections: list[Any], region: tuple[int, int, int]) -> str | None:
-    addr, _, offset = region
-    for section in sections:
-        if section.start <= addr < section.end:
-            here = section.offset + addr - section.start
-            return str(section.name) if here == offset else None
-    return None
