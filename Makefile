@@ -14,6 +14,8 @@ help: ## this list
 
 venv: $(VENV)/.stamp ## the virtual environment
 $(VENV)/.stamp: pyproject.toml
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || apt-get install -y --no-install-recommends python3-venv \
+		|| { echo "as root, please: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --group dev --editable .

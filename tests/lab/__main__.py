@@ -16,6 +16,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("setup", help="fetch whatever is missing")
     verbs.add_parser("status", help="what is there")
+    verbs.add_parser("prerequisites", help="install the Debian packages that the tests call")
     for verb, text in (
         ("boot", "boot a guest, run a script in it"),
         ("shell", "boot a guest, run lines from the terminal"),
@@ -77,7 +78,17 @@ def _build(options: argparse.Namespace) -> None:
     print(built.log, *built.modules, sep="\n")
 
 
-VERBS = {"boot": _boot, "shell": _shell, "build": _build, "status": _status}
+def _prerequisites(_: argparse.Namespace) -> None:
+    provision.install_prerequisites(provision.TEST_TOOLS)
+
+
+VERBS = {
+    "prerequisites": _prerequisites,
+    "boot": _boot,
+    "shell": _shell,
+    "build": _build,
+    "status": _status,
+}
 
 
 def main() -> int:
