@@ -35,7 +35,7 @@ PREREQUISITES = {
     "mkfs.ext4": "e2fsprogs",
 }
 #: The same for the tests that need no virtual machine, and for the benchmarks.
-TEST_TOOLS = {"spin": "spin", "gcc": "gcc", "strace": "strace"}
+TEST_TOOLS = {"spin": "spin", "cc": "build-essential", "strace": "strace"}
 #: Some of these are where only root looks.
 PATH = os.environ.get("PATH", "/usr/bin") + ":/usr/sbin:/sbin"
 #: What a chroot needs before ``make`` and the compiler can run in it.
