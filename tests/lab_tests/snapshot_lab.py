@@ -80,6 +80,10 @@ class RestoredMachine(Machine):
         super().__init__(config=original.config, files=original._files)
         self._words = [*VBALLOON, "restore", str(directory), *options, "--"]
 
+    def standard_input(self, path: Path) -> None:
+        """Have the program read *path*."""
+        self._words = ["sh", "-c", 'exec "$@" <"$0"', str(path), *self._words]
+
     def command(self) -> list[str]:
         return [*self._words, *super().command()]
 

@@ -179,6 +179,21 @@ def test_loads_unloads_and_changes_places_with_the_stock_driver(module: Any) -> 
         wait_until(lambda: vm.guest.meminfo()["MemFree"] > free - 8 * MIB)
 
 
+def test_survives_suspend_to_ram(module: Any) -> None:
+    """All is given back before, and taken again after."""
+    with guest(module, ",free-page-reporting=on", memory=512, machine="pc") as vm:
+        resize(vm, 300)
+        vm.guest.start("sh -c 'sleep 1; echo mem >/sys/power/state; echo awake'", log="/run/s.log")
+        vm.monitor.wait_event("SUSPEND", timeout=30)
+        vm.qmp("system_wakeup")
+        vm.monitor.wait_event("WAKEUP", timeout=30)
+        time.sleep(3)  # the agent's line is not one yet
+        vm.guest.wait_for("grep -q awake /run/s.log")
+        wait_until(lambda: stats(vm)["balloon_pages"] == 212 * MIB // 4096)
+        resize(vm, 512)
+        assert stats(vm)["reporting"] == 1
+
+
 WALK = r"""
 snap() {{ S=; while read -r line; do S="$S$line|"; done </proc/buddyinfo; }}
 for i in $(seq 300); do

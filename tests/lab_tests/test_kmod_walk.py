@@ -198,6 +198,47 @@ def test_new_round_ends_the_old_and_stop_ends_it_too(module: Any) -> None:
         check_round(device, device.walk())
 
 
+def test_waits_when_the_device_has_all_buffers(module: Any) -> None:
+    """One buffer at a time: every one has to come back before the walk goes on."""
+    with attached(module, memory=1024, smp=2) as (vm, device):
+        vm.guest.sh("rmmod vballoon_walk; insmod /lab/vballoon_walk.ko buffers=1")
+        wait_for_layout(device)
+        fragmented(vm, 700)
+        compare_with_memmap(vm, device)
+        end = device.balloon.walk_queue.end
+        assert end is not None
+        assert end.buffers > 20
+        waits = vm.guest.sh("grep waits /sys/kernel/debug/vballoon_walk/virtio0/stats")
+        assert int(waits.split()[1]) > 20
+
+
+def test_trace_event_and_counters_tell_of_each_round(module: Any) -> None:
+    with attached(module, memory=512) as (vm, device):
+        vm.guest.sh("echo 1 >/sys/kernel/tracing/events/vballoon_walk/vbw_walk/enable")
+        rounds = [device.walk(order)["round"] for order in (0, 5)]
+        trace = vm.guest.sh("grep vbw_walk: /sys/kernel/tracing/trace").splitlines()
+        end = device.balloon.walk_queue.end
+        assert end is not None
+        assert [int(re.findall(r"round=(\d+)", line)[0]) for line in trace] == rounds
+        told = f"result=0 blocks={end.blocks} ranges={end.ranges} pages={end.pages}"
+        assert told in trace[1]
+        stats = vm.guest.sh("cat /sys/kernel/debug/vballoon_walk/virtio0/stats").splitlines()
+        assert {"rounds 2", "aborted 0", f"blocks {end.blocks}", "result 0"} <= set(stats)
+
+
+def test_suspend_to_ram_starts_anew(module: Any) -> None:
+    with attached(module, memory=512, machine="pc") as (vm, device):
+        check_round(device, device.walk())
+        vm.guest.start("sh -c 'sleep 1; echo mem >/sys/power/state; echo awake'", log="/run/s.log")
+        vm.monitor.wait_event("SUSPEND", timeout=30)
+        vm.qmp("system_wakeup")
+        vm.monitor.wait_event("WAKEUP", timeout=30)
+        time.sleep(3)  # the agent's line is not one yet
+        vm.guest.wait_for("grep -q awake /run/s.log")
+        wait_for_layout(device)
+        compare_with_memmap(vm, device)
+
+
 def test_memory_pressure_during_rounds(module: Any) -> None:
     """The guest runs out of memory, kills, and both it and the walk go on."""
     with attached(module, memory=512, smp=2) as (vm, device):

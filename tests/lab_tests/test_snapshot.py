@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tests.lab import NAMES, Machine
 from tests.lab.backend import Backend
 from tests.lab_tests.snapshot_lab import (
     MIB,
+    VBALLOON,
     RestoredMachine,
     balloon_guest,
     balloon_works,
@@ -127,3 +130,28 @@ def test_memory_of_two_nodes(tmp_path: Path) -> None:
         assert manifest["left_out"]["verified"] > 150 * MIB
         with RestoredMachine(vm, tmp_path / "saved", "--no-balloon") as restored:
             unharmed(restored)
+
+
+def test_moved_through_a_pipe(tmp_path: Path) -> None:
+    """``vballoon snapshot --output - | vballoon restore -``: no file in between."""
+    with (
+        Backend("vhost-user") as backend,
+        Backend("vhost-user") as elsewhere,
+        balloon_guest(backend, kernel="6.12", memory=512) as vm,
+    ):
+        fill(vm, 100)
+        command = [
+            *VBALLOON, "snapshot", "--qmp", str(vm.qmp_socket), "--quit", "--output", "-",
+            "--control", str(backend.control_socket),
+        ]  # fmt: skip
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        moved = RestoredMachine(vm, Path("-"), "--balloon-socket", str(elsewhere.socket))
+        moved.standard_input(pipe)
+        into_pipe = ["sh", "-c", 'exec "$@" >"$0"', str(pipe), *command]
+        with subprocess.Popen(into_pipe) as sender, moved as other:
+            assert sender.wait(60) == 0
+            assert vm.process.wait(20) == 0
+            unharmed(other)
+            balloon_works(other, elsewhere, 512)
+        assert not list(Path("/dev/shm").glob("vballoon-*"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ EXAMPLES = """\
       check the snapshot, fill files for the guest's memory, print the arguments
   vballoon restore snap/ --check
       only check it
+  ssh elsewhere vballoon snapshot ... --output - | vballoon restore - -- qemu-system-x86_64 ...
+      a VM moves here; its memory is unpacked to where it is going to be used
 
 The balloon's backend ('vballoon serve') must be there already; --balloon-socket names it where
 it is not at the same path as before.
@@ -48,7 +51,9 @@ def add(commands: Subparsers) -> None:
         examples=EXAMPLES,
     )
     command.usage = "vballoon restore [OPTION ...] DIRECTORY [-- COMMAND ...]"
-    command.add_argument("directory", metavar="DIRECTORY", type=Path, help="of 'vballoon snapshot'")
+    command.add_argument(
+        "directory", metavar="DIRECTORY", help="of 'vballoon snapshot', or - for a stream"
+    )
     command.add_argument(
         "--ram",
         metavar="FOLDER",
@@ -74,31 +79,46 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def run(options: argparse.Namespace) -> int:
     """Check, then run or print."""
+    if options.directory != "-":
+        return _restore(options, Path(options.directory), in_place=False)
+    if not options.command_line and not options.check:
+        raise UsageError("a stream needs the command to run: vballoon restore - -- COMMAND ...")
+    from vballoon.snapshot.pipe import unpack
+
+    with tempfile.TemporaryDirectory(prefix="vballoon-", dir=options.ram) as folder:
+        unpack(sys.stdin.fileno(), Path(folder))
+        return _restore(options, Path(folder), in_place=True)
+
+
+def _restore(options: argparse.Namespace, snapshot: Path, *, in_place: bool) -> int:
     from vballoon.snapshot.restore import RamPlace
     from vballoon.snapshot.store import open_snapshot
 
-    manifest = open_snapshot(options.directory, verify=not options.no_verify)
+    manifest = open_snapshot(snapshot, verify=not options.no_verify)
     if options.check:
         print(f"{options.directory} is a whole snapshot", file=sys.stderr)
         return 0
     place = RamPlace(options.ram)
-    if not options.command_line:
-        try:
-            place.fill(options.directory, manifest)
-        except BaseException:
-            place.remove()
-            raise
-        _print(options, manifest, place)
-        return 0
-    with place:
-        place.fill(options.directory, manifest)
-        return _run(options, manifest, place)
+    if in_place:
+        place.use(snapshot, manifest)
+        return _run(options, snapshot, manifest, place)
+    try:
+        place.fill(snapshot, manifest)
+        if options.command_line:
+            return _run(options, snapshot, manifest, place)
+        _print(options, snapshot, manifest, place)
+        place.keep()
+    finally:
+        place.remove()
+    return 0
 
 
-def _print(options: argparse.Namespace, manifest: SnapshotManifest, place: RamPlace) -> None:
+def _print(
+    options: argparse.Namespace, snapshot: Path, manifest: SnapshotManifest, place: RamPlace
+) -> None:
     from vballoon.snapshot.restore import balloon_arguments, printed_arguments
 
-    words = printed_arguments(options.directory, manifest, place.files)
+    words = printed_arguments(snapshot, manifest, place.files)
     device, _ = balloon_arguments(manifest, options.balloon_socket)
     print(shlex.join(words))
     print(
@@ -109,10 +129,12 @@ def _print(options: argparse.Namespace, manifest: SnapshotManifest, place: RamPl
     )
 
 
-def _run(options: argparse.Namespace, manifest: SnapshotManifest, place: RamPlace) -> int:
+def _run(
+    options: argparse.Namespace, snapshot: Path, manifest: SnapshotManifest, place: RamPlace
+) -> int:
     from vballoon.snapshot.restore import plug_balloon, start
 
-    with start(options.command_line, options.directory, manifest, place.files) as restored:
+    with start(options.command_line, snapshot, manifest, place.files) as restored:
         restored.load(manifest)
         place.remove()
         if not options.no_balloon:

@@ -8,8 +8,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from vballoon.cli.common import Subparsers, add_command, size_text
+from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
+    from vballoon.snapshot.store import Store
     from vballoon.snapshot.take import Observer
     from vballoon_spec.snapshot import SnapshotManifest
 
@@ -20,6 +22,9 @@ EXAMPLES = """\
       the guest stands still while its live pages are copied, then it runs on
   vballoon snapshot --qmp qmp.sock --control control.sock snap/ --quit
       the machine ends, to be restored elsewhere
+  vballoon snapshot --qmp qmp.sock --control control.sock --output - --quit |
+          ssh elsewhere vballoon restore - -- qemu-system-x86_64 ...
+      the machine moves
 
 QEMU needs a monitor that nobody else is connected to (-qmp unix:qmp.sock,server=on,wait=off),
 shared memory, and the balloon where it can be unplugged: in any slot of -machine pc, or behind a
@@ -40,7 +45,8 @@ def add(commands: Subparsers) -> None:
         ),
         examples=EXAMPLES,
     )
-    command.add_argument("directory", metavar="DIRECTORY", help="new, or empty")
+    command.add_argument("directory", metavar="DIRECTORY", nargs="?", help="new, or empty")
+    command.add_argument("--output", metavar="-", choices=("-",), help="a stream instead")
     command.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's monitor")
     command.add_argument(
         "--control", metavar="SOCKET", required=True, help="control socket of 'vballoon serve'"
@@ -65,7 +71,6 @@ def run(options: argparse.Namespace) -> int:
     from vballoon.control.client import ControlClient
     from vballoon.snapshot.qmp_vm import QemuVm
     from vballoon.snapshot.source import GuestSource
-    from vballoon.snapshot.store import DirectoryStore
     from vballoon.snapshot.take import Snapshot
 
     with (
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         snapshot = Snapshot(
             vm,
             source,
-            DirectoryStore(options.directory),
+            _store(options),
             device_id=options.device,
             device_socket=options.device_socket,
             unplug_seconds=options.unplug_timeout,
@@ -88,6 +93,19 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         summary(manifest, snapshot.seconds())
     return 0
+
+
+def _store(options: argparse.Namespace) -> Store:
+    from vballoon.snapshot.pipe import StreamStore
+    from vballoon.snapshot.store import DirectoryStore
+
+    if (options.directory is None) == (options.output is None):
+        raise UsageError("either a DIRECTORY or --output - is needed")
+    if options.directory is not None:
+        return DirectoryStore(options.directory)
+    if sys.stdout.isatty():
+        raise UsageError("a stream is not for the terminal: lead it into a pipe or a file")
+    return StreamStore(sys.stdout.fileno())
 
 
 def observer(quiet: bool) -> Observer:

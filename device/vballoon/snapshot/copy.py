@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     Mover = Callable[[int, int, int, int], int]
 
-__all__ = ("CHUNK", "copy_extents", "sparse_digest")
+__all__ = ("CHUNK", "SparseHash", "copy_extents", "sparse_digest")
 
 CHUNK = 65536
 """Bytes of a checksum's chunk (spec: *Checksums*)."""
+_ZEROES = bytes(CHUNK)
 PIECE = 8 << 20
 """Bytes moved between two calls of the progress callback, at most."""
 _UNABLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
@@ -80,15 +81,48 @@ def _read_write(source: int, target: int, at: int, size: int) -> int:
     return os.pwrite(target, os.pread(source, min(size, 1 << 20), at), at)
 
 
+class SparseHash:
+    """SHA-256 of a file of *size* bytes that does not depend on which of its zeroes are holes.
+
+    Data must come in ascending order (spec: *Checksums*).
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._digest = hashlib.sha256()
+        self._chunk = bytearray(CHUNK)
+        self._start = -1
+
+    def add(self, at: int, data: bytes) -> None:
+        """*data* is at offset *at*; whatever was skipped since the last call is zero."""
+        view = memoryview(data)
+        while view:
+            start, inside = at - at % CHUNK, at % CHUNK
+            if start != self._start:
+                self._flush()
+                self._start = start
+            part = view[: CHUNK - inside]
+            self._chunk[inside : inside + len(part)] = part
+            at, view = at + len(part), view[len(part) :]
+
+    def _flush(self) -> None:
+        if self._start >= 0 and self._chunk != _ZEROES:
+            self._digest.update(self._start.to_bytes(8, "little"))
+            self._digest.update(memoryview(self._chunk)[: min(CHUNK, self._size - self._start)])
+        self._chunk = bytearray(CHUNK)
+
+    def hexdigest(self) -> str:
+        """The checksum; nothing may be added after that."""
+        self._flush()
+        self._start = -1
+        return self._digest.hexdigest()
+
+
 def sparse_digest(fd: int) -> str:
-    """SHA-256 of a file's content that does not depend on which of its zeroes are holes."""
+    """:class:`SparseHash` of the file behind *fd*."""
     size = os.fstat(fd).st_size
-    digest, zeroes, done = hashlib.sha256(), bytes(CHUNK), 0
+    digest = SparseHash(size)
     for start, end in data_extents(fd, size).tolist():
-        for at in range(max(start - start % CHUNK, done), end, CHUNK):
-            chunk = os.pread(fd, min(CHUNK, size - at), at)
-            if chunk != zeroes[: len(chunk)]:
-                digest.update(at.to_bytes(8, "little"))
-                digest.update(chunk)
-            done = at + CHUNK
+        for at in range(start, end, 16 * CHUNK):
+            digest.add(at, os.pread(fd, min(16 * CHUNK, end - at), at))
     return digest.hexdigest()

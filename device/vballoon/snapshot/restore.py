@@ -11,7 +11,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.command import incoming_words, memory_words, rewrite
@@ -34,7 +34,7 @@ LOAD_SECONDS = 60.0
 
 @dataclass(slots=True)
 class RamPlace:
-    """Files for guest memory, filled from a snapshot; a context manager that removes them.
+    """Files for guest memory, filled from a snapshot, in *folder*.
 
     QEMU keeps the memory when the file's name is gone, so the names need only last until it runs.
     """
@@ -51,6 +51,14 @@ class RamPlace:
                 self._fill(snapshot / memory.file, path, memory.id)
             except OSError as error:
                 raise UsageError(f"{path}: {error.strerror}") from None
+
+    def use(self, snapshot: Path, manifest: SnapshotManifest) -> None:
+        """Take the snapshot's own files, which are used up by it."""
+        self.files = {memory.id: snapshot / memory.file for memory in manifest.memory}
+
+    def keep(self) -> None:
+        """The names stay, for somebody else to use and remove."""
+        self.files = {}
 
     def _fill(self, source: Path, path: Path, ident: str) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -69,12 +77,6 @@ class RamPlace:
         for path in self.files.values():
             path.unlink(missing_ok=True)
         self.files = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 def balloon_arguments(

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A snapshot through a pipe: written as frames, unpacked into a directory at the other end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vballoon.errors import UsageError
+from vballoon.snapshot.copy import CHUNK, SparseHash
+from vballoon.snapshot.store import ram_name
+from vballoon_spec.snapshot import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    STREAM_MAGIC,
+    Frame,
+    FrameKind,
+    SnapshotManifest,
+    SnapshotManifestError,
+)
+from vballoon_spec.wire import WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ("StreamStore", "unpack")
+
+PIECE = 16 * CHUNK
+"""Bytes of memory in one frame, at most."""
+FILES_MAX = 1024
+STATE_MAX = 1 << 30
+MANIFEST_MAX = 16 << 20
+"""What a reader takes: more memory backends, or more device state, no machine has."""
+
+
+class StreamStore:
+    """Writes a snapshot to the descriptor *fd*, which stays the caller's."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._state = os.memfd_create("vballoon-state", os.MFD_CLOEXEC)
+        self._digests: list[str] = []
+        self._write(STREAM_MAGIC)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def _frame(self, kind: FrameKind, data: bytes, file: int = 0, offset: int = 0) -> None:
+        self._write(Frame(kind=kind, file=file, offset=offset, length=len(data)).build())
+        self._write(data)
+
+    def open_state(self) -> int:
+        """A descriptor for QEMU to write the device state to."""
+        return os.open(f"/proc/self/fd/{self._state}", os.O_WRONLY | os.O_CLOEXEC)
+
+    def copy(
+        self,
+        index: int,
+        name: str,
+        source: int,
+        size: int,
+        extents: NDArray[np.int64],
+        progress: Callable[[int], None],
+    ) -> int:
+        """Send the extents, hashing on the way: nobody can read them back."""
+        del name
+        digest, total = SparseHash(size), 0
+        for start, end in extents.tolist():
+            for at in range(start, end, PIECE):
+                data = os.pread(source, min(PIECE, end - at), at)
+                if len(data) != min(PIECE, end - at):
+                    raise OSError("guest memory ends before its size")
+                self._frame(FrameKind.DATA, data, index, at)
+                digest.add(at, data)
+                total += len(data)
+                progress(len(data))
+        self._digests.append(digest.hexdigest())
+        return total
+
+    def digests(self) -> tuple[int, str, list[str]]:
+        """Send the state; its size and checksum, and those of the memory that was sent."""
+        size = os.fstat(self._state).st_size
+        state = os.pread(self._state, size, 0)
+        self._frame(FrameKind.STATE, state)
+        return size, hashlib.sha256(state).hexdigest(), self._digests
+
+    def finish(self, manifest: SnapshotManifest) -> None:
+        """Send the manifest, the end."""
+        self._frame(FrameKind.MANIFEST, manifest.dumps().encode())
+        self._close()
+
+    def discard(self) -> None:
+        """End the stream where it is."""
+        self._close()
+
+    def _close(self) -> None:
+        state, self._state = self._state, -1
+        if state >= 0:
+            os.close(state)
+
+
+def unpack(fd: int, directory: Path) -> None:
+    """Read a stream from *fd* into the existing, empty *directory*.
+
+    The manifest is written last, under its name, so that a directory of a stream that ended early
+    is refused like any other half snapshot.  Raises :class:`~vballoon.errors.UsageError`.
+    """
+    if _read(fd, len(STREAM_MAGIC)) != STREAM_MAGIC:
+        raise UsageError("this is not a snapshot's stream")
+    reader = _Unpacker(directory)
+    try:
+        while reader.manifest is None:
+            try:
+                frame = Frame.parse(_read(fd, Frame.SIZE))
+            except WireError:
+                raise UsageError("the snapshot's stream ended before its end") from None
+            reader.take(fd, frame)
+        reader.finish()
+    except OSError as error:
+        raise UsageError(f"{directory}: {error.strerror or error}") from None
+    finally:
+        reader.close()
+
+
+def _read(fd: int, size: int) -> bytes:
+    """*size* bytes, or what there is before the end."""
+    parts: list[bytes] = []
+    while size and (part := os.read(fd, min(size, 1 << 20))):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+class _Unpacker:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest: bytes | None = None
+        self._files: dict[int, int] = {}
+        self._state = 0
+
+    def take(self, fd: int, frame: Frame) -> None:
+        if frame.kind == FrameKind.DATA and frame.length <= PIECE and frame.file < FILES_MAX:
+            if frame.offset >= 1 << 62:
+                raise UsageError(f"the stream has memory at {frame.offset:#x}")
+            os.pwrite(self._file(frame.file), self._body(fd, frame), frame.offset)
+        elif frame.kind == FrameKind.STATE and self._state + frame.length <= STATE_MAX:
+            self._state += frame.length
+            with (self.directory / STATE_FILE).open("ab") as file:
+                file.write(self._body(fd, frame))
+        elif frame.kind == FrameKind.MANIFEST and frame.length <= MANIFEST_MAX:
+            self.manifest = self._body(fd, frame)
+        else:
+            raise UsageError(f"the stream has a frame {frame.kind} of {frame.length} bytes")
+
+    @staticmethod
+    def _body(fd: int, frame: Frame) -> bytes:
+        data = _read(fd, frame.length)
+        if len(data) != frame.length:
+            raise UsageError("the snapshot's stream ended before its end")
+        return data
+
+    def _file(self, index: int) -> int:
+        if index not in self._files:
+            path = self.directory / f".{index}.part"
+            self._files[index] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        return self._files[index]
+
+    def finish(self) -> None:
+        """Give the files their names and sizes, and the directory its manifest."""
+        assert self.manifest is not None
+        try:
+            manifest = SnapshotManifest.loads(self.manifest)
+        except (SnapshotManifestError, UnicodeDecodeError) as error:
+            raise UsageError(f"the stream's manifest: {error}") from None
+        for index, memory in enumerate(manifest.memory):
+            if memory.file != ram_name(memory.id):
+                raise UsageError(f"the stream calls the memory of {memory.id} {memory.file}")
+            os.ftruncate(self._file(index), memory.size)
+            (self.directory / f".{index}.part").rename(self.directory / memory.file)
+        (self.directory / MANIFEST_FILE).write_bytes(self.manifest)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
