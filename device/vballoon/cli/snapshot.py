@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from vballoon.cli.common import Subparsers, add_command, size_text
 from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
+    from vballoon.control.client import ControlClient
     from vballoon.snapshot.store import Store
     from vballoon.snapshot.take import Observer
     from vballoon_spec.snapshot import SnapshotManifest
 
 __all__ = ("add", "run")
+
+QUIET_SECONDS = 2.5
 
 EXAMPLES = """\
   vballoon snapshot --qmp qmp.sock --control control.sock snap/
@@ -63,6 +67,13 @@ def add(commands: Subparsers) -> None:
         default=20.0,
         help="how long the guest may take to let go of the balloon (default: 20)",
     )
+    command.add_argument(
+        "--settle",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="wait so long, at most, until the guest has reported what it has freed",
+    )
     command.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
@@ -78,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         ControlClient(options.control) as control,
         GuestSource.fetch(control) as source,
     ):
+        settle(control, options.settle)
         snapshot = Snapshot(
             vm,
             source,
@@ -93,6 +105,20 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         summary(manifest, snapshot.seconds())
     return 0
+
+
+def settle(control: ControlClient, seconds: float) -> None:
+    """Wait until no more pages are reported for a while, at most *seconds*.
+
+    Linux reports what was freed after 2 seconds, and then the next batch after 2 more.
+    """
+    deadline = time.monotonic() + seconds
+    last, since = -1, time.monotonic()
+    while (now := time.monotonic()) < deadline and now - since < QUIET_SECONDS:
+        pages = control.execute("query-status")["counters"]["reported-pages"]
+        if pages != last:
+            last, since = pages, now
+        time.sleep(0.1)
 
 
 def _store(options: argparse.Namespace) -> Store:
