@@ -130,7 +130,7 @@ class VhostUserRig(Rig):
         got = base & 0xFFFF
         if got != due:
             raise Finding(f"GET_VRING_BASE answers {base:#x}, the ring stands at {due:#x}")
-        if ring.packed and base >> 16 not in (due, 0):
+        if ring.packed and base >> 16 != due:
             raise Finding(f"used half of the base is {base >> 16:#x}, due is {due:#x}")
 
     def need_protocol(self, bit: ProtocolFeature) -> None:

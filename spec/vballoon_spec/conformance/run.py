@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", metavar="TEST", action="append", default=[],
                         help="a file, or file::test, of the suite; more than once")  # fmt: skip
+    parser.add_argument("--first", action="store_true", help="stop at the first failure")
     parser.add_argument("-k", metavar="EXPRESSION", default="", help="tests by parts of names")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a report page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
@@ -92,6 +93,7 @@ def _pytest_arguments(args: argparse.Namespace) -> list[str]:
     ):
         words += ["-p", PLUGIN]
     words += ["-k", args.k] if args.k else []
+    words += ["--maxfail=1"] if args.first else []
     words += [f"--junitxml={args.junit}"] if args.junit else []
     return [*words, *_forwarded(args), *chosen]
 

@@ -141,6 +141,7 @@ def test_around_the_ring(rig: Rig, size: int) -> None:
         not_applicable("split rings have sizes that are powers of two")
     rig.bring_up(size=size)
     cuts = [(), (1,), (1, 1), (1, 1, 1)]
+    rig.request()  # whatever a profile keeps in memory is there before the mark
     mark = rig.ram.regions[1].next_free
     serial = 0
     for turn in range(14):
@@ -158,7 +159,7 @@ def test_around_the_ring(rig: Rig, size: int) -> None:
         if len(batch[0].segments) > size:
             not_applicable(f"a request needs more than {size} descriptors")
         rig.run(batch, watch=turn % 4 == 0)
-        rig.ram.regions[1].next_free = max(mark, rig.ram.regions[1].next_free - (1 << 20))
+        rig.ram.regions[1].next_free = mark
 
 
 @pytest.mark.requirement("split.used.index-wrap")

@@ -14,7 +14,7 @@ from vballoon_spec.conformance.vhost_user import FrontEnd
 from vballoon_spec.vhost_user.features import ProtocolFeature as P
 from vballoon_spec.vhost_user.features import VhostFeature
 from vballoon_spec.vhost_user.header import VhostUserHeader
-from vballoon_spec.vhost_user.payloads import VhostUserU64
+from vballoon_spec.vhost_user.payloads import VhostUserU64, VhostVringState
 from vballoon_spec.vhost_user.requests import Request
 
 V1 = 1 << 32
@@ -147,6 +147,21 @@ def test_refusals_are_not_zero(split_rig: VhostUserRig) -> None:
     except Closed:
         return
     require(verdict, "REM_MEM_REG of a region that does not exist is acknowledged with zero")
+
+
+@pytest.mark.requirement("vu.reply-ack.value")
+@pytest.mark.parametrize("request_type", [Request.SET_VRING_NUM, Request.SET_VRING_ENABLE])
+def test_bad_queue_index_is_not_acknowledged(
+    split_rig: VhostUserRig, request_type: Request
+) -> None:
+    """A request for a queue that does not exist is not acknowledged with zero."""
+    split_rig.need_protocol(P.REPLY_ACK)
+    fe = ready(split_rig)
+    try:
+        verdict = fe.attempt(request_type, VhostVringState(index=4000, num=1).build())
+    except Closed:
+        return
+    require(verdict, f"{request_type.name} of queue 4000 is acknowledged with zero")
 
 
 @pytest.mark.requirement("vu.backend-channel.ack")

@@ -146,6 +146,8 @@ def test_used_ring_is_logged_at_its_log_address(rig: VhostUserRig, log: Log) -> 
     set_ring_flags(rig, VringFlag.LOG, where)
     marked, _, may = run_logged(rig, log, 0)
     expected = span_pages(where, PAGE)
+    if rig.packed:  # the message speaks of split rings; descriptors may be logged where they lie
+        may |= {page for low, high in rig.main.device_span for page in span_pages(low, high - low)}
     require(marked & expected, f"nothing is logged at {where:#x}; logged are {sorted(marked)}")
     extra = marked - around(may | expected)
     require(not extra, f"logged elsewhere too: {sorted(extra)}")
