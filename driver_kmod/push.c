@@ -327,9 +327,12 @@ int vbw_push_range(void *opaque, unsigned long pfn, unsigned long num)
  */
 int vbw_push_room(struct vbw_push *push)
 {
-	int have = want_free(push, 1 + RESERVED_BUFFERS);
-	int room;
+	int have, room;
 
+	/* A last place in the current buffer is the pending range's, so no room. */
+	if (push->current_buffer && push->current_buffer->num == RANGES_PER_BUFFER - 1)
+		close_current(push);
+	have = want_free(push, RESERVED_BUFFERS + !push->current_buffer);
 	if (have < 0)
 		return have;
 	if (push->aborted(push))

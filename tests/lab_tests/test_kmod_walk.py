@@ -227,7 +227,7 @@ def test_trace_event_and_counters_tell_of_each_round(module: Any) -> None:
 
 
 def test_suspend_to_ram_starts_anew(module: Any) -> None:
-    with attached(module, memory=512, machine="pc") as (vm, device):
+    with attached(module, memory=512, machine="pc", transport="vhost-user") as (vm, device):
         check_round(device, device.walk())
         vm.guest.start("sh -c 'sleep 1; echo mem >/sys/power/state; echo awake'", log="/run/s.log")
         vm.monitor.wait_event("SUSPEND", timeout=30)
