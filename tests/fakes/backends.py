@@ -17,7 +17,6 @@ from tests.fakes.echo_device import EchoDevice
 
 from vballoon.vhost_user import BackendEvents, VhostUserServer
 
-
 PR_SET_PDEATHSIG = 1
 
 

@@ -282,7 +282,7 @@ def test_a_ring_inside_a_region_that_is_removed_is_stopped_and_no_more(running, 
     still_works(running)
 
 
-def test_513_regions_are_too_many(backend, tmp_path):
+def test_one_region_more_than_there_are_slots(backend, tmp_path):
     with Frontend.connect(tmp_path / "s") as frontend:
         frontend.negotiate()
         slots = frontend.get_u64(R.GET_MAX_MEM_SLOTS)

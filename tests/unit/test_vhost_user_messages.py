@@ -87,7 +87,7 @@ def test_get_queue_num(frontend):
 
 def test_get_max_mem_slots(frontend):
     frontend.negotiate()
-    assert frontend.get_u64(R.GET_MAX_MEM_SLOTS) == 512
+    assert frontend.get_u64(R.GET_MAX_MEM_SLOTS) == 256
 
 
 def test_set_mem_table(frontend, backend, device):

@@ -305,6 +305,20 @@ def test_a_fault_of_the_device_stops_one_queue(frontend, backend, device, caplog
     assert "Traceback" not in caplog.text
 
 
+def test_a_device_that_cannot_even_stop_costs_one_connection(frontend, backend, device, tmp_path):
+    def stop():
+        raise OSError("a bug in the device")
+
+    frontend.up()
+    device.stop = stop
+    frontend.send(R.GET_VRING_BASE, frontend.state(0, 0))
+    frontend.expect_close()
+    del device.stop
+    with Frontend.connect(tmp_path / "s") as again:
+        (ring,) = again.up()
+        echo(ring)
+
+
 def wait(fd):
     import select
 

@@ -17,9 +17,11 @@ from vballoon_spec.vhost_user import VhostUserMemoryRegion
 
 __all__ = ("MAX_MEM_SLOTS", "MemoryTable")
 
-MAX_MEM_SLOTS = 512
-"""Regions that a front-end may have mapped at a time: what QEMU uses at most
-(VHOST_USER_MAX_RAM_SLOTS on x86 and Arm), and what it may need for hot-plugged memory."""
+MAX_MEM_SLOTS = 256
+"""Regions that a front-end may have mapped at a time: as many as QEMU can plug memory modules.
+
+Each costs two descriptors (the region's and the mapping's), and 1024 is what a process usually
+may have."""
 
 
 class MemoryTable:
