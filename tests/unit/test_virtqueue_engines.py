@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from tests.fakes.driver import DriverRing, Element, SplitDriver, make_driver
 from tests.fakes.memory import Arena, make_memory
 
 from vballoon.errors import QueueError
-from vballoon.virtqueue import RULES, RingState, Virtqueue, make_virtqueue
+from vballoon.memory.native import native
+from vballoon.virtqueue import RULES, Engine, RingState, Virtqueue, make_virtqueue
 from vballoon_spec.virtio import features as f
 
 HIGH = 1 << 32
@@ -177,13 +178,17 @@ class Run:
         self.sound = False
 
 
-def make_run(engine: Literal["scalar", "batch"], size: int, features: int, start: int) -> Run:
+KINDS = {"scalar": "scalar", "numpy": "batch", "batch": "compiled" if native else "batch"}
+ENGINES: tuple[Engine, ...] = ("scalar", "numpy", "batch")
+
+
+def make_run(engine: Engine, size: int, features: int, start: int) -> Run:
     memory = make_memory(*REGIONS)
     driver = make_driver(memory, size, features, arena=Arena(0x1000, 0x8000), start=start)
     driver.arena = Arena(TABLES, 1 << 16)
     state = RingState(start, start) if isinstance(driver, SplitDriver) else RingState()
     queue = make_virtqueue(memory, size, driver.addresses, driver.features, state, engine=engine)
-    assert type(queue).__name__.lower().startswith(engine)
+    assert type(queue).__name__.lower().startswith(KINDS[engine])
     return Run(driver, queue)
 
 
@@ -192,7 +197,7 @@ def both(
 ) -> tuple[list[Any], list[Any]]:
     """What was seen of *program* with the scalar engine, and with the batch engine."""
     seen = []
-    for engine in ("scalar", "batch"):
+    for engine in ENGINES:
         run = make_run(engine, size, features, start)
         try:
             for step in program:
@@ -201,6 +206,7 @@ def both(
         finally:
             run.driver.memory.close()
         seen.append(run.trace)
+    assert seen[1] == seen[2], "the compiled engine and the one in NumPy differ"
     return seen[0], seen[1]
 
 

@@ -7,7 +7,7 @@ were passed.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from vballoon.virtqueue import RingState, Virtqueue, make_virtqueue
 from vballoon_spec.virtio import features as f
 
 HIGH = 1 << 32
-KINDS = ["scalar", "batch", "messages"]
+KINDS = ["scalar", "numpy", "batch", "messages"]
 PACKED = f.mask(f.VIRTIO_F_RING_PACKED)
 
 
@@ -34,7 +34,7 @@ class Pair:
         )
         self.driver.arena = Arena(0x100000, 0x200000)
         state = RingState() if isinstance(self.driver, PackedDriver) else RingState(start, start)
-        engine: Literal["scalar", "batch"] = "scalar" if kind == "scalar" else "batch"
+        engine: Any = kind if kind in ("scalar", "numpy") else "batch"
         memory = by_messages(self.memory)[0] if kind == "messages" else self.memory
         self.queue: Virtqueue = make_virtqueue(
             memory, size, self.driver.addresses, self.driver.features, state, engine=engine
@@ -211,7 +211,7 @@ def test_table_at_an_odd_address_across_two_regions(kind: str, features: int) ->
     d = make_driver(memory, 16, features | f.mask(f.VIRTIO_F_INDIRECT_DESC))
     other = by_messages(memory)[0] if kind == "messages" else memory
     q = make_virtqueue(
-        other, 16, d.addresses, d.features, engine="scalar" if kind == "scalar" else "batch"
+        other, 16, d.addresses, d.features, engine=kind if kind in ("scalar", "numpy") else "batch"
     )
     elements = tuple(Element(0x8000 + 8 * i, 8, i > 3) for i in range(9))
     d.arena.end = 2 << 20

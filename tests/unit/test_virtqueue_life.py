@@ -19,13 +19,13 @@ from vballoon.memory import BitmapLog, GuestMemory
 from vballoon.virtqueue import Resubmit, RingState, Virtqueue, make_virtqueue
 from vballoon_spec.virtio import features as f
 
-Engine = Literal["scalar", "batch"]
+Engine = Literal["scalar", "numpy", "batch"]
 PACKED = f.mask(f.VIRTIO_F_RING_PACKED)
 EVENT = f.mask(f.VIRTIO_F_EVENT_IDX)
 IN_ORDER = f.mask(f.VIRTIO_F_IN_ORDER)
 
 
-@pytest.fixture(params=["scalar", "batch"])
+@pytest.fixture(params=["scalar", "numpy", "batch"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return request.param  # type: ignore[no-any-return]
 

@@ -16,7 +16,7 @@ from vballoon_spec.virtio import features as f
 
 MIB = 1 << 20
 PACKED = f.mask(f.VIRTIO_F_RING_PACKED)
-Engine = Literal["scalar", "batch"]
+Engine = Literal["scalar", "numpy", "batch"]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ BAD_RINGS = [
 
 
 @pytest.mark.parametrize(("rule", "size", "where"), BAD_RINGS)
-@pytest.mark.parametrize("kind", ["scalar", "batch"])
+@pytest.mark.parametrize("kind", ["scalar", "numpy", "batch"])
 def test_split_ring_refused(
     memory: GuestMemory, kind: Engine, rule: str, size: int, where: dict[str, int]
 ) -> None:
@@ -61,7 +61,7 @@ def test_split_ring_refused(
         ("ring-address", 3, {"desc": 2 * MIB - 32}),
     ],
 )
-@pytest.mark.parametrize("kind", ["scalar", "batch"])
+@pytest.mark.parametrize("kind", ["scalar", "numpy", "batch"])
 def test_packed_ring_refused(
     memory: GuestMemory, kind: Engine, rule: str, size: int, where: dict[str, int]
 ) -> None:

@@ -34,10 +34,10 @@ MIB = 1 << 20
 HIGH = 1 << 32
 BOTH_INDIRECT = f.mask(f.VIRTIO_F_INDIRECT_DESC)
 PACKED = f.mask(f.VIRTIO_F_RING_PACKED)
-Engine = Literal["scalar", "batch"]
+Engine = Literal["scalar", "numpy", "batch"]
 
 
-@pytest.fixture(params=["scalar", "batch", "messages"])
+@pytest.fixture(params=["scalar", "numpy", "batch", "messages"])
 def engine(request: pytest.FixtureRequest) -> str:
     """Both engines, and the scalar one over memory that only messages reach."""
     return str(request.param)
@@ -52,7 +52,7 @@ def memory() -> Iterator[GuestMemory]:
 
 def queue_of(engine: str, driver: DriverRing) -> Virtqueue:
     memory = driver.memory if engine != "messages" else by_messages(driver.memory)[0]
-    kind: Engine = "scalar" if engine == "scalar" else "batch"
+    kind: Engine = engine if engine in ("scalar", "numpy") else "batch"
     return make_virtqueue(
         memory,
         driver.size,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon.balloon.reporting import whole_pages
+from vballoon.memory.pages import whole_pages
 from vballoon.skipmap import Provenance
 from vballoon_spec.virtio.balloon import CMD_ID_STOP, BalloonCmdId
 
@@ -37,7 +37,7 @@ class HintQueue:
     def handle(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
         """Follow the command ids, record the pages that belong to the round, give all back."""
         done = 0
-        for at in np.flatnonzero(batch.readable_size()).tolist():
+        for at in _commands(batch):
             self._pages(batch, done, at, skipmap)
             self._command(batch, at)
             done = at  # pages behind the id in the same buffer come under the new id
@@ -64,16 +64,24 @@ class HintQueue:
     def _pages(self, batch: ChainBatch, first: int, last: int, skipmap: SkipMap) -> None:
         """Record the writable descriptors of buffers *first* up to *last*."""
         part = slice(int(batch.first[first]), int(batch.first[last]))
-        which = batch.writable[part]
-        addr, length = batch.addr[part][which], batch.len[part][which]
+        addr, length, which = batch.addr[part], batch.len[part], batch.writable[part]
+        if not which.all():
+            addr, length = addr[which], length[which]
         if not addr.size:
             return
-        start, end, odd = whole_pages(addr, length)
-        pages = int((end - start).sum())
-        self._counters.bad_hint += odd
         if self._taking and self.rounds.running and self.rounds.round is not None:
-            skipmap.set_ranges(Provenance.HINTED, start, end)
+            pages, odd = skipmap.set_bytes(Provenance.HINTED, addr, length)
             self.rounds.round.record(records=int(addr.size), pages=pages)
             self._counters.hinted_pages += pages
         else:
-            self._counters.hints_stale_pages += pages
+            start, end, odd = whole_pages(addr, length)
+            self._counters.hints_stale_pages += int((end - start).sum())
+        self._counters.bad_hint += odd
+
+
+def _commands(batch: ChainBatch) -> list[int]:
+    """The buffers with something to read: command ids, and what should be one."""
+    if batch.writable.all():
+        return []
+    found: list[int] = np.flatnonzero(batch.readable_size()).tolist()
+    return found

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon.memory.gather import gather_u32
-from vballoon.memory.pages import coalesce
+from vballoon.memory.gather import page_ranges, ranges_of
 from vballoon.skipmap import Provenance
 from vballoon_spec.virtio.balloon import PFN_SHIFT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
     from numpy.typing import NDArray
 
     from vballoon.balloon.counters import Counters
-    from vballoon.memory import Discarder, GuestMemory
+    from vballoon.memory import Discarder
     from vballoon.skipmap import SkipMap
     from vballoon.virtio import DeviceQueue
     from vballoon.virtqueue import ChainBatch
@@ -52,8 +54,7 @@ class InflateQueues:
         *tells*: the driver asks before it uses a page again (MUST_TELL_HOST negotiated), so that
         the parts of a huge page may add up.
         """
-        for pfns in self._read(batch):
-            start, end = self._ranges(batch.memory, pfns)
+        for start, end in self._ranges(batch):
             self._counters.inflated_pages += int((end - start).sum())
             self._counters.discarded_bytes += self._discarder.discard(
                 batch.memory, start << _SHIFT, end << _SHIFT, accumulate=tells
@@ -63,27 +64,32 @@ class InflateQueues:
 
     def deflate(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
         """Clear the bits first: from the acknowledgement on, the pages may be the guest's."""
-        for pfns in self._read(batch):
-            start, end = self._ranges(batch.memory, pfns)
+        for start, end in self._ranges(batch):
             self._counters.deflated_pages += int((end - start).sum())
             skipmap.clear_ranges(Provenance.BALLOONED, start, end)
             self._discarder.undo(batch.memory, start << _SHIFT, end << _SHIFT)
         queue.give(batch.ids)
 
-    def _read(self, batch: ChainBatch) -> list[NDArray[np.uint32]]:
-        """The page numbers of all buffers, in pieces of bounded size."""
+    def _ranges(self, batch: ChainBatch) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+        """The pages of all buffers as merged ranges, in pieces of bounded size."""
+        for start, end, bad in self._read(batch):
+            self._counters.bad_inflate += bad
+            yield start, end
+
+    def _read(self, batch: ChainBatch) -> Iterator[tuple[Any, Any, int]]:
         size = np.where(batch.writable, 0, batch.len).astype(np.int64)
         if (size & 3).any():
-            return [self._read_odd(batch, i) for i in range(len(batch))]
+            for i in range(len(batch)):
+                yield ranges_of(batch.memory, self._read_odd(batch, i))
+            return
         words = self._bounded(batch, size >> 2)
         read = np.flatnonzero(words)
         if not read.size:
-            return []
+            return
         piece = (np.cumsum(words[read]) - 1) // PFNS_AT_ONCE
         cuts = np.flatnonzero(np.diff(piece)) + 1
-        return [
-            gather_u32(batch.memory, batch.addr[part], words[part]) for part in np.split(read, cuts)
-        ]
+        for part in np.split(read, cuts) if cuts.size else [read]:
+            yield page_ranges(batch.memory, batch.addr[part], words[part])
 
     def _bounded(self, batch: ChainBatch, words: NDArray[np.int64]) -> NDArray[np.int64]:
         """*words* of each descriptor, cut so that no buffer exceeds its limit."""
@@ -103,14 +109,3 @@ class InflateQueues:
         surplus = len(data) & 3
         self._counters.bad_inflate += bool(surplus)
         return np.frombuffer(data[: len(data) - surplus], dtype="<u4")
-
-    def _ranges(
-        self, memory: GuestMemory, pfns: NDArray[np.uint32]
-    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Page numbers → merged half-open ranges in guest memory; the others are counted."""
-        start = pfns.astype(np.uint64)  # widen first: a 32-bit shift by 12 would wrap
-        inside = memory.contains(start << _SHIFT, np.full(start.size, 1 << PFN_SHIFT, np.uint64))
-        if not inside.all():
-            self._counters.bad_inflate += int((~inside).sum())
-            start = start[inside]
-        return coalesce(start, start + np.uint64(1))

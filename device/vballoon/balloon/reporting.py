@@ -10,37 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon.memory.pages import coalesce
+from vballoon.memory.pages import coalesce, whole_pages
 from vballoon.skipmap import Provenance
 from vballoon_spec.virtio.balloon import PFN_SHIFT
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from vballoon.balloon.counters import Counters
     from vballoon.memory import Discarder
     from vballoon.skipmap import SkipMap
     from vballoon.virtio import DeviceQueue
     from vballoon.virtqueue import ChainBatch
 
-__all__ = ("ReportQueue", "whole_pages")
+__all__ = ("ReportQueue",)
 
-_PAGE_MASK = np.uint64((1 << PFN_SHIFT) - 1)
 _SHIFT = np.uint64(PFN_SHIFT)
-
-
-def whole_pages(
-    addr: NDArray[np.uint64], length: NDArray[np.uint32]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
-    """The pages wholly inside each ``[addr, addr + length)``, in bytes, both of shape (n,).
-
-    Returns first and end page numbers (uint64[n], half open, possibly empty), and how many of
-    the ranges did not begin and end on a page boundary.
-    """
-    end = addr + length
-    odd = int(np.count_nonzero((addr | end) & _PAGE_MASK))
-    first = (addr + _PAGE_MASK) >> _SHIFT
-    return first, np.maximum(end >> _SHIFT, first), odd
 
 
 class ReportQueue:
@@ -58,8 +41,12 @@ class ReportQueue:
         With *discard* off (the guest expects free pages to keep a value that a hole does not
         read as) the report is acknowledged and nothing else happens.
         """
-        start, end, odd = whole_pages(batch.addr[batch.writable], batch.len[batch.writable])
-        self._counters.bad_report += odd + int(np.count_nonzero(~batch.writable))
+        addr, length = batch.addr, batch.len
+        if not batch.writable.all():
+            self._counters.bad_report += int(np.count_nonzero(~batch.writable))
+            addr, length = addr[batch.writable], length[batch.writable]
+        start, end, odd = whole_pages(addr, length)
+        self._counters.bad_report += odd
         start, end = coalesce(start, end)
         self._counters.reported_pages += int((end - start).sum())
         if discard and self._discarder.enabled:

@@ -32,33 +32,11 @@ if TYPE_CHECKING:
 
     from vballoon.balloon.commands import CommandRounds
     from vballoon.balloon.counters import Counters
-    from vballoon.memory import GuestMemory
     from vballoon.skipmap import SkipMap
     from vballoon.virtio import DeviceQueue
     from vballoon.virtqueue import ChainBatch
 
-__all__ = ("WalkQueue", "checked_ranges")
-
-_SHIFT = np.uint64(PFN_SHIFT)
-_PFN_LIMIT = np.uint64(1 << (64 - PFN_SHIFT - 1))
-"""Page numbers and counts from here on cannot be guest memory, and their sum could wrap."""
-
-
-def checked_ranges(
-    memory: GuestMemory, records: NDArray[Any], min_pages: int
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
-    """Ranges of *records* (``WalkRange``) that lie in guest memory: start, end, how many do not.
-
-    *min_pages* is the smallest block that was asked for; a shorter range breaks the order rule.
-    """
-    pfn, num = records["pfn"], records["num"]
-    fits = (num >= np.uint64(min_pages)) & (num < _PFN_LIMIT) & (pfn < _PFN_LIMIT)
-    if not fits.all():
-        pfn, num = pfn[fits], num[fits]
-    inside = memory.contains(pfn << _SHIFT, num << _SHIFT)
-    if not inside.all():
-        pfn, num = pfn[inside], num[inside]
-    return pfn, pfn + num, records.size - pfn.size
+__all__ = ("WalkQueue",)
 
 
 class WalkQueue:
@@ -80,10 +58,10 @@ class WalkQueue:
         for i in range(len(batch)):
             data = batch.readable(i, BUFFER_MAX + 1)
             try:
-                self._buffer(data, batch.memory, skipmap)
+                self._buffer(data, skipmap)
             except WireError as error:
                 self._bad(str(error))
-        self._flush(batch.memory, skipmap)
+        self._flush(skipmap)
         queue.give(batch.ids)
 
     def reset(self) -> None:
@@ -96,7 +74,7 @@ class WalkQueue:
         self.begin = self.end = None
         self._pending = []
 
-    def _buffer(self, data: bytes, memory: GuestMemory, skipmap: SkipMap) -> None:
+    def _buffer(self, data: bytes, skipmap: SkipMap) -> None:
         header = WalkHeader.parse(data[: WalkHeader.SIZE])
         if len(data) != buffer_size(header):
             raise WireError(f"walk buffer of {len(data)} bytes, its header says otherwise")
@@ -106,7 +84,7 @@ class WalkQueue:
             case WalkType.RANGES:
                 self._take_ranges(header, data)
             case WalkType.END:
-                self._flush(memory, skipmap)
+                self._flush(skipmap)
                 self._finish(header, data)
             case WalkType.MEMMAP:
                 if not self.memmap.add(header, data[WalkHeader.SIZE :]):
@@ -127,7 +105,7 @@ class WalkQueue:
         self._buffers += 1
         self._pending.append(np.frombuffer(data, WalkRange.dtype(), offset=WalkHeader.SIZE))
 
-    def _flush(self, memory: GuestMemory, skipmap: SkipMap) -> None:
+    def _flush(self, skipmap: SkipMap) -> None:
         """Check and set what has come in, all at once."""
         if not self._pending:
             return
@@ -135,15 +113,13 @@ class WalkQueue:
         if not self.rounds.running or self.rounds.round is None or self.begin is None:
             return
         least = 1 << min(self.begin.min_order + max(self.begin.page_shift - PFN_SHIFT, 0), 30)
-        start, end, bad = checked_ranges(memory, records, least)
-        skipmap.set_ranges(Provenance.WALKED, start, end)
-        pages = int((end - start).sum())
+        pages, bad = skipmap.set_records(Provenance.WALKED, records, least)
         self._ranges += records.size
         self._pages += pages
-        self._counters.walked_ranges += start.size
+        self._counters.walked_ranges += records.size - bad
         self._counters.walked_pages += pages
         self._counters.bad_walk += bad
-        self.rounds.round.record(records=start.size, pages=pages, bad=bad)
+        self.rounds.round.record(records=records.size - bad, pages=pages, bad=bad)
 
     def _finish(self, header: WalkHeader, data: bytes) -> None:
         if not self._current(header):

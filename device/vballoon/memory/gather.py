@@ -8,16 +8,50 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import MemoryFault
+from vballoon.memory.native import native
+from vballoon.memory.pages import coalesce
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vballoon.memory.table import GuestMemory
 
-__all__ = ("gather_u32",)
+__all__ = ("gather_u32", "page_ranges", "ranges_of")
+
+_SHIFT, _ONE_PAGE = np.uint64(12), np.uint64(1)
 
 SLICE_WORDS = 128
 """From this many words on, copying a slice costs less than indexing its words one by one."""
+
+
+def page_ranges(
+    memory: GuestMemory, addr: NDArray[np.uint64], words: NDArray[np.int64]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
+    """The pages whose 32-bit numbers are at each *addr*: merged ranges, and how many were bad.
+
+    *words* (int64[n]) is how many numbers there are at each address (uint64[n], bytes).  Numbers
+    of pages outside guest memory are bad.  Ranges are first and end page number (uint64[k]).
+    Raises :class:`~vballoon.errors.MemoryFault` for an address outside guest memory.
+    """
+    if native is not None:
+        room = int(words.sum())
+        start, end = np.empty(room, np.uint64), np.empty(room, np.uint64)
+        found = native.page_runs(*memory.tables, addr, words, start, end)
+        if found is not None:
+            return *coalesce(start[: found[0]], end[: found[0]]), found[1]
+    return ranges_of(memory, gather_u32(memory, addr, words))
+
+
+def ranges_of(
+    memory: GuestMemory, pfns: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
+    """:func:`page_ranges` of numbers that have been read."""
+    start = pfns.astype(np.uint64)  # widen first: a 32-bit shift by 12 would wrap
+    inside = memory.contains(start << _SHIFT, np.full(start.size, 4096, np.uint64))
+    bad = start.size - int(np.count_nonzero(inside))
+    if bad:
+        start = start[inside]
+    return *coalesce(start, start + _ONE_PAGE), bad
 
 
 def gather_u32(

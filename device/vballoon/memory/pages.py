@@ -12,16 +12,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vballoon.memory.native import native
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     U64 = NDArray[np.uint64]
 
-__all__ = ("clip", "coalesce", "expand", "inward")
+__all__ = ("clip", "coalesce", "expand", "inward", "whole_pages")
+
+_PAGE_MASK, _PAGE_SHIFT = np.uint64(4095), np.uint64(12)
 
 
 def coalesce(start: U64, end: U64) -> tuple[U64, U64]:
     """The same set of numbers, merged.  Empty ranges vanish; order and overlaps do not matter."""
+    if native is None or start.size < 2:
+        return _coalesce(start, end)
+    low, high = np.empty_like(start), np.empty_like(start)
+    start, end = np.ascontiguousarray(start), np.ascontiguousarray(end)
+    count = native.merge(start, end, low, high)
+    if count < 0:
+        start, end = _by_start(start, end)
+        count = native.merge(start, end, low, high)
+    return low[:count], high[:count]
+
+
+def _coalesce(start: U64, end: U64) -> tuple[U64, U64]:
+    """:func:`coalesce` in NumPy."""
     keep = start < end
     if not keep.all():
         start, end = start[keep], end[keep]
@@ -46,6 +63,18 @@ def _by_start(start: U64, end: U64) -> tuple[U64, U64]:
         return ordered, ordered + size[0]
     order = np.argsort(start)
     return start[order], end[order]
+
+
+def whole_pages(addr: U64, length: NDArray[np.uint32]) -> tuple[U64, U64, int]:
+    """The pages of 4 KiB wholly inside each ``[addr, addr + length)``, in bytes, both (n,).
+
+    Returns first and end page numbers (uint64[n], half open, possibly empty), and how many of
+    the ranges did not begin and end on a page boundary.
+    """
+    end = addr + length
+    odd = int(np.count_nonzero((addr | end) & _PAGE_MASK))
+    first = (addr + _PAGE_MASK) >> _PAGE_SHIFT
+    return first, np.maximum(end >> _PAGE_SHIFT, first), odd
 
 
 def clip(start: U64, end: U64, low: int, high: int) -> tuple[U64, U64]:

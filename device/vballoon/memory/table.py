@@ -51,6 +51,7 @@ class GuestMemory:
         self._start_column = np.array(self._starts, np.uint64)
         self._size_column = np.array([r.size for r in self.regions], np.uint64)
         self._spans = _joined(self.regions)
+        self._tables: _Tables | None = None
 
     @property
     def mapped(self) -> bool:
@@ -61,6 +62,17 @@ class GuestMemory:
     def spans(self) -> tuple[tuple[int, int], ...]:
         """``(start, size)`` in bytes of each run of regions without a gap, in address order."""
         return self._spans
+
+    @property
+    def tables(self) -> tuple[U64, U64]:
+        """For compiled loops: regions (uint64[k, 3]: start, size, where it is mapped or 0), and
+        spans (uint64[j, 2]: start, size), all in bytes.
+
+        What they point at stays mapped as long as this table lives, closed or not.
+        """
+        if self._tables is None:
+            self._tables = _Tables(self.regions, self._spans)
+        return self._tables.columns
 
     def contains(self, addr: U64, length: U64 | U32) -> NDArray[np.bool_]:
         """Which ranges lie wholly in guest memory (bool[n]); they may span adjacent regions.
@@ -178,6 +190,23 @@ class GuestMemory:
             pieces.append((region, offset, size))
             addr, length = addr + size, length - size
         return pieces
+
+
+class _Tables:
+    """The columns of :attr:`GuestMemory.tables`, and what keeps their addresses valid."""
+
+    def __init__(
+        self, regions: tuple[MemoryRegion, ...], spans: tuple[tuple[int, int], ...]
+    ) -> None:
+        self._views = [r.view for r in regions]
+        rows = [
+            (r.guest_phys_addr, r.size, 0 if view is None else view.ctypes.data)
+            for r, view in zip(regions, self._views, strict=True)
+        ]
+        self.columns = (
+            np.array(rows, np.uint64).reshape(-1, 3),
+            np.array(spans, np.uint64).reshape(-1, 2),
+        )
 
 
 def _joined(regions: tuple[MemoryRegion, ...]) -> tuple[tuple[int, int], ...]:

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import UsageError
+from vballoon.memory.native import BYTES, COUNTED, PAGES, native
+from vballoon.memory.pages import whole_pages
 from vballoon.skipmap import bits
+from vballoon.skipmap.records import checked_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Any
 
     from numpy.typing import NDArray
 
@@ -50,14 +54,56 @@ class PageBitmap:
 
     def set_ranges(self, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]) -> int:
         """Set the bits of ``start <= pfn < end``; returns how many ranges had to be clipped."""
-        start, end, clipped = self.layout.place(start_pfn, end_pfn)
-        bits.fill(self.words, start, end, True)
-        return clipped
+        return self._fill(start_pfn, end_pfn, True)
 
     def clear_ranges(self, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]) -> int:
         """Clear the bits of ``start <= pfn < end``; returns how many ranges had to be clipped."""
+        return self._fill(start_pfn, end_pfn, False)
+
+    def set_bytes(
+        self, addr: NDArray[np.uint64], length: NDArray[np.uint32]
+    ) -> tuple[int, int, int]:
+        """Set the bits of the whole pages in each ``[addr, addr + length)``, contiguous columns.
+
+        Returns pages, ranges that did not begin and end on a page border, and ranges clipped.
+        """
+        if native is not None:
+            done = native.mark(
+                self.words, self.layout.table, addr, length, (8, 4), addr.size, BYTES, True, 0
+            )
+            if done is not None:
+                return done
+        start, end, odd = whole_pages(addr, length)
+        return int((end - start).sum()), odd, self._fill(start, end, True)
+
+    def set_records(self, records: NDArray[Any], least: int) -> tuple[int, int]:
+        """Set the bits of *records* (``WalkRange``) that are wholly guest memory.
+
+        Returns their pages, and how many records were left out: those outside, and those of
+        fewer than *least* pages.
+        """
+        if native is not None and records.size:
+            raw = records.view(np.uint8)
+            done = native.mark(
+                self.words, self.layout.table, raw, raw[8:], (16, 16), records.size, COUNTED,
+                True, least,
+            )  # fmt: skip
+            if done is not None:
+                return done[:2]
+        start, end, bad = checked_ranges(self.layout, records, least)
+        self._fill(start, end, True)
+        return int((end - start).sum()), bad
+
+    def _fill(self, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64], value: bool) -> int:
+        if native is not None:
+            start, end = np.ascontiguousarray(start_pfn), np.ascontiguousarray(end_pfn)
+            done = native.mark(
+                self.words, self.layout.table, start, end, (8, 8), start.size, PAGES, value, 0
+            )
+            if done is not None:
+                return done[2]
         start, end, clipped = self.layout.place(start_pfn, end_pfn)
-        bits.fill(self.words, start, end, False)
+        bits.fill(self.words, start, end, value)
         return clipped
 
     def count(self) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vballoon.memory.native import native
 from vballoon.memory.pages import coalesce
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def _read_modify_write(
 
 def count(words: NDArray[np.uint64]) -> int:
     """How many bits are set."""
+    if native is not None:
+        return native.count(np.ascontiguousarray(words))
     whole = words.size - words.size % COUNT_CHUNK
     total = 0
     ones = np.empty(COUNT_CHUNK, dtype=np.uint8)

@@ -98,6 +98,9 @@ class BitmapLayout:
         # entry i + 1 is region i's, entry 0 that of pages before all memory
         self._end = np.array([0, *(r.first_pfn + r.pages for r in placed)], dtype=np.uint64)
         self._shift = np.append(np.uint64(0), bit - self._first)  # modulo 2**64, as sums with it
+        self._spans = _spans(placed)
+        self.table = np.column_stack((self._first, self._end[1:], self._shift[1:]))
+        """uint64[regions, 3]: first page number, end, and what to add for the number of the bit."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BitmapLayout) and self.regions == other.regions
@@ -131,6 +134,13 @@ class BitmapLayout:
             clipped,
         )
 
+    def holds(self, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which ranges ``start <= pfn < end`` (start < end) are wholly guest memory (bool[n])."""
+        inside = np.zeros(start.shape, np.bool_)
+        for first, last in self._spans:
+            inside |= (start >= first) & (end <= last)
+        return inside
+
     def of_region(self, words: NDArray[np.uint64], index: int) -> NDArray[np.uint64]:
         """The words of region *index* in a whole bitmap *words* (a view)."""
         region = self.regions[index]
@@ -140,3 +150,15 @@ class BitmapLayout:
         """Page numbers of *runs* of bits that count from region *index*'s first page."""
         first: np.uint64 = self._first[index]
         return runs + first
+
+
+def _spans(regions: list[RegionBits]) -> list[tuple[np.uint64, np.uint64]]:
+    """First and end page number of each run of regions without a gap."""
+    spans: list[tuple[int, int]] = []
+    for region in regions:
+        first, end = region.first_pfn, region.first_pfn + region.pages
+        if spans and spans[-1][1] == first:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((first, end))
+    return [(np.uint64(first), np.uint64(end)) for first, end in spans]

@@ -68,6 +68,27 @@ class SkipMap:
         """Clear bits; otherwise as :meth:`set_ranges`."""
         return self._dropped(self._bitmaps[provenance].clear_ranges(start_pfn, end_pfn))
 
+    def set_bytes(
+        self, provenance: Provenance, addr: NDArray[np.uint64], length: NDArray[np.uint32]
+    ) -> tuple[int, int]:
+        """Set the bits of the whole pages in each ``[addr, addr + length)`` (bytes).
+
+        Returns pages, and how many of the ranges did not begin and end on a page border.
+        """
+        pages, odd, clipped = self._bitmaps[provenance].set_bytes(addr, length)
+        self._dropped(clipped)
+        return pages, odd
+
+    def set_records(
+        self, provenance: Provenance, records: NDArray[Any], least: int
+    ) -> tuple[int, int]:
+        """Set the bits of ``WalkRange`` records that are wholly guest memory.
+
+        Returns their pages, and how many records were left out: those outside, and those of
+        fewer than *least* pages.
+        """
+        return self._bitmaps[provenance].set_records(records, least)
+
     def _dropped(self, clipped: int) -> int:
         self.dropped += clipped
         return clipped

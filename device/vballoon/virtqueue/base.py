@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 __all__ = ("ChainBatch", "Engine", "RingAddresses", "RingState", "Virtqueue")
 
 
-Engine = Literal["batch", "scalar"]
-"""How a ring is served: whole batches with NumPy, or step by step and obviously right."""
+Engine = Literal["batch", "numpy", "scalar"]
+"""How a ring is served: whole batches (compiled where that was built, or in NumPy alone), or step
+by step and obviously right."""
 
 
 @dataclass(frozen=True, slots=True)

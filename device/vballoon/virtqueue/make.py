@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vballoon.errors import MemoryFault
+from vballoon.memory.native import native
 from vballoon.virtqueue.base import RingState, Virtqueue
+from vballoon.virtqueue.compiled import CompiledPacked, CompiledSplit
 from vballoon.virtqueue.packed import ScalarPacked
 from vballoon.virtqueue.packed_batch import BatchPacked
 from vballoon.virtqueue.split import ScalarSplit
@@ -36,17 +38,19 @@ def make_virtqueue(
 ) -> Virtqueue:
     """The virtqueue of *size* descriptors at *addresses*, as *features* (negotiated) make it.
 
-    *state* is where an earlier ring stopped (default: a fresh ring).  A ring without a mapping is
-    always served by the scalar engine.  *inflight* is told of takes and gives; *dirty_ring* is the
-    guest-physical address at which writes of the used ring are logged; *resubmit* are the buffers
-    that were in flight in an earlier life, which :meth:`Virtqueue.take` hands out first (give an
-    empty one after a crash: the first notification is then sent in any case).
+    *engine*: ``batch`` is the fast one, compiled where that was built and else the same as
+    ``numpy``.  *state* is where an earlier ring stopped (default: a fresh ring).  A ring without a
+    mapping is always served by the scalar engine.  *inflight* is told of takes and gives;
+    *dirty_ring* is the guest-physical address at which writes of the used ring are logged;
+    *resubmit* are the buffers that were in flight in an earlier life, which
+    :meth:`Virtqueue.take` hands out first (give an empty one after a crash: the first
+    notification is then sent in any case).
 
     Raises :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``.
     """
     state = state or RingState()
     kind = _KINDS[engine, f.has(features, f.VIRTIO_F_RING_PACKED)]
-    if engine == "batch" and not _is_mapped(memory, size, addresses, features):
+    if engine != "scalar" and not _is_mapped(memory, size, addresses, features):
         kind = _KINDS["scalar", f.has(features, f.VIRTIO_F_RING_PACKED)]
     return kind(
         memory,
@@ -63,8 +67,10 @@ def make_virtqueue(
 _KINDS: dict[tuple[str, bool], type[ScalarSplit | ScalarPacked]] = {
     ("scalar", False): ScalarSplit,
     ("scalar", True): ScalarPacked,
-    ("batch", False): BatchSplit,
-    ("batch", True): BatchPacked,
+    ("numpy", False): BatchSplit,
+    ("numpy", True): BatchPacked,
+    ("batch", False): CompiledSplit if native else BatchSplit,
+    ("batch", True): CompiledPacked if native else BatchPacked,
 }
 
 

@@ -193,6 +193,10 @@ class BatchPacked(Batching, ScalarPacked):
             place %= self.size
             self._words[place, _LEN] = written
             self._words[place, _ID_FLAGS] = tail
+        self._mark_used(start, moved)
+
+    def _mark_used(self, start: int, moved: int) -> None:
+        """Log *moved* descriptors from *start* on."""
         fits = min(moved, self.size - start)
         self._desc.mark(packed.PvirtqDesc.SIZE * start, packed.PvirtqDesc.SIZE * fits)
         self._desc.mark(0, packed.PvirtqDesc.SIZE * (moved - fits))

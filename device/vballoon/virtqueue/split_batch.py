@@ -104,10 +104,14 @@ class BatchSplit(Batching, ScalarSplit):
         elements[:, 0], elements[:, 1] = ids, written
         start = self._used & (self.size - 1)
         store_run(self._elements, start, elements)
-        size, fits = split.VirtqUsedElem.SIZE, min(ids.size, self.size - start)
-        self._device.mark(split.USED_RING_OFFSET + size * start, size * fits)
-        self._device.mark(split.USED_RING_OFFSET, size * (ids.size - fits))
+        self._mark_used(start, ids.size)
         return lambda: self._publish((self._used + ids.size) & 0xFFFF)
+
+    def _mark_used(self, start: int, count: int) -> None:
+        """Log *count* used elements from *start* on."""
+        size, fits = split.VirtqUsedElem.SIZE, min(count, self.size - start)
+        self._device.mark(split.USED_RING_OFFSET + size * start, size * fits)
+        self._device.mark(split.USED_RING_OFFSET, size * (count - fits))
 
 
 class _Follow:
