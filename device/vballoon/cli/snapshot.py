@@ -13,8 +13,10 @@ from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
     from vballoon.control.client import ControlClient
+    from vballoon.snapshot.qmp_vm import QemuVm
+    from vballoon.snapshot.source import GuestSource
     from vballoon.snapshot.store import Store
-    from vballoon.snapshot.take import Observer
+    from vballoon.snapshot.take import Observer, Snapshot
     from vballoon_spec.snapshot import SnapshotManifest
 
 __all__ = ("add", "run")
@@ -67,6 +69,7 @@ def add(commands: Subparsers) -> None:
         default=20.0,
         help="how long the guest may take to let go of the balloon (default: 20)",
     )
+    command.add_argument("--live", action="store_true", help="copy most of it while the guest runs")
     command.add_argument(
         "--settle",
         metavar="SECONDS",
@@ -82,7 +85,6 @@ def run(options: argparse.Namespace) -> int:
     from vballoon.control.client import ControlClient
     from vballoon.snapshot.qmp_vm import QemuVm
     from vballoon.snapshot.source import GuestSource
-    from vballoon.snapshot.take import Snapshot
 
     with (
         QemuVm(options.qmp) as vm,
@@ -90,21 +92,40 @@ def run(options: argparse.Namespace) -> int:
         GuestSource.fetch(control) as source,
     ):
         settle(control, options.settle)
-        snapshot = Snapshot(
-            vm,
-            source,
-            _store(options),
-            device_id=options.device,
-            device_socket=options.device_socket,
-            unplug_seconds=options.unplug_timeout,
-            quit=options.quit,
-        )
+        snapshot = _make(options, vm, control, source)
         with observer(options.quiet) as watching:
             snapshot.observer = watching
             manifest = snapshot.take()
     if not options.quiet:
         summary(manifest, snapshot.seconds())
     return 0
+
+
+def _make(
+    options: argparse.Namespace, vm: QemuVm, control: ControlClient, source: GuestSource
+) -> Snapshot:
+    from vballoon.snapshot.live import LiveSnapshot
+    from vballoon.snapshot.take import Snapshot
+    from vballoon.snapshot.tracker import SoftDirty, objections
+
+    if options.live and (reason := objections()):  # before there is a directory
+        raise UsageError(f"no live snapshot here: {reason}")
+    store = _store(options)
+    if options.live:
+        snapshot: Snapshot = LiveSnapshot(
+            vm,
+            source,
+            store,
+            control=control,
+            make_tracker=lambda blocks: SoftDirty(vm.pid, blocks),
+        )
+    else:
+        snapshot = Snapshot(vm, source, store)
+    snapshot.device_id = options.device
+    snapshot.device_socket = options.device_socket
+    snapshot.unplug_seconds = options.unplug_timeout
+    snapshot.quit = options.quit
+    return snapshot
 
 
 def settle(control: ControlClient, seconds: float) -> None:

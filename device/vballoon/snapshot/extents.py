@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     I64 = NDArray[np.int64]
 
-__all__ = ("data_extents", "length", "to_file", "without")
+__all__ = ("common", "data_extents", "length", "to_file", "without")
 
 PAGE_SHIFT = 12
 
@@ -90,3 +90,8 @@ def without(extents: I64, left_out: I64) -> I64:
     inside = np.flatnonzero(level[:-1] == 1) if borders.size else np.empty(0, np.intp)
     pieces = np.column_stack((borders[inside], borders[inside + 1]))
     return _merged(pieces[pieces[:, 0] < pieces[:, 1]])
+
+
+def common(left: I64, right: I64) -> I64:
+    """What lies in both; each sorted and disjoint in itself."""
+    return without(left, without(left, right))

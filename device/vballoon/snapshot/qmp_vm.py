@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
+import struct
 import time
 from dataclasses import dataclass
 from typing import Any, Self
@@ -59,16 +61,30 @@ class QemuVm:
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 10.0) -> None:
         self.path = os.fspath(path)
+        self.pid = 0
+        """Of the process that made the monitor's socket: QEMU, as a rule."""
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("vballoon")
         self._events = EventListener()
         self._client.register_listener(self._events)
         self._seen: list[Any] = []
         try:
-            self._run(self._client.connect(self.path), timeout)
+            self._run(self._client.connect(self._connected_socket()), timeout)
         except BaseException:
             self._loop.close()
             raise
+
+    def _connected_socket(self) -> socket.socket:
+        """A socket of our own making, because it can be asked whose the other end is."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(self.path)
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        except OSError as error:
+            connection.close()
+            raise QemuGone(f"{self.path}: {error.strerror}") from None
+        self.pid = struct.unpack("iII", credentials)[0]
+        return connection
 
     def _run(self, work: Any, timeout: float) -> Any:
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.copy import copy_extents, sparse_digest
+from vballoon.snapshot.extents import common, data_extents, length, without
 from vballoon_spec.snapshot import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -28,6 +29,9 @@ __all__ = ("DirectoryStore", "Store", "open_snapshot", "ram_name")
 
 MANIFEST_MAX = 16 << 20
 """Bytes of a manifest that are read."""
+
+
+_ZEROES = bytes(1 << 20)
 
 
 class Store(Protocol):
@@ -88,6 +92,8 @@ class DirectoryStore:
 
     def _create(self, name: str, mode: int) -> int:
         path = self.path / name
+        if path in self._files:  # one of ours, for another round
+            return os.open(path, mode | os.O_CLOEXEC)
         fd = os.open(path, mode | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._files.append(path)
         return fd
@@ -105,12 +111,24 @@ class DirectoryStore:
         extents: NDArray[np.int64],
         progress: Callable[[int], None],
     ) -> int:
-        """Copy into a sparse file of its own."""
+        """Copy into a sparse file of its own; again and again if need be."""
         del index
         fd = self._create(name, os.O_RDWR)
         try:
             os.ftruncate(fd, size)
             return copy_extents(source, fd, extents, progress)
+        finally:
+            os.close(fd)
+
+    def keep_only(self, name: str, extents: NDArray[np.int64]) -> int:
+        """Blank what was copied outside *extents*; returns the bytes that are left."""
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            there = data_extents(fd, os.fstat(fd).st_size)
+            for start, end in without(there, extents).tolist():
+                for at in range(start, end, len(_ZEROES)):
+                    os.pwrite(fd, _ZEROES[: end - at], at)
+            return length(common(there, extents))
         finally:
             os.close(fd)
 

@@ -149,7 +149,19 @@ class Snapshot:
         self._begin("verify")
         free, why = self._free()
         copied = self._copy(plan, free)
+        return self._resume(plan, note, guardian, copied, why, stopped_ns)
 
+    def _resume(
+        self,
+        plan: Plan,
+        note: Note,
+        guardian: Guardian,
+        copied: Copied,
+        why: str,
+        stopped_ns: int,
+    ) -> SnapshotManifest:
+        """Everything is copied: the guest runs on with its balloon, or ends."""
+        vm = self.vm
         if self.quit:  # the machine ends only when there is a snapshot of it
             manifest = self._finish(plan, copied, why, stopped_ns)
             note.over = True

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which guest pages were written since a moment: the other half of the safety rule.
+
+:class:`SoftDirty` reads the marks that Linux keeps in QEMU's page tables
+(``CONFIG_MEM_SOFT_DIRTY``: /proc/PID/clear_refs and bit 55 of /proc/PID/pagemap).  The marks are
+complete only under conditions, and those are checked: where one does not hold there is no tracker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from vballoon.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ("SoftDirty", "WriteTracker", "marked", "objections")
+
+PAGE = 4096
+SOFT_DIRTY, PRESENT = np.uint64(1 << 55), np.uint64(1 << 63)
+READ_PAGES = 1 << 20
+"""Entries of pagemap read at a time (8 MiB, 4 GiB of guest)."""
+SWAPS = Path("/proc/swaps")
+SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+class WriteTracker(Protocol):
+    """Tells written pages of the guest's memory files."""
+
+    def start(self) -> None:
+        """From now on every write is seen."""
+
+    def collect(self) -> list[NDArray[np.int64]]:
+        """For each file what was written since the last call (or the start), int64[k, 2] in bytes.
+
+        The guest must be stopped: writes between the reading and the next beginning are lost.
+        """
+
+
+def objections() -> str:
+    """Why soft-dirty marks cannot be relied upon on this host, or ``""``."""
+    if not _kernel_marks():
+        return "this kernel does not track writes (CONFIG_MEM_SOFT_DIRTY)"
+    if len(SWAPS.read_text().splitlines()) > 1:
+        return "this host swaps, and pages that were swapped lose their marks"
+    if SHMEM_HUGE.exists() and not {"[never]", "[deny]"} & set(SHMEM_HUGE.read_text().split()):
+        return f"huge pages for shared memory lose marks: {SHMEM_HUGE} must say never"
+    return ""
+
+
+def _kernel_marks() -> bool:
+    """Whether a write to a page of ours is seen, and none before it."""
+    page = ctypes.create_string_buffer(2 * PAGE)
+    place = -(-ctypes.addressof(page) // PAGE)
+    target = ctypes.c_char.from_address(place * PAGE)
+    target.value = b"a"
+    try:
+        Path("/proc/self/clear_refs").write_text("4")
+        before = _read_marks(Path("/proc/self/pagemap"), place, 1)[0]
+        target.value = b"b"
+        after = _read_marks(Path("/proc/self/pagemap"), place, 1)[0]
+    except (OSError, UsageError):
+        return False
+    return bool(not before & SOFT_DIRTY and after & SOFT_DIRTY)
+
+
+def _read_marks(pagemap: Path, first: int, pages: int) -> NDArray[np.uint64]:
+    with pagemap.open("rb", buffering=0) as file:
+        data = os.pread(file.fileno(), 8 * pages, 8 * first)
+    if len(data) != 8 * pages:
+        raise UsageError(f"{pagemap} ends early")
+    return np.frombuffer(data, np.uint64)
+
+
+def marked(entries: NDArray[np.uint64], first: int = 0) -> NDArray[np.int64]:
+    """Runs of pagemap entries that are written, or not there: their marks are gone with them.
+
+    int64[k, 2] in bytes; entry 0 is page *first*.
+    """
+    written = (entries & SOFT_DIRTY != 0) | (entries & PRESENT == 0)
+    edges = np.flatnonzero(np.diff(written.astype(np.int8), prepend=0, append=0))
+    return (edges.reshape(-1, 2) + first) * PAGE
+
+
+class SoftDirty:
+    """The marks of process *pid*; *blocks*: (address in it, size) of each file, bytes.
+
+    Raises :class:`~vballoon.errors.UsageError` where marks cannot be relied upon, or not be had.
+    """
+
+    def __init__(self, pid: int, blocks: Sequence[tuple[int, int]]) -> None:
+        self._folder = Path(f"/proc/{pid}")
+        self._blocks = list(blocks)
+        reason = objections()
+        if not reason and not os.access(self._folder / "clear_refs", os.W_OK):
+            reason = f"no permission to track the writes of process {pid}"
+        if reason:
+            raise UsageError(f"no live snapshot here: {reason}")
+
+    def start(self) -> None:
+        """Clear all marks."""
+        try:
+            (self._folder / "clear_refs").write_text("4")
+        except OSError as error:
+            raise UsageError(f"{self._folder}/clear_refs: {error.strerror}") from None
+
+    def collect(self) -> list[NDArray[np.int64]]:
+        """Read the marks of all blocks, then clear them."""
+        found = [self._read(address, size) for address, size in self._blocks]
+        self.start()
+        return found
+
+    def _read(self, address: int, size: int) -> NDArray[np.int64]:
+        parts = [np.empty((0, 2), np.int64)]
+        pages = size // PAGE
+        for first in range(0, pages, READ_PAGES):
+            count = min(READ_PAGES, pages - first)
+            try:
+                entries = _read_marks(self._folder / "pagemap", address // PAGE + first, count)
+            except OSError as error:
+                raise UsageError(f"{self._folder}/pagemap: {error.strerror}") from None
+            parts.append(marked(entries, first))
+        return np.concatenate(parts)
