@@ -319,3 +319,16 @@ def test_packed_base_outside_the_ring_stops_the_ring(tmp_path):
         frontend.share_memory()
         frontend.new_ring(0, base=0x8010_8010)
         assert backend.status().queues[0].broken == "vring-base"
+
+
+def test_an_area_for_fewer_descriptors_than_the_ring_has_stops_the_ring(backend, tmp_path):
+    with Frontend.connect(tmp_path / "s") as frontend:
+        frontend.negotiate()
+        frontend.share_memory()
+        told = frontend.call(R.GET_INFLIGHT_FD, inflight(3, 8, 0))
+        (fd,) = frontend.reply_fds
+        frontend.ok(R.SET_INFLIGHT_FD, told, [fd])
+        os.close(fd)
+        frontend.new_ring(0, 16)
+        frontend.new_ring(1, 8)
+        assert [q.broken for q in backend.status().queues] == ["inflight-area", None, None]

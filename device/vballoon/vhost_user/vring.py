@@ -67,7 +67,7 @@ def encode_base(state: RingState, *, packed: bool) -> int:
 class Vring:
     """The state of ring *index*; descriptors in it are owned and closed by it."""
 
-    def __init__(self, index: int, *, packed: bool = False) -> None:
+    def __init__(self, index: int) -> None:
         self.index = index
         self.kick: int | None = None
         self.call: int | None = None
@@ -81,6 +81,7 @@ class Vring:
         self.broken: QueueError | None = None
         self.busy = False  # more to process: already in the loop's queue
         self._log: SplitInflight | PackedInflight | None = None
+        self._packed = False
         self._state: RingState | None = None  # of a ring taken down to be put up again
         self.resumed = False
         """Whether this life of the ring continues one that ended in a crash."""
@@ -160,20 +161,27 @@ class Vring:
         self, memory: GuestMemory, at: RingAddresses, features: int, area: InflightArea | None
     ) -> tuple[RingState, Resubmit | None]:
         """The state of a ring that starts, from its base or from the in-flight record."""
-        packed = f.has(features, f.VIRTIO_F_RING_PACKED)
+        packed = self._packed = f.has(features, f.VIRTIO_F_RING_PACKED)
         state = self.base_state(packed=packed)
-        if packed and max(state.avail, state.used) >= self.num:
-            raise ProtocolError("vring-base", f"{self.base:#x} in a ring of {self.num}")
         if not packed:
             used = memory.read(at.device + split_ring.USED_IDX_OFFSET, 2)
             state = RingState(avail=state.avail, used=int.from_bytes(used, "little"))
         region = area.region(self.index, packed=packed) if area else None
         if area is None or region is None:
             self._log = None
-            return state, None
+            return self._checked(state), None
+        if area.queue_size < self.num:
+            raise ProtocolError("inflight-area", f"for {area.queue_size} descriptors")
         if packed:
             return self._begin_packed(memory, at, state, PackedInflight(region, area.queue_size))
         return self._begin_split(state, SplitInflight(region, area.queue_size))
+
+    def _checked(self, state: RingState) -> RingState:
+        """*state* from SET_VRING_BASE, if it is one of this ring; a record would overrule it."""
+        beyond = state.avail >= self.num or state.used >= self.num
+        if self._packed and beyond:
+            raise ProtocolError("vring-base", f"{self.base} in a ring of {self.num}")
+        return state
 
     def _begin_split(
         self, state: RingState, record: SplitInflight
@@ -182,7 +190,7 @@ class Vring:
         if record.valid:
             return record.recover(state.used)
         record.begin(state.used)
-        return state, None
+        return self._checked(state), None
 
     def _begin_packed(
         self, memory: GuestMemory, at: RingAddresses, state: RingState, record: PackedInflight
@@ -194,6 +202,7 @@ class Vring:
         self._log = record
         if record.valid:
             return record.recover(flags_at)
+        self._checked(state)
         record.begin(state.used, state.used_wrap)
         return state, None
 
