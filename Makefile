@@ -27,12 +27,12 @@ demo: venv ## boot a real guest on stock QEMU with the balloon attached (GUEST=e
 test: venv lint unit ## everything; LAB=off leaves the lab out
 ifneq ($(LAB),off)
 	$(BIN)/python -m tests.lab setup
-	$(BIN)/python -m pytest -q -m lab tests/lab_tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m lab tests/lab_tests
 endif
 
 unit: venv ## all tests that need no virtual machine
 	$(BIN)/python -m tests.lab prerequisites
-	$(BIN)/python -m pytest -q -m "not lab" tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not lab" tests
 
 bench: venv ## measure, beside C, QEMU's balloon and copying memory (FULL=1: every size, many turns)
 	$(BIN)/python -m tests.lab setup

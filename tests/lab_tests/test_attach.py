@@ -91,11 +91,15 @@ def statistics_arrive(vm: Machine, backend: Backend) -> None:
     """Polling brings new statistics, and they are the guest's own figures."""
     backend.ctl("set-guest-stats-interval", seconds=1)
     first = backend.ctl("query-guest-stats")["last-update"]
-    stats = wait_until(
-        lambda: (s := backend.ctl("query-guest-stats"))["last-update"] > first and s, timeout=20
-    )["stats"]
-    assert stats["stat-total-memory"] == vm.guest.meminfo()["MemTotal"]
-    assert abs(stats["stat-free-memory"] - vm.guest.meminfo()["MemFree"]) <= 32 * MIB
+    wait_until(lambda: backend.ctl("query-guest-stats")["last-update"] > first, timeout=20)
+    memory = vm.guest.meminfo()["MemTotal"]
+    assert backend.ctl("query-guest-stats")["stats"]["stat-total-memory"] == memory
+
+    def distance() -> int:  # pages on their way to a report are not free for a moment
+        stats = backend.ctl("query-guest-stats")["stats"]
+        return abs(stats["stat-free-memory"] - vm.guest.meminfo()["MemFree"])
+
+    wait_until(lambda: distance() <= 16 * MIB, timeout=20)
     backend.ctl("set-guest-stats-interval", seconds=0)
 
 
