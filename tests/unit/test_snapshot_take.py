@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a snapshot, with a made-up QEMU: their order, and the way back from each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.fakes.memory import memfd
+from tests.fakes.qemu_monitor import BALLOON, FakeQemu
+
+from vballoon.errors import UsageError
+from vballoon.snapshot.memmap import FreeMemory, VerificationRefused
+from vballoon.snapshot.qmp_vm import QemuVm
+from vballoon.snapshot.recovery import Note, go_back
+from vballoon.snapshot.source import GuestSource, RamFile
+from vballoon.snapshot.store import DirectoryStore, open_snapshot
+from vballoon.snapshot.take import Observer, Snapshot
+from vballoon_spec.snapshot import StateKind
+
+PAGE = 4096
+SIZE = 64 * PAGE
+HOST = 0x7F00_0000_0000
+
+
+@pytest.fixture
+def qemu(tmp_path: Path) -> Iterator[FakeQemu]:
+    with FakeQemu(tmp_path / "qmp", SIZE, HOST) as served:
+        yield served
+
+
+@pytest.fixture
+def vm(qemu: FakeQemu, tmp_path: Path) -> Iterator[QemuVm]:
+    with QemuVm(tmp_path / "qmp") as connected:
+        yield connected
+
+
+@pytest.fixture
+def source() -> Iterator[GuestSource]:
+    """32 pages of data, then 32 of hole; the guest says that pages 8 to 16 are free."""
+    fd = memfd(SIZE)
+    os.pwrite(fd, os.urandom(32 * PAGE), 0)
+    ram = RamFile(fd, SIZE, [(0, SIZE, 0)], HOST)
+    with GuestSource([ram], None, "no module", None, None) as made:
+        yield made
+
+
+def free(source: GuestSource) -> FreeMemory:
+    return FreeMemory(np.array([[8, 16], [30, 40]], np.uint64), 2, 18, 0)
+
+
+def make(vm: QemuVm, source: GuestSource, folder: Path, **more: Any) -> Snapshot:
+    return Snapshot(vm, source, DirectoryStore(folder / "snap"), free_memory=free, **more)
+
+
+def test_leaves_out_holes_and_free_pages(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    manifest = make(vm, source, tmp_path).take()
+    assert manifest == open_snapshot(tmp_path / "snap") or manifest.extra
+    assert manifest.memory[0].data == (32 - 8 - 2) * PAGE
+    assert manifest.left_out == {"holes": 32 * PAGE, "verified": 10 * PAGE}
+    copied = (tmp_path / "snap" / "mem.ram").read_bytes()
+    data = os.pread(source.files[0].fd, SIZE, 0)
+    assert copied[: 8 * PAGE] == data[: 8 * PAGE]
+    assert copied[8 * PAGE : 16 * PAGE] == bytes(8 * PAGE)
+    assert copied[16 * PAGE : 30 * PAGE] == data[16 * PAGE : 30 * PAGE]
+    assert copied[30 * PAGE :] == bytes(34 * PAGE)
+    assert qemu.whole
+    assert manifest.balloon == {
+        "device": BALLOON,
+        "chardev": {"id": "c0", "path": "/run/balloon.sock"},
+    }
+
+
+def test_steps_come_in_this_order(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    seen = []
+
+    class Steps(Observer):
+        def step(self, name: str) -> None:
+            seen.append(name)
+
+    make(vm, source, tmp_path, observer=Steps()).take()
+    assert seen == [
+        "look", "unplug", "stop", "state", "verify", "copy", "resume", "plug", "finish", "done",
+    ]  # fmt: skip
+    order = [n for n in qemu.log if n in ("device_del", "stop", "xen-save-devices-state", "cont",
+                                          "chardev-remove", "device_add")]  # fmt: skip
+    assert order == [
+        "device_del", "stop", "xen-save-devices-state", "cont", "chardev-remove", "device_add",
+    ]  # fmt: skip
+
+
+def test_free_memory_is_asked_of_a_stopped_guest_only(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    states = []
+
+    def watching(source: GuestSource) -> FreeMemory:
+        states.append(qemu.status)
+        return free(source)
+
+    Snapshot(vm, source, DirectoryStore(tmp_path / "snap"), free_memory=watching).take()
+    assert states == ["paused"]
+
+
+def test_refused_verification_copies_all_data(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    def refused(source: GuestSource) -> FreeMemory:
+        raise VerificationRefused("another kernel")
+
+    manifest = Snapshot(vm, source, DirectoryStore(tmp_path / "snap"), free_memory=refused).take()
+    assert (manifest.verification, manifest.memory[0].data) == ("another kernel", 32 * PAGE)
+    other = Snapshot(vm, source, DirectoryStore(tmp_path / "other")).take()
+    assert (other.verification, other.memory[0].data) == ("no module", 32 * PAGE)
+
+
+def test_poison_is_a_reason_to_copy(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    source.poison = 0xAAAAAAAA
+    source.layout = object()  # type: ignore[assignment]
+    manifest = Snapshot(vm, source, DirectoryStore(tmp_path / "snap")).take()
+    assert "0xaaaaaaaa" in manifest.verification
+    assert manifest.memory[0].data == 32 * PAGE
+
+
+STEPS = ("device_del", "stop", "add-fd", "xen-save-devices-state", "cont", "chardev-add",
+         "device_add", "query-memdev", "x-query-ramblock", "qom-get")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", STEPS)
+def test_way_back_from_a_refused_command(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path, command: str
+) -> None:
+    """Refused once: everything is undone."""
+
+    def once(name: str) -> None:
+        qemu.refuse = {command} if name == command and qemu.log.count(command) == 1 else set()
+
+    qemu.on = once
+    with pytest.raises(UsageError, match="refused"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+    assert qemu.chardevs == {"c0": "/run/balloon.sock"}
+    assert not (tmp_path / "snap").exists()
+
+
+@pytest.mark.parametrize("command", ["migrate", "query-migrate", "migrate-set-capabilities"])
+def test_way_back_from_a_refused_migration(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path, command: str
+) -> None:
+    name_the_backend(qemu, source)
+
+    def once(name: str) -> None:
+        qemu.refuse = {command} if name == command and qemu.log.count(command) == 1 else set()
+
+    qemu.on = once
+    with pytest.raises(UsageError, match="refused"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+
+
+def test_failed_migration_is_told_in_qemus_words(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    name_the_backend(qemu, source)
+
+    def failing(name: str) -> None:
+        if name == "query-migrate":
+            qemu.migration = {"status": "failed", "error-desc": "no luck"}
+
+    qemu.on = failing
+    with pytest.raises(UsageError, match="no luck"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+
+
+def name_the_backend(qemu: FakeQemu, source: GuestSource) -> None:
+    qemu.backend_type = "memory-backend-file"
+    qemu.backend_path = f"/proc/self/fd/{source.files[0].fd}"
+
+
+def test_named_file_is_saved_by_migration(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    name_the_backend(qemu, source)
+    manifest = make(vm, source, tmp_path).take()
+    assert manifest.state.kind is StateKind.IGNORE_SHARED
+    assert (tmp_path / "snap" / "state").read_bytes() == b"device state"
+    assert qemu.whole
+
+
+def test_memfd_with_other_writable_ram_is_refused(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    qemu.graphics = True
+    with pytest.raises(UsageError, match=r"vga\.vram"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+    assert "device_del" not in qemu.log
+
+
+def test_file_that_is_no_backends_is_refused(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    qemu.host += PAGE
+    with pytest.raises(UsageError, match="memory backend mem"):
+        make(vm, source, tmp_path).take()
+    qemu.host -= PAGE
+    qemu.size *= 2
+    with pytest.raises(UsageError, match="memory backend mem"):
+        make(vm, source, tmp_path).take()
+    assert "device_del" not in qemu.log
+
+
+def test_guest_that_does_not_let_go(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vballoon.snapshot.recovery.UNPLUG_SECONDS", 0.1)
+    qemu.lets_go = False
+    with pytest.raises(UsageError, match="did not let go"):
+        make(vm, source, tmp_path, unplug_seconds=0.1).take()
+    assert qemu.whole
+    assert "stop" not in qemu.log
+
+
+def test_guest_that_lets_go_late_gets_its_balloon_back(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    qemu.lets_go = False
+
+    def late(name: str) -> None:
+        if name == "qom-list" and qemu.log.count("qom-list") > 14:
+            qemu.device = None if "device_add" not in qemu.log else qemu.device
+
+    qemu.on = late
+    with pytest.raises(UsageError, match="did not let go"):
+        make(vm, source, tmp_path, unplug_seconds=0.05).take()
+    assert qemu.whole
+    assert "device_add" in qemu.log
+
+
+def test_disk_that_is_full(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vballoon.snapshot.store.copy_extents", full)
+    with pytest.raises(UsageError, match="No space left"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+    assert not (tmp_path / "snap").exists()
+
+
+def test_quit_comes_after_the_manifest(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    there = []
+    qemu.on = lambda name: there.append((name, (tmp_path / "snap" / "manifest.json").exists()))
+    make(vm, source, tmp_path, quit=True).take()
+    assert ("quit", True) in there
+    assert "cont" not in qemu.log
+
+
+def test_machine_that_stands_still_is_refused(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    qemu.status = "paused"
+    with pytest.raises(UsageError, match="must be running"):
+        make(vm, source, tmp_path).take()
+    assert qemu.status == "paused"
+
+
+def test_note_survives_the_line(tmp_path: Path) -> None:
+    note = Note("/qmp", "/machine/x", dict(BALLOON), {"id": "c", "path": "p"}, True, True, True)
+    assert Note.loads(note.dumps()) == note
+
+
+@pytest.mark.parametrize(
+    ("note", "commands"),
+    [
+        (Note("q"), set()),
+        (Note("q", stop=True), {"query-status", "cont"}),
+        (Note("q", migrate=True), {"query-migrate", "query-migrate-capabilities"}),
+    ],
+)
+def test_going_back_does_no_more_than_the_note_says(
+    qemu: FakeQemu, vm: QemuVm, note: Note, commands: set[str]
+) -> None:
+    qemu.status = "paused"
+    before = len(qemu.log)
+    assert go_back(vm, note) == []
+    assert set(qemu.log[before:]) == commands
+
+
+def test_trouble_on_the_way_back_is_told_and_the_rest_is_done(qemu: FakeQemu, vm: QemuVm) -> None:
+    qemu.status, qemu.device, qemu.refuse = "paused", None, {"cont"}
+    note = Note("q", "/machine/peripheral/balloon0", dict(BALLOON), None, unplug=True, stop=True)
+    assert go_back(vm, note) == ["the guest is still stopped: QEMU: cont is refused"]
+    assert qemu.device == BALLOON
