@@ -24,10 +24,10 @@ $(VENV)/.stamp: pyproject.toml
 demo: venv ## boot a real guest on stock QEMU with the balloon attached (GUEST=embedded: without)
 	$(BIN)/python -m examples.demo --guest $(GUEST)
 
-test: venv lint unit ## everything; LAB=off leaves the lab out
+test: venv lint unit ## all tests (LAB=off: no virtual machines, FULL=1: the whole matrix)
 ifneq ($(LAB),off)
 	$(BIN)/python -m tests.lab setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m lab tests/lab_tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(if $(FULL),lab,lab and not full)" tests/lab_tests
 endif
 
 unit: venv ## all tests that need no virtual machine
