@@ -175,6 +175,33 @@ def test_a_walk_that_stopped_early_is_incomplete(rig: Rig) -> None:
     assert rig.event("ROUND_COMPLETED")["complete"] is False
 
 
+def test_reserved_flags_of_end_are_ignored(rig: Rig) -> None:
+    walker = Walker(rig)
+    walker.send(walker.begin(), walker.send_ranges((FIRST, 4)))
+    end = zeros(WalkEnd, ranges=1, pages=4, buffers=1).build()
+    walker.send(walker.header(WalkType.END, flags=0x8000) + end)
+    assert rig.event("ROUND_COMPLETED")["complete"] is True
+
+
+def test_a_walk_that_was_cut_is_incomplete(rig: Rig) -> None:
+    walker = Walker(rig)
+    walker.send(walker.begin(), walker.send_ranges((FIRST, 4)))
+    end = zeros(WalkEnd, ranges=1, pages=4, buffers=1).build()
+    walker.send(walker.header(WalkType.END, flags=1) + end)
+    assert rig.event("ROUND_COMPLETED")["complete"] is False
+
+
+def test_the_order_does_not_change_under_a_standing_id(rig: Rig) -> None:
+    seen: list[tuple[int, int]] = []
+    fields = rig.balloon.config.fields
+    rig.config_changed = lambda: seen.append(  # type: ignore[method-assign]
+        (fields.free_page_walk_cmd_id, fields.free_page_walk_min_order)
+    )
+    rig.balloon.start_walk(3)
+    rig.balloon.start_walk(9)
+    assert seen == [(2, 3), (0, 3), (3, 9)]
+
+
 def malformed(walker: Walker) -> dict[str, bytes]:
     good = walker.send_ranges((FIRST, 4), (FIRST + 8, 4))
     return {
@@ -243,6 +270,19 @@ class TestMemmap:
         layout = rig.balloon.walk_queue.memmap.layout
         assert layout is not None
         assert (layout.header.size, layout.runs.size, layout.partial) == (64, 3, False)
+
+    def test_a_set_that_breaks_off_leaves_the_one_before(self, rig: Rig) -> None:
+        walker = Walker(rig)
+        walker.send(*self.buffers(walker, 2))
+        before = rig.balloon.walk_queue.memmap.layout
+        walker.send(*self.buffers(walker, 3)[:2])
+        assert rig.balloon.walk_queue.memmap.layout is before is not None
+
+    def test_another_memory_map_voids_it(self, rig: Rig) -> None:
+        walker = Walker(rig)
+        walker.send(*self.buffers(walker, 2))
+        rig.balloon.memory_changed()
+        assert rig.balloon.walk_queue.memmap.layout is None
 
     @pytest.mark.parametrize("order", [(1,), (0, 0, 1), (0, 2, 1), (1, 0)])
     def test_parts_out_of_order_make_no_layout(self, rig: Rig, order: tuple[int, ...]) -> None:

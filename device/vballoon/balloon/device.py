@@ -20,7 +20,13 @@ from vballoon.errors import QueueError, UsageError
 from vballoon.memory import Discarder, GuestMemory
 from vballoon.skipmap import Provenance, Round, RoundKind, SkipMap, VoidReason
 from vballoon.virtio import VirtioDevice
-from vballoon_spec.virtio.balloon import PFN_SHIFT, VIRTIO_ID_BALLOON, BalloonFeature
+from vballoon_spec.virtio.balloon import (
+    CMD_ID_FIRST,
+    CMD_ID_STOP,
+    PFN_SHIFT,
+    VIRTIO_ID_BALLOON,
+    BalloonFeature,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,6 +169,7 @@ class Balloon(VirtioDevice):
         assert self.transport is not None
         self.skipmap = self.skipmap.rebuilt(self.transport.memory)
         self._end_rounds(VoidReason.MEMORY_CHANGED)
+        self.walk_queue.memmap.reset()  # it described another memory map [WALK-D14]
 
     def detach(self) -> None:
         """The front-end has gone; rounds belong to its connection."""
@@ -224,6 +231,9 @@ class Balloon(VirtioDevice):
         """Begin a walk round down to blocks of ``1 << min_order`` pages; returns its id."""
         self._require(Role.WALK, "the free page walk (feature 63 and the vballoon_walk module)")
         self.walk_queue.forget_round()
+        if self.config.fields.free_page_walk_cmd_id >= CMD_ID_FIRST:
+            self.walks.void("superseded by a newer round")
+            self._publish_walk(CMD_ID_STOP)  # the order must not change under a standing id
         self.config.fields.free_page_walk_min_order = min_order
         return self.walks.start().id
 

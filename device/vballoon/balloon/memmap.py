@@ -36,7 +36,7 @@ class MemmapLayout:
 
 
 class MemmapCollector:
-    """Puts the buffers of a set together; a buffer of another set starts anew."""
+    """Puts the buffers of a set together; a whole set replaces the one before [WALK-D13]."""
 
     def __init__(self) -> None:
         self.layout: MemmapLayout | None = None
@@ -54,7 +54,7 @@ class MemmapCollector:
         body = WalkMemmap.parse(payload[: WalkMemmap.SIZE])
         runs = np.frombuffer(payload, dtype=WalkMemmapRun.dtype(), offset=WalkMemmap.SIZE)
         if header.seq == 0:
-            self.layout, self._header, self._parts, self._flags = None, body, [], 0
+            self._header, self._parts, self._flags = body, [], 0
         if self._header != body or header.seq != len(self._parts) or not self._fits(body, runs):
             self._header, self._parts = None, []
             return False

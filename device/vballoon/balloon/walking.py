@@ -18,6 +18,7 @@ from vballoon_spec.walk.formats import (
     BUFFER_MAX,
     WalkBegin,
     WalkEnd,
+    WalkEndFlag,
     WalkHeader,
     WalkRange,
     WalkType,
@@ -128,7 +129,7 @@ class WalkQueue:
         self.end = end = WalkEnd.parse(data[WalkHeader.SIZE :])
         walk = self.rounds.round
         assert walk is not None  # a running round is a round
-        if end.result or header.flags:
+        if end.result or header.flags & WalkEndFlag.CUT:  # reserved flags are ignored [WALK-D5]
             walk.spoil(f"the walk stopped early (result {end.result}, flags {header.flags:#x})")
         if (end.ranges, end.pages, end.buffers) != (self._ranges, self._pages, self._buffers):
             walk.spoil("the driver's totals are not what arrived")
