@@ -16,6 +16,8 @@ from vballoon.skipmap import Provenance
 from vballoon_spec.virtio.balloon import CMD_ID_STOP, BalloonCmdId
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from vballoon.balloon.commands import CommandRounds
     from vballoon.balloon.counters import Counters
     from vballoon.skipmap import SkipMap
@@ -36,12 +38,15 @@ class HintQueue:
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
         """Follow the command ids, record the pages that belong to the round, give all back."""
-        done = 0
-        for at in _commands(batch):
-            self._pages(batch, done, at, skipmap)
-            self._command(batch, at)
-            done = at  # pages behind the id in the same buffer come under the new id
-        self._pages(batch, done, len(batch), skipmap)
+        if batch.writable.all():  # the usual batch: no command id among them
+            self._record(batch.addr, batch.len, skipmap)
+        else:
+            done = 0
+            for at in np.flatnonzero(batch.readable_size()).tolist():
+                self._pages(batch, done, at, skipmap)
+                self._command(batch, at)
+                done = at  # pages behind the id in the same buffer come under the new id
+            self._pages(batch, done, len(batch), skipmap)
         queue.give(batch.ids)
 
     def reset(self) -> None:
@@ -64,24 +69,20 @@ class HintQueue:
     def _pages(self, batch: ChainBatch, first: int, last: int, skipmap: SkipMap) -> None:
         """Record the writable descriptors of buffers *first* up to *last*."""
         part = slice(int(batch.first[first]), int(batch.first[last]))
-        addr, length, which = batch.addr[part], batch.len[part], batch.writable[part]
-        if not which.all():
-            addr, length = addr[which], length[which]
+        which = batch.writable[part]
+        self._record(batch.addr[part][which], batch.len[part][which], skipmap)
+
+    def _record(
+        self, addr: NDArray[np.uint64], length: NDArray[np.uint32], skipmap: SkipMap
+    ) -> None:
+        """Record the pages in ``[addr, addr + length)``, if this is the time for any."""
         if not addr.size:
             return
         if self._taking and self.rounds.running and self.rounds.round is not None:
             pages, odd = skipmap.set_bytes(Provenance.HINTED, addr, length)
-            self.rounds.round.record(records=int(addr.size), pages=pages)
+            self.rounds.round.record(records=addr.size, pages=pages)
             self._counters.hinted_pages += pages
         else:
             start, end, odd = whole_pages(addr, length)
             self._counters.hints_stale_pages += int((end - start).sum())
         self._counters.bad_hint += odd
-
-
-def _commands(batch: ChainBatch) -> list[int]:
-    """The buffers with something to read: command ids, and what should be one."""
-    if batch.writable.all():
-        return []
-    found: list[int] = np.flatnonzero(batch.readable_size()).tolist()
-    return found

@@ -83,12 +83,10 @@ static inline void fill_range(uint64_t *words, uint64_t first, uint64_t last, bo
 		words[a] = value ? words[a] | head : words[a] & ~head;
 		a++;
 	}
-	if (b - a <= 16) {
-		for (; a < b; a++)
-			words[a] = value ? ~0ULL : 0;
-	} else {
+	if (value && b - a == 16)
+		memset(&words[a], 0xff, 128); /* 4 MiB, what hints and reports are made of */
+	else
 		memset(&words[a], value ? 0xff : 0, (b - a) * 8);
-	}
 	if (last & 63)
 		words[b] = value ? words[b] | tail : words[b] & ~tail;
 }
@@ -190,8 +188,8 @@ static bool clip_and_fill(uint64_t *words, const struct column *c, uint64_t firs
 /*
  * mark(words, table, a, b, strides, n, kind, value, least) -> (pages, odd, clipped) or None
  *
- * Fill the bits of n ranges of pages.  None, and nothing is done, where the ranges together are
- * larger than the bitmap: they overlap, and are to be merged first.
+ * Fill the bits of n ranges of pages.  None, and only some are done, where the ranges together are
+ * larger than the bitmap: they overlap, and are to be merged first, so that the work is bounded.
  */
 static PyObject *mark(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -229,17 +227,13 @@ static PyObject *mark(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 			return failed(&a, "a table that does not fit the bitmap");
 	for (Py_ssize_t i = 0; i < c.n; i++) {
 		pages_of(&c, i, &first, &last, &odd);
-		total = total + (last - first) < total ? UINT64_MAX : total + (last - first);
-	}
-	if (total > (uint64_t)nwords * 64) {
-		release(&a);
-		Py_RETURN_NONE;
-	}
-	uint64_t again = 0;
-	for (Py_ssize_t i = 0; i < c.n; i++) {
-		pages_of(&c, i, &first, &last, &again);
 		if (first == last)
 			continue;
+		if (last - first > (uint64_t)nwords * 64 - total) {
+			release(&a);
+			Py_RETURN_NONE;
+		}
+		total += last - first;
 		if (in_a_row(&c, first, last))
 			fill_range(words, first + c.add, last + c.add, value);
 		else

@@ -49,7 +49,7 @@ class Native(Protocol):
 
         *table* (uint64[k, 3]) has first page, end page and what to add for the bit's number.
         Odd are BYTES that do not begin and end on a page, and COUNTED ranges of fewer than
-        *least* pages or not wholly in the table, which are left out.  None, with nothing done,
+        *least* pages or not wholly in the table, which are left out.  None, with only some done,
         where the ranges are together larger than the bitmap: merge them first.
         """
 

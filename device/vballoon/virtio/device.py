@@ -66,10 +66,12 @@ class DeviceQueue:
 
     def give(self, ids: NDArray[np.uint16], written: NDArray[np.uint32] | int = 0) -> None:
         """Return buffers to the driver and notify it if it asked for that."""
-        if np.ndim(written) == 0:
-            written = np.full(ids.size, written, dtype=np.uint32)
+        if isinstance(written, int):
+            lengths = np.full(ids.size, written, np.uint32) if written else _nothing(ids.size)
+        else:
+            lengths = np.asarray(written, dtype=np.uint32)
         try:
-            self.ring.give(ids, np.asarray(written, dtype=np.uint32))
+            self.ring.give(ids, lengths)
             self.given += int(ids.size)
             wanted = self.ring.should_notify()
         except MemoryFault as error:  # a ring reached by messages, and nobody answers
@@ -86,6 +88,15 @@ class DeviceQueue:
             self.broken = broken = QueueError(error.rule, error.detail)
             log.error("queue %d stopped: %s", self.index, broken)
             self._on_broken(self, broken)
+
+
+def _nothing(count: int) -> NDArray[np.uint32]:
+    """Lengths of buffers into which nothing was written: a balloon's only ones, so ready-made."""
+    return _ZEROES[:count] if count <= _ZEROES.size else np.zeros(count, np.uint32)
+
+
+_ZEROES = np.zeros(32768, np.uint32)
+_ZEROES.flags.writeable = False
 
 
 class Transport(Protocol):

@@ -39,50 +39,80 @@ class _Compiled(Batching):
     """What both formats have in common.  Made only where :data:`native` is there."""
 
     _desc: Area
-    _each = 1
-    """Descriptors of a buffer, rounded up, in the batch before: how much room to provide."""
+    _sum = 0
+    """Descriptors of the ring that the last buffers given back had."""
+    _chained = False
+    """The batch before had buffers of several descriptors: provide room for such."""
+    _stopped = False
+    """The last run ended before its limit: at what is not in order, or for want of room."""
 
-    @property
-    def _native(self) -> Native:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         assert native is not None  # make_virtqueue chooses these classes only then
-        return native
+        self._native: Native = native
+        self._tables = self._memory.tables
+        assert self._desc.bytes is not None  # batch engines serve mapped rings only
+        self._bytes = self._desc.bytes
+        self._taken, self._first = np.empty(self.size, np.uint16), np.empty(self.size + 1, np.intp)
+
+    def _take_new(self, limit: int, batch: ChainBatch | None = None) -> ChainBatch:
+        """As in every ring; but where one step takes all there is, that one is enough."""
+        if batch is None and self._window == self.size:
+            batch = self._take_run(limit)
+            if batch is None:
+                return self._empty
+            if batch.ids.size and not self._stopped:
+                return batch
+        return super()._take_new(limit, batch)
 
     def _run(
         self, limit: int, ring: NDArray[np.uint16] | None, at: int, wrap: bool
-    ) -> tuple[ChainBatch, NDArray[np.uint16], int]:
-        """The leading good buffers, the slots of each, and the slots of all."""
-        room = min(max(limit * self._each, limit + self.size), BATCH_DESCRIPTORS + self.size)
-        ids, taken = np.empty(limit, np.uint16), np.empty(limit, np.uint16)
-        first, addr = np.empty(limit + 1, np.intp), np.empty(room, np.uint64)
+    ) -> tuple[ChainBatch, int]:
+        """The leading good buffers, and the slots of all; those of each are in ``_taken``."""
+        room = limit
+        if self._chained:
+            room = min(limit * self.size, BATCH_DESCRIPTORS + self.size)
+        ids, addr = np.empty(limit, np.uint16), np.empty(room, np.uint64)
         length, writable = np.empty(room, np.uint32), np.empty(room, np.bool_)
-        assert self._desc.bytes is not None  # batch engines serve mapped rings only
         count, elements, held = self._native.take_run(
-            self._memory.tables, self._desc.bytes, ring, (at, wrap, self._indirect),
-            self._slots, (ids, taken, first, addr, length, writable), limit, self._held,
+            self._tables, self._bytes, ring, (at, wrap, self._indirect), self._slots,
+            (ids, self._taken, self._first, addr, length, writable), limit, self._held,
         )  # fmt: skip
-        if count:
-            self._each = -(-elements // count)
+        self._stopped = count < limit
+        if self._stopped and not self._chained:
+            self._chained = True
+            if not count:
+                return self._run(limit, ring, at, wrap)
+        plain = elements == count
+        if not self._stopped:
+            self._chained = not plain
         batch = ChainBatch(
-            ids=ids[:count],
-            first=first[: count + 1],
-            addr=addr[:elements],
-            len=length[:elements],
-            writable=writable[:elements],
-            memory=self._memory,
+            ids[:count] if self._stopped else ids,
+            self._count_up[: count + 1] if plain else self._first[: count + 1].copy(),
+            addr[:elements],
+            length[:elements],
+            writable[:elements],
+            self._memory,
         )
-        return batch, taken[:count], held - self._held
+        return batch, held - self._held
 
     def _check_given(
         self, ids: NDArray[np.uint16], written: NDArray[np.uint32]
     ) -> NDArray[np.uint16]:
         if self._in_order:
-            return super()._check_given(ids, written)
+            slots = super()._check_given(ids, written)
+            self._sum = int(slots.sum())
+            return slots
         if ids.shape != written.shape:
             raise UsageError(f"{ids.size} buffers but {written.size} lengths")
         slots = np.empty(ids.size, np.uint16)
-        if self._native.book_given(self._slots, _plain(ids, np.uint16), slots) < 0:
+        self._sum = self._native.book_given(self._slots, _plain(ids, np.uint16), slots)
+        if self._sum < 0:
             raise UsageError("a buffer is given back that is not outstanding")
         return slots
+
+    def _freed(self, slots: NDArray[np.uint16]) -> int:
+        return self._sum
 
 
 class CompiledSplit(_Compiled, BatchSplit):
@@ -93,10 +123,10 @@ class CompiledSplit(_Compiled, BatchSplit):
         if not pending:
             return None
         limit = min(limit, pending, self.size - self._held)
-        batch, taken, slots = self._run(limit, self._heads, self._avail & (self.size - 1), False)
-        if len(batch):
-            self._consume(len(batch), slots)
-            self._log_take(batch, taken, None)
+        batch, slots = self._run(limit, self._heads, self._avail & (self.size - 1), False)
+        if batch.ids.size:
+            self._consume(batch.ids.size, slots)
+            self._log_take(batch, self._taken[: batch.ids.size].copy(), None)
             self._count(batch, slots)
         return batch
 
@@ -121,20 +151,19 @@ class CompiledPacked(_Compiled, BatchPacked):
         ):
             return None
         limit = min(limit, self.size - self._held)
-        batch, _, slots = self._run(limit, None, self._avail, self._avail_wrap)
-        if len(batch):
-            self._consume(len(batch), slots)
+        batch, slots = self._run(limit, None, self._avail, self._avail_wrap)
+        if batch.ids.size:
+            self._consume(batch.ids.size, slots)
             self._count(batch, slots)
         return batch
 
     def _write_used(
         self, ids: NDArray[np.uint16], written: NDArray[np.uint32], slots: NDArray[np.uint16]
     ) -> Callable[[], None]:
-        start, moved = self._used, int(slots.sum())
+        start, moved = self._used, self._sum
         ids, written = _plain(ids, np.uint16), _plain(written, np.uint32)
-        assert self._desc.bytes is not None  # batch engines serve mapped rings only
         first = self._native.used_packed(
-            self._desc.bytes, start, self._used_wrap, ids, written, _plain(slots, np.uint16)
+            self._bytes, start, self._used_wrap, ids, written, _plain(slots, np.uint16)
         )
         self._mark_used(start, moved)
         self._used, self._used_wrap = self._step(start, self._used_wrap, moved)

@@ -92,9 +92,12 @@ class Ring(Virtqueue):
             batch = self._take_new(limit)
         return batch
 
-    def _take_new(self, limit: int) -> ChainBatch:
-        """Parts of a batch, until nothing is left or the first malformed chain is reached."""
-        batch = self._empty
+    def _take_new(self, limit: int, batch: ChainBatch | None = None) -> ChainBatch:
+        """Parts of a batch, until nothing is left or the first malformed chain is reached.
+
+        *batch* is what there is of it already.
+        """
+        batch = batch or self._empty
         while len(batch) < limit and batch.addr.size < BATCH_DESCRIPTORS:
             try:
                 part = self._take_part(limit - len(batch))
@@ -213,9 +216,14 @@ class Ring(Virtqueue):
         # Elements first, then the index or the first flag.
         fence.release()
         publish()
-        self._outstanding -= int(ids.size)
-        self._held -= int(slots.sum())
-        self._inflight.after_give(ids, self.state())
+        self._outstanding -= ids.size
+        self._held -= self._freed(slots)
+        if not isinstance(self._inflight, NullInflight):
+            self._inflight.after_give(ids, self.state())
+
+    def _freed(self, slots: NDArray[np.uint16]) -> int:
+        """The sum of what :meth:`_check_given` has just returned."""
+        return int(slots.sum())
 
     def _check_given(
         self, ids: NDArray[np.uint16], written: NDArray[np.uint32]
