@@ -147,6 +147,15 @@ class Target:
         """Whether the process ended by itself without an error (serves one connection only)."""
         return self.popen is not None and self.popen.poll() == 0
 
+    def ends_after_a_connection(self, limit: float = 0.15) -> bool:
+        """Whether this backend ends by itself, without an error, once its front-end has left."""
+        deadline = time.monotonic() + limit
+        while self.popen is not None and time.monotonic() < deadline:
+            if self.left_in_peace:
+                return True
+            time.sleep(0.01)
+        return self.left_in_peace
+
     def expect_healthy(self) -> None:
         """Raise :class:`Finding` for a crash, or for a traceback in the output."""
         if self.gone and not self.left_in_peace:

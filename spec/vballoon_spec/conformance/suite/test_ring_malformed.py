@@ -32,6 +32,8 @@ def aftermath(
         rig.run([rig.profile.exchange(rig, 5)], queue=other, watch=False)
     if again is not None and not rig.target.gone:
         rig.leave()
+        if rig.target.ends_after_a_connection():
+            return
         fresh = again(rig.packed)
         fresh.bring_up()
         fresh.run([fresh.profile.exchange(fresh, 1)])

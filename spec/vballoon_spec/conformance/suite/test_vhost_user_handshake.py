@@ -103,8 +103,8 @@ def test_acknowledgements(split_rig: VhostUserRig) -> None:
     split_rig.need_protocol(P.REPLY_ACK)
     fe = ready(split_rig)
     for request, payload in (
-        (Request.SET_OWNER, b""),
         (Request.SET_FEATURES, word(fe.acked)),
+        (Request.SET_VRING_NUM, VhostVringState(index=0, num=64).build()),
         (Request.SET_PROTOCOL_FEATURES, word(int(fe.protocol))),
     ):
         fe.send(request, payload, need_reply=True)
@@ -127,7 +127,7 @@ def test_no_reply_where_none_is_asked_for(split_rig: VhostUserRig) -> None:
     """Without NEED_REPLY a request without a reply of its own stays unanswered."""
     fe = ready(split_rig)
     fe.send(Request.SET_FEATURES, word(fe.acked))
-    fe.send(Request.SET_OWNER)
+    fe.send(Request.SET_VRING_NUM, VhostVringState(index=0, num=64).build())
     require(fe.tap.silent(0.05), "a reply that nobody asked for")
     require(fe.usable(), "the connection ended")
 

@@ -42,21 +42,10 @@ def next_one(rig: VhostUserRig, new_rig: MakeRig) -> None:
     """Leave; the next front-end is served as the first was (if the backend lives on)."""
     rig.survive()
     rig.leave()
-    if rig.target.left_in_peace or (rig.target.spawned and _ends_soon(rig)):
+    if rig.target.ends_after_a_connection():
         return
     fresh = new_rig(False)
     negotiated(fresh)
-
-
-def _ends_soon(rig: VhostUserRig) -> bool:
-    """Whether a backend that serves one connection ends after it."""
-    if rig.target.popen is None:
-        return False
-    for _ in range(10):
-        if rig.target.gone:
-            return True
-        rig.main_quiet(0.01)
-    return False
 
 
 @pytest.mark.requirement("vu.robust.size")
@@ -243,7 +232,7 @@ def test_connection_ends_within_a_message(
     raw = VhostUserHeader(request=Request.SET_FEATURES, flags=1, size=8).build() + bytes(8)
     rig.fe.tap.send(raw[:length])
     rig.leave()
-    if not _ends_soon(rig):
+    if not rig.target.ends_after_a_connection():
         negotiated(new_rig(False))
     rig.target.expect_healthy()
 
@@ -297,7 +286,7 @@ def test_random_bytes(split_rig: VhostUserRig, new_rig: MakeRig, seed: int) -> N
         pass
     split_rig.leave()
     split_rig.target.expect_healthy()
-    if not split_rig.target.gone and not _ends_soon(split_rig):
+    if not split_rig.target.gone and not split_rig.target.ends_after_a_connection():
         negotiated(new_rig(False))
 
 
@@ -323,7 +312,7 @@ def test_many_connections(new_rig: MakeRig) -> None:
     rig.bring_up()
     rig.run([rig.profile.exchange(rig, 0)])
     rig.leave()
-    if _ends_soon(rig):
+    if rig.target.ends_after_a_connection():
         not_applicable("the backend serves one connection and ends")
     held = -1
     for turn in range(5):
@@ -354,7 +343,7 @@ def test_front_end_dies_at_any_moment(new_rig: MakeRig, moment: str) -> None:
         rig.kick(rig.profile.main)
     rig.leave()
     rig.target.expect_healthy()
-    if _ends_soon(rig):
+    if rig.target.ends_after_a_connection():
         not_applicable("the backend serves one connection and ends")
     fresh = new_rig(False)
     fresh.bring_up()
