@@ -8,7 +8,6 @@ complete only under conditions, and those are checked: where one does not hold t
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -57,16 +56,22 @@ def objections() -> str:
 
 
 def _kernel_marks() -> bool:
-    """Whether a write to a page of ours is seen, and none before it."""
-    page = ctypes.create_string_buffer(2 * PAGE)
-    place = -(-ctypes.addressof(page) // PAGE)
-    target = ctypes.c_char.from_address(place * PAGE)
-    target.value = b"a"
+    """Whether a write to a page of ours is seen, and none before it.
+
+    A mapping that grows meanwhile counts as written all over, so this may take some attempts.
+    """
+    return any(_mark_is_seen() for _ in range(5))
+
+
+def _mark_is_seen() -> bool:
+    memory = np.ones(4 << 20, np.uint8)  # so large that it gets a mapping of its own
+    middle = memory.ctypes.data + memory.size // 2
+    pagemap = Path("/proc/self/pagemap")
     try:
         Path("/proc/self/clear_refs").write_text("4")
-        before = _read_marks(Path("/proc/self/pagemap"), place, 1)[0]
-        target.value = b"b"
-        after = _read_marks(Path("/proc/self/pagemap"), place, 1)[0]
+        before = _read_marks(pagemap, middle // PAGE, 1)[0]
+        memory[memory.size // 2] = 2
+        after = _read_marks(pagemap, middle // PAGE, 1)[0]
     except (OSError, UsageError):
         return False
     return bool(not before & SOFT_DIRTY and after & SOFT_DIRTY)
