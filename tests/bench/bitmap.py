@@ -6,15 +6,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 from tests.bench.measure import Samples, Turn, clock, interleaved, ratio
 from tests.bench.options import Options
 from tests.bench.peer import Copy, Job, Work
 from tests.bench.record import ROOT, Part
+from tests.bench.subjects import COMPILED
 from tests.fakes.memory import make_memory
 
-from vballoon.balloon.walking import checked_ranges
 from vballoon.memory import GuestMemory, MemoryRegion
 from vballoon.skipmap import Provenance, SkipMap
 from vballoon.virtqueue import RingAddresses
@@ -54,7 +55,8 @@ def run(options: Options) -> Part:
 def _ranges(part: Part, options: Options) -> None:
     memory = make_memory((0, GUEST))
     table = part.table(
-        "Million ranges a second into the bitmap", "ranges", "batch", "ours", "C", "C / ours",
+        "Million ranges a second into the bitmap", "ranges", "batch", "ours", "NumPy alone", "C",
+        "C / ours",
         "memcpy of the records, GB/s",
     )  # fmt: skip
     kinds = [(f"order {order}", order) for order in ORDERS]
@@ -66,9 +68,10 @@ def _ranges(part: Part, options: Options) -> None:
             found = _compare_ranges(memory, records, options)
             ours = _rate(part, found["ours"], records.size, kind=str(kind), batch=records.size)
             plain = _rate(part, found["C"], records.size, kind=str(kind), batch=records.size)
+            pure = _rate(part, found["numpy"], records.size, kind=str(kind), batch=records.size)
             copied = found["copy"].median
             table.rows.append(
-                [title, records.size, ours.median, plain.median,
+                [title, records.size, ours.median, pure.median, plain.median,
                  ratio(found["ours"], found["C"]), records.nbytes / copied * 1e-9]
             )  # fmt: skip
             if kind in (9, 10, "mixed") and batch in (1024, 65536):
@@ -114,20 +117,29 @@ def _compare_ranges(
     skipmap = SkipMap(memory)
     job = Job(memory, 64, RingAddresses(0, 4096, 8192), 0, Work.WALK)
     loops = max(1, 65536 // records.size)
+    patches = [mock.patch(name, None) for name in COMPILED]
 
     def ours() -> float:
         start = clock()
         for _ in range(loops):
-            first, end, _ = checked_ranges(memory, records, 1)
-            skipmap.set_ranges(Provenance.WALKED, first, end)
+            skipmap.set_records(Provenance.WALKED, records, 1)
         return (clock() - start) / loops
+
+    def numpy() -> float:
+        for patch in patches:
+            patch.start()
+        seconds = ours()
+        for patch in patches:
+            patch.stop()
+        return seconds
 
     def plain() -> float:
         return sum(job.plain_ranges(records) for _ in range(loops)) / loops
 
     copy = Copy(records.nbytes)
     found = interleaved(
-        {"ours": ours, "C": plain, "copy": lambda: copy(loops) / loops}, min(options.turns, 21)
+        {"ours": ours, "numpy": numpy, "C": plain, "copy": lambda: copy(loops) / loops},
+        min(options.turns, 21),
     )
     words = skipmap.bitmap(Provenance.WALKED).words[: memory.end >> 18]
     assert (words == job.bitmap[: words.size]).all(), "the C loop has set other bits"

@@ -4,9 +4,11 @@
  * benchmarks set our figures beside.  Written for the benchmark alone, and compiled by it.
  *
  * Two speeds.  The "library" loop does for each buffer what a vhost-user library in C does
- * (libvhost-user is the model): an allocated element with a scatter list for each buffer, every
- * address looked up in the table of regions, the used index published buffer by buffer, the event
- * index kept.  The "lean" loop is the least that is still safe: one region, bounds checked, no
+ * (libvhost-user, of QEMU 11, is the model): calls into another object for pop, push and address
+ * look-up, so not inlined; an allocated element with a scatter list for each buffer, every address
+ * looked up in the table of regions; on push, the descriptors looked at again for the dirty log,
+ * and the negotiated features asked for log, in-flight record and event index; the used index
+ * published buffer by buffer, and the event index kept.  The "lean" loop is the least that is still safe: one region, bounds checked, no
  * allocation, used elements written in place, the index published once.
  *
  * A job is one queue.  All its memory belongs to the caller.
@@ -54,7 +56,12 @@ struct job {
 	uint32_t avail_wrap, used_wrap;
 	uint64_t *bitmap, pages;
 	uint64_t buffers, bad, notify;
+	volatile uint64_t protocol; /* features of the protocol: log and in-flight record, both off */
+	volatile uint32_t broken;
 };
+
+enum { LOG = 1, INFLIGHT = 2 };
+#define LIBRARY_CALL __attribute__((noinline))
 
 /* ---- bits and guest memory ---- */
 
@@ -122,11 +129,11 @@ static void record_payload(struct job *j, const uint8_t *data, size_t len)
 /* ---- the library loop ---- */
 
 struct element {
-	unsigned index, slots, in_num, out_num;
+	unsigned index, slots, in_num, out_num, at;
 	struct iovec *in, *out;
 };
 
-static void *lookup(const struct job *j, uint64_t addr, uint64_t *len)
+LIBRARY_CALL static void *lookup(const struct job *j, uint64_t addr, uint64_t *len)
 {
 	for (uint32_t i = 0; i < j->nregions; i++) {
 		const struct region *r = &j->regions[i];
@@ -153,7 +160,7 @@ static bool to_guest(const struct job *j, const void *va, uint64_t *addr)
 	return false;
 }
 
-static bool map_desc(struct job *j, unsigned *count, struct iovec *iov, uint64_t addr, uint64_t len)
+LIBRARY_CALL static bool map_desc(struct job *j, unsigned *count, struct iovec *iov, uint64_t addr, uint64_t len)
 {
 	if (!len)
 		return false;
@@ -172,7 +179,7 @@ static bool map_desc(struct job *j, unsigned *count, struct iovec *iov, uint64_t
 	return true;
 }
 
-static struct element *new_element(unsigned in_num, unsigned out_num)
+LIBRARY_CALL static struct element *new_element(unsigned in_num, unsigned out_num)
 {
 	struct element *e = malloc(sizeof(*e) + (in_num + out_num) * sizeof(struct iovec));
 
@@ -184,7 +191,7 @@ static struct element *new_element(unsigned in_num, unsigned out_num)
 }
 
 /* Maps one chain; *table* and *count* are the ring's or an indirect table's. */
-static struct element *pop_chain(struct job *j, unsigned head)
+LIBRARY_CALL static struct element *pop_chain(struct job *j, unsigned head)
 {
 	struct iovec iov[MAX_SG];
 	struct desc *table = j->desc, *d = &table[head];
@@ -244,6 +251,9 @@ static struct element *pop_chain(struct job *j, unsigned head)
 	memcpy(e->out, iov, out * sizeof(*iov));
 	memcpy(e->in, iov + out, in * sizeof(*iov));
 	j->inuse += slots;
+	e->at = head;
+	if (j->protocol & INFLIGHT)
+		j->bad++;
 	return e;
 }
 
@@ -262,10 +272,12 @@ static bool packed_ready(const struct job *j)
 	return !!(flags & AVAIL) == j->avail_wrap && !!(flags & USED) != j->avail_wrap;
 }
 
-static struct element *pop(struct job *j)
+LIBRARY_CALL static struct element *pop(struct job *j)
 {
 	unsigned head;
 
+	if (j->broken)
+		return NULL;
 	if (j->packed) {
 		if (!packed_ready(j))
 			return NULL;
@@ -296,8 +308,41 @@ static struct element *pop(struct job *j)
 	return e;
 }
 
-static void push(struct job *j, struct element *e, uint32_t len)
+/* What the device wrote, for a migrating front-end: the chain is followed until *len* is used up. */
+LIBRARY_CALL static void log_writes(struct job *j, const struct element *e, uint32_t len)
 {
+	const struct desc *d = &j->desc[e->at];
+	unsigned seen = 0;
+
+	if ((j->packed ? d->b : d->a) & INDIRECT) {
+		uint64_t size = d->len;
+
+		if (size % 16)
+			return;
+		d = lookup(j, d->addr, &size);
+		if (!d)
+			return;
+	}
+	do {
+		uint32_t part = d->len < len ? d->len : len;
+
+		if (++seen > j->num)
+			return;
+		if ((j->packed ? d->b : d->a) & WRITE) {
+			if (part && j->protocol & LOG)
+				j->bad++; /* no log is kept in a benchmark */
+			len -= part;
+		}
+	} while (len && (j->packed ? d->b : d->a) & NEXT && (d = &j->desc[d->b % j->num]));
+}
+
+LIBRARY_CALL static void push(struct job *j, struct element *e, uint32_t len)
+{
+	if (j->broken)
+		return;
+	log_writes(j, e, len);
+	if (j->protocol & INFLIGHT)
+		j->bad++; /* nor is such a record */
 	if (j->packed) {
 		struct desc *d = &j->desc[j->used];
 		uint16_t flags = (j->used_wrap ? AVAIL | USED : 0) | (len ? WRITE : 0);
@@ -318,8 +363,12 @@ static void push(struct job *j, struct element *e, uint32_t len)
 		ring[j->used % j->num].len = len;
 		atomic_thread_fence(memory_order_release);
 		*(volatile uint16_t *)&j->device[1] = ++j->used;
+		if (j->protocol & LOG)
+			j->bad++;
 	}
 	j->inuse -= e->slots;
+	if (j->protocol & INFLIGHT)
+		j->bad++;
 }
 
 static void notify(struct job *j)

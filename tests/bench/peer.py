@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import mmap
+import os
 import shutil
 import subprocess
 import tempfile
@@ -47,6 +49,7 @@ class _Job(ctypes.Structure):
         ("last_avail", u16), ("shadow_avail", u16), ("used", u16), ("signalled", u16),
         ("avail_wrap", u32), ("used_wrap", u32),
         ("bitmap", ptr), ("pages", u64), ("buffers", u64), ("bad", u64), ("notify", u64),
+        ("protocol", u64), ("broken", u32),
     )  # fmt: skip
 
 
@@ -86,7 +89,7 @@ class Job:
         work: int,
     ) -> None:
         self.memory = memory
-        self.bitmap = np.zeros(-(-memory.end >> 18) + 1, np.uint64)
+        self.bitmap = _shared_words(-(-memory.end >> 18) + 1)
         is_packed = f.has(features, f.VIRTIO_F_RING_PACKED)
         sizes = (
             (packed.ring_size(size), 4, 4) if is_packed
@@ -134,6 +137,15 @@ class Copy:
         """Seconds for *repeat* copies."""
         to, source = _address(self._to), _address(self._from)
         return int(library().timed_copy(to, source, self._to.size, repeat)) * 1e-9
+
+
+def _shared_words(count: int) -> np.ndarray:
+    """Zeroes in a memory file: pages of the kind that our bitmaps are in, for the comparison."""
+    fd = os.memfd_create("peer")
+    os.ftruncate(fd, 8 * count)
+    mapping = mmap.mmap(fd, 8 * count)
+    os.close(fd)
+    return np.frombuffer(mapping, np.uint64)
 
 
 def _address(view: np.ndarray | None) -> int:

@@ -28,31 +28,33 @@ BUFFERS_A_CASE = {"quick": 20_000, "short": 60_000, "full": 400_000}
 """Buffers that decide how many turns a case gets."""
 
 
+NOTES = [
+    (
+        "A turn: the driver fills the ring, the device serves it (timed: take, check, record in the "
+        "bitmap, give back, decide about notifications), the driver checks what came back."
+    ),
+    (
+        "*batch* is the engine in use, with its inner loops compiled; *numpy* the same without "
+        "them; *scalar* the one that walks a descriptor at a time. The C loops are in "
+        "`tests/bench/peer.c`: *library* does what a vhost-user library in C does for each buffer, "
+        "*lean* the least that is still safe. All bitmaps are in memory files, and are compared "
+        "at the end of each case. *copy* is a `memcpy` of as many bytes as have to be read and "
+        "written (descriptors, ring entries, payload, bitmap): the floor."
+    ),
+    (
+        "Hints and reports are of free blocks of 4 MiB in shuffled order; a report has 32 of them, "
+        "an inflate buffer 256 page numbers, a walk buffer 2047 ranges of 8 pages. Holes are not "
+        "punched here, on neither side: that is the kernel's time."
+    ),
+    "The guest has 128 GiB (a bitmap of 4 MiB, colder than the caches) unless said otherwise.",
+]
+
+
 def run(options: Options) -> Part:
     """Every queue, format and size."""
     part = Part("rings", "Rings: nanoseconds a buffer")
-    part.notes += [
-        (
-            "A turn: the driver fills the ring, the device serves it (timed: take, check, "
-            "record in "
-            "the bitmap, give back, decide about notifications), the driver checks what came back."
-        ),
-        "The C loops are in `tests/bench/peer.c` (" + compiler_version() + "): *library* does what "
-        "a vhost-user library in C does for each buffer, *lean* the least that is still safe. "
-        "Bitmaps of all contenders are compared at the end of each case.",
-        (
-            "*copy* is a `memcpy` of as many bytes as have to be read and written (descriptors, "
-            "ring "
-            "entries, payload, bitmap): the floor."
-        ),
-        (
-            "Hints, reports and walks are of free blocks of 4 MiB in shuffled order; a report "
-            "has 32 "
-            "of them, an inflate buffer 256 page numbers, a walk buffer 255 ranges. Holes are not "
-            "punched here, on neither side: that is the kernel's time."
-        ),
-        "The guest has 128 GiB (a bitmap of 4 MiB, colder than the caches) unless said otherwise.",
-    ]
+    part.notes += NOTES
+    part.notes.append("C compiler: " + compiler_version() + ".")
     sizes = ALL_SIZES if options.full else SIZES
     with without_kernel():
         for role in ROLES:
@@ -73,8 +75,8 @@ def _family(
         case = Case(role, size, packed, indirect)
         if case.role == "report" and not indirect and size < 4 * 32:
             continue
-        if case.role == "walk" and size > 4096:
-            continue  # buffers of a page each: more than 16 MiB of them say nothing about rings
+        if case.role == "walk" and size > 1024:
+            continue  # buffers of 32 KiB each: more of them say nothing about rings
         found, buffers = measure(case, options, scalar=size <= SCALAR_MAX and options.full)
         table = table or _table(part, case.name)
         _row(part, table, case, found, buffers, "128 GiB")
@@ -82,7 +84,7 @@ def _family(
 
 def _table(part: Part, title: str) -> Table:
     return part.table(
-        title, "queue size", "buffers", "batch", "scalar", "C library", "C lean", "copy",
+        title, "queue size", "buffers", "batch", "numpy", "scalar", "C library", "C lean", "copy",
         "batch / library", "batch / lean",
     )  # fmt: skip
 
@@ -102,7 +104,7 @@ def _row(
         [case.size, buffers]
         + [
             each[n].median if n in each else None
-            for n in ("batch", "scalar", "library", "lean", "copy")
+            for n in ("batch", "numpy", "scalar", "library", "lean", "copy")
         ]
         + [ratio(each["batch"], each["library"]), ratio(each["batch"], each["lean"])]
     )
@@ -138,6 +140,7 @@ def make_subjects(
 
     subjects: dict[str, Subject] = {
         "batch": OurSubject(case, memory, arena, payloads(), engine="batch"),
+        "numpy": OurSubject(case, memory, arena, payloads(), engine="numpy"),
         "library": CSubject(case, memory, arena, payloads(), lean=False),
         "lean": CSubject(case, memory, arena, payloads(), lean=True),
     }

@@ -40,6 +40,23 @@ if TYPE_CHECKING:
 __all__ = ("WalkQueue",)
 
 
+MANY = 512
+"""Ranges in a buffer from which it is recorded at once, while it is in the cache; smaller ones
+wait for the end of their batch."""
+
+
+def _header(data: bytes) -> WalkHeader:
+    """The header of a buffer; a fifth of the time that its parser takes."""
+    if len(data) < WalkHeader.SIZE:
+        raise WireError(f"walk buffer of {len(data)} bytes")
+    kind, flags, round_, seq, num = np.frombuffer(data, WalkHeader.dtype(), 1).item()
+    return WalkHeader(type=kind, flags=flags, round=round_, seq=seq, num=num)
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 class WalkQueue:
     """Serves walk_vq."""
 
@@ -76,7 +93,7 @@ class WalkQueue:
         self._pending = []
 
     def _buffer(self, data: bytes, skipmap: SkipMap) -> None:
-        header = WalkHeader.parse(data[: WalkHeader.SIZE])
+        header = _header(data)
         if len(data) != buffer_size(header):
             raise WireError(f"walk buffer of {len(data)} bytes, its header says otherwise")
         match header.type:
@@ -84,6 +101,8 @@ class WalkQueue:
                 self._begin(header, data)
             case WalkType.RANGES:
                 self._take_ranges(header, data)
+                if header.num >= MANY:
+                    self._flush(skipmap)
             case WalkType.END:
                 self._flush(skipmap)
                 self._finish(header, data)
@@ -107,10 +126,10 @@ class WalkQueue:
         self._pending.append(np.frombuffer(data, WalkRange.dtype(), offset=WalkHeader.SIZE))
 
     def _flush(self, skipmap: SkipMap) -> None:
-        """Check and set what has come in, all at once."""
+        """Check and set what has come in."""
         if not self._pending:
             return
-        records, self._pending = np.concatenate(self._pending), []
+        records, self._pending = _joined(self._pending), []
         if not self.rounds.running or self.rounds.round is None or self.begin is None:
             return
         least = 1 << min(self.begin.min_order + max(self.begin.page_shift - PFN_SHIFT, 0), 30)
