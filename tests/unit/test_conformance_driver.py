@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite's own driver side: rings that go around, memory that notices, reports that tell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vballoon_spec.conformance.findings import Finding
+from vballoon_spec.conformance.memory import PAGE, GuestRam
+from vballoon_spec.conformance.options import OPTIONS
+from vballoon_spec.conformance.page import render
+from vballoon_spec.conformance.plugin import repeat_command
+from vballoon_spec.conformance.record import Record, Run
+from vballoon_spec.conformance.ring import DriverRing, Segment
+from vballoon_spec.conformance.ring_packed import PackedRing
+from vballoon_spec.conformance.ring_split import SplitRing
+from vballoon_spec.conformance.target import Options
+from vballoon_spec.conformance.verdict import FAILED, PASSED, WARNED, verdicts
+
+
+@pytest.fixture
+def ram():
+    made = GuestRam()
+    yield made
+    made.close()
+
+
+def use_split(ring: SplitRing, length: int) -> None:
+    """A device that gives back everything, in order."""
+    while ring.used_idx != int(ring.avail[1]):
+        slot = ring.used_idx % ring.size
+        ring.elements[slot] = (int(ring.avail[2 + slot]), length)
+        ring.used_words[1] = (ring.used_idx + 1) & 0xFFFF
+
+
+class PackedDevice:
+    """A device that gives back everything, in order."""
+
+    def __init__(self, ring: PackedRing) -> None:
+        self.ring, self.slot, self.wrap = ring, 0, 1
+
+    def use(self, length: int) -> None:
+        ring = self.ring
+        while True:
+            flags = int(ring.desc["flags"][self.slot])
+            if bool(flags & 0x80) != bool(self.wrap) or bool(flags & 0x8000) == bool(self.wrap):
+                return
+            start, wrap = self.slot, self.wrap
+            while True:
+                last = int(ring.desc["flags"][self.slot])
+                name = int(ring.desc["id"][self.slot])
+                self.slot += 1
+                if self.slot == ring.size:
+                    self.slot, self.wrap = 0, self.wrap ^ 1
+                if not last & 1:
+                    break
+            ring.write_slot(start, 0, length, name, (0x8080 if wrap else 0) | 2)
+
+
+@pytest.mark.parametrize("size", [4, 5, 7, 16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rings_go_around(ram: GuestRam, packed: bool, size: int) -> None:
+    if not packed and size in (5, 7):
+        size *= 2
+        size = 1 << size.bit_length()
+    ring: DriverRing = PackedRing(ram, size) if packed else SplitRing(ram, size, start=65530)
+    device = PackedDevice(ring) if isinstance(ring, PackedRing) else None
+    where = ram.alloc(64, 64, 1)
+    for turn in range(5 * size):
+        count = 1 + turn % 3
+        ids = [ring.add([Segment(where, 1)] * count, publish=False)]
+        if 2 * count <= size:
+            ids.append(ring.add([Segment(where, 1)] * count, publish=False))
+        ring.publish()
+        use_split(ring, 7) if isinstance(ring, SplitRing) else device.use(7)
+        assert [u.id for u in ring.collect(len(ids), 0.1)] == ids
+        assert ring.outstanding == 0
+
+
+def test_a_buffer_that_comes_back_twice_is_a_finding(ram: GuestRam) -> None:
+    ring = SplitRing(ram, 8)
+    head = ring.add([Segment(0, 1)])
+    ring.elements[0] = ring.elements[1] = (head, 0)
+    ring.used_words[1] = 2
+    with pytest.raises(Finding, match="was not with the device"):
+        ring.poll()
+
+
+def test_a_used_index_out_of_bounds_is_a_finding(ram: GuestRam) -> None:
+    ring = SplitRing(ram, 8)
+    ring.add([Segment(0, 1)])
+    ring.used_words[1] = 9
+    with pytest.raises(Finding, match="used index 9"):
+        ring.poll()
+
+
+@pytest.mark.parametrize("offset", [0, 1, PAGE, 2**20, 2**21 - 1])
+def test_memory_notices_every_byte(ram: GuestRam, offset: int) -> None:
+    before = ram.picture()
+    ram.write(0x4000_0000 + offset, bytes([ram.read(0x4000_0000 + offset, 1)[0] ^ 1]))
+    with pytest.raises(Finding, match=f"{0x4000_0000 + offset:#x}"):
+        ram.expect_untouched(before)
+    ram.expect_untouched(before, [(0x4000_0000 + offset, 0x4000_0000 + offset + 1)])
+
+
+def test_memory_notices_its_guards(ram: GuestRam) -> None:
+    before = ram.picture()
+    region = ram.regions[0]
+    os.pwrite(region.fd, b"\0", region.offset + region.size)
+    with pytest.raises(Finding, match="outside its region"):
+        ram.expect_untouched(before, [(0, 1 << 40)])
+
+
+def test_looking_at_memory_fills_no_hole(ram: GuestRam) -> None:
+    region = ram.regions[1]
+    region.view.madvise(9, 0, 16 * PAGE)  # MADV_REMOVE
+    assert ram.is_hole(0x4000_0000, 16 * PAGE)
+    ram.picture()
+    ram.read(0x4000_0000, 16 * PAGE)
+    assert ram.is_hole(0x4000_0000, 16 * PAGE)
+
+
+def a_run() -> Run:
+    return Run(
+        "vhost-user", "balloon", "backend <here>",
+        records=[
+            Record("test_a.py::test_one", "passed", requirements=["split.used.id"]),
+            Record("test_a.py::test_two", "failed", requirements=["split.used-notify.flag-set"],
+                   observed="Finding: it is <loud>", wire="-> GET_FEATURES", repeat="vballoon ..."),
+            Record("test_a.py::test_three", "failed", requirements=["split.used.len-first"]),
+        ],
+    )  # fmt: skip
+
+
+def test_verdicts_distinguish_must_from_should() -> None:
+    found = {verdict.row.id: verdict.status for verdict in verdicts(a_run())}
+    assert found["split.used.id"] == PASSED
+    assert found["split.used-notify.flag-set"] == WARNED
+    assert found["split.used.len-first"] == FAILED
+    assert "pci.id.vendor" not in found  # another transport's
+
+
+def test_the_page_has_every_row_and_escapes_what_it_quotes() -> None:
+    run = a_run()
+    page = render(run, verdicts(run))
+    for verdict in verdicts(run):
+        assert f'id="{verdict.row.id}"' in page
+    assert "it is &lt;loud&gt;" in page
+    assert "<here>" not in page
+
+
+def test_the_line_that_repeats_a_test_names_every_option() -> None:
+    options = Options(command="x {socket}", protocol="vfio-user", before="b", device="blk",
+                      polls=True, discards=False, keep=True, config_change="c")  # fmt: skip
+    line = repeat_command(options, "/somewhere/suite/test_a.py::test_b[1 2]")
+    assert line == (
+        "vballoon conform --spawn 'x {socket}' --protocol vfio-user --before b --config-change c"
+        " --device blk --keep --polls --no-discards --only 'test_a.py::test_b[1 2]'"
+    )
+    assert "--config-change" in OPTIONS
+
+
+def test_every_file_of_the_suite_says_what_it_is_for() -> None:
+    suite = Path(__file__).parents[2] / "spec/vballoon_spec/conformance/suite"
+    assert all('"""' in path.read_text()[:120] for path in suite.glob("*.py"))
