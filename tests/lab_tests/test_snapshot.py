@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.lab import NAMES, Machine
-from tests.lab.backend import Backend
+from tests.lab.backend import Backend, wait_until
 from tests.lab_tests.snapshot_lab import (
     MIB,
     VBALLOON,
@@ -155,3 +155,19 @@ def test_moved_through_a_pipe(tmp_path: Path) -> None:
             unharmed(other)
             balloon_works(other, elsewhere, 512)
         assert not list(Path("/dev/shm").glob("vballoon-*"))
+
+
+def test_inflated_balloon_comes_back_as_large(tmp_path: Path) -> None:
+    """The guest takes its pages back for the unplugging, and gives them up again afterwards."""
+    target = 384 * MIB
+    with (
+        Backend("vhost-user") as backend,
+        balloon_guest(backend, kernel="6.12", memory=512) as vm,
+    ):
+        vm.guest.sh("keeper make /tmp/kept 10")
+        backend.ctl("balloon", value=target)
+        wait_until(lambda: backend.ctl("query-balloon")["actual"] <= target)
+        done = snapshot(vm, backend, tmp_path / "saved")
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: backend.ctl("query-balloon")["actual"] == target, timeout=30)
+        assert vm.guest.sh("keeper check /tmp/kept").startswith("good")
