@@ -32,7 +32,7 @@ endif
 
 unit: venv ## all tests that need no virtual machine
 	$(BIN)/python -m tests.lab prerequisites
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not lab" tests
+	$(BIN)/python -m pytest -q -m "not lab" tests
 
 bench: venv ## measure, beside C, QEMU's balloon and copying memory (FULL=1: every size, many turns)
 	$(BIN)/python -m tests.lab setup
