@@ -57,7 +57,7 @@ def reporting_gives_back(vm: Machine, backend: Backend) -> None:
         freed = vm.guest.meminfo()["MemFree"] - free
         return freed >= 0.8 * FREED * MIB and (full - vm.resident()) / freed
 
-    wait_until(lambda: share() >= 0.95, timeout=30)
+    wait_until(lambda: share() >= 0.95, timeout=90)
     assert backend.ctl("query-skip-bitmap")["pages"]["reported"] * 4096 >= 0.75 * FREED * MIB
 
 
