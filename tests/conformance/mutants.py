@@ -2,14 +2,15 @@
 """Does the suite see faults?  Runs it over copies of our backend that each have one seeded fault.
 
 ``python -m tests.conformance.mutants [ID ...]`` patches a copy of ``device/`` for every mutant of
-``mutants.toml``, runs the files of the suite that ought to notice, then (if they did not) the whole
-suite, and writes the table ``docs/conformance/mutants.md``.  A patch that does not fit any more is
+``mutants.toml``, runs the files of the suite that ought to notice, and writes the table
+``docs/conformance/mutants.md``.  A patch that does not fit any more is
 an error: the list has to follow the code.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -18,10 +19,10 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vballoon_spec.conformance.record import Run
+from vballoon_spec.conformance.record import Record, Run
 from vballoon_spec.requirements import by_id
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,7 @@ class Mutant:
     protocol: str = "vhost-user"
     caught_by: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    observed: str = ""
     seconds: float = 0.0
 
     def apply(self, device: Path) -> None:
@@ -65,22 +67,38 @@ def mutants() -> list[Mutant]:
     return [Mutant(**entry) for entry in data["mutant"]]
 
 
-def judge(mutant: Mutant) -> None:
-    """Run the suite over the mutant until something fails."""
+def judge(mutant: Mutant, *, thorough: bool = False) -> None:
+    """Run the files that ought to notice (*thorough*: then all) until something fails.
+
+    What fails has to pass on an unpatched copy, else it says nothing about the mutant.
+    """
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        device = Path(folder) / "device"
-        shutil.copytree(ROOT / "device", device, ignore=shutil.ignore_patterns("__pycache__"))
+        sound, device = Path(folder) / "sound", Path(folder) / "device"
+        for copy in (sound, device):
+            shutil.copytree(ROOT / "device", copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant.edits:
             mutant.apply(device)
         start = time.monotonic()
-        for files in (mutant.only, []) if mutant.only else ([],):
-            run = suite(mutant, device, files, Path(folder) / "results.json")
-            failed = [record for record in run.records if record.outcome == "failed"]
-            if failed:
-                mutant.caught_by = [record.name for record in failed]
-                mutant.broken = sorted({r for record in failed for r in record.requirements})
+        results = Path(folder) / "results.json"
+        for files in [mutant.only, []] if thorough and mutant.only else [mutant.only]:
+            for _ in range(3):
+                failed = failures(suite(mutant, device, files, results))
+                if not failed:
+                    break
+                again = suite(mutant, sound, [failed[0].name], results)
+                if not failures(again) or not mutant.edits:
+                    mutant.caught_by = [record.name for record in failed]
+                    mutant.observed = failed[0].observed.splitlines()[0]
+                    mutant.broken = sorted({r for record in failed for r in record.requirements})
+                    break
+            if mutant.caught_by:
                 break
         mutant.seconds = time.monotonic() - start
+
+
+def failures(run: Run) -> list[Record]:
+    """The tests that failed."""
+    return [record for record in run.records if record.outcome == "failed"]
 
 
 def expect_sound(protocol: str) -> None:
@@ -97,6 +115,7 @@ def suite(mutant: Mutant, device: Path, files: list[str], results: Path) -> Run:
     command = [sys.executable, "-m", "vballoon_spec.conformance.run", "--first", "--keep"]
     command += ["--spawn", f"env PYTHONPATH={device} {PURE} {serve} --features={FEATURES}"]
     command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M"]
+    command += ["--answer-limit", "6", "--time-limit", "30"]  # a busy machine is no finding
     command += ["--protocol", mutant.protocol, "--device", "balloon", "--json", str(results)]
     for file in files:
         command += ["--only", file]
@@ -126,17 +145,26 @@ def main() -> int:
     """Judge the named mutants, or all; write the table when it was all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ids", nargs="*", help="mutants; all without one")
+    parser.add_argument("--resume", type=Path, help="keep verdicts here, and go on from them")
+    parser.add_argument("--thorough", action="store_true", help="the whole suite, if need be")
     parser.add_argument("--trust", action="store_true", help="do not try an unpatched copy first")
     args = parser.parse_args()
     judged: list[Mutant] = []
     for protocol in () if args.ids or args.trust else ("vhost-user", "vfio-user"):
         expect_sound(protocol)
+    stored = json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else []
+    known = {entry["id"]: entry for entry in stored}
     for mutant in mutants():
         if args.ids and mutant.id not in args.ids:
             continue
-        judge(mutant)
+        if mutant.id in known:
+            mutant = Mutant(**known[mutant.id])
+        else:
+            judge(mutant, thorough=args.thorough)
         judged.append(mutant)
-        told = mutant.caught_by[0] if mutant.caught_by else "NOT CAUGHT"
+        if args.resume:
+            args.resume.write_text(json.dumps([asdict(one) for one in judged], indent=1))
+        told = f"{mutant.caught_by[0]} {mutant.observed}" if mutant.caught_by else "NOT CAUGHT"
         print(f"{mutant.id}: {told} ({mutant.seconds:.0f} s)", flush=True)
     if not args.ids:
         TABLE.write_text("\n".join(table(judged)) + "\n", encoding="utf-8")

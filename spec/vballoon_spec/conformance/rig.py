@@ -202,7 +202,7 @@ class Rig(ABC):
 
     def run(
         self, exchanges: Sequence[Exchange | Placed], *, queue: int | None = None,
-        watch: bool = True, limit: float = 2.0, indirect: bool = False,
+        watch: bool = True, limit: float | None = None, indirect: bool = False,
     ) -> list[Used]:  # fmt: skip
         """Put requests through a ring and check everything about them.
 
@@ -222,9 +222,9 @@ class Rig(ABC):
             self.ram.expect_untouched(before, self.allowed(placed))
         return used
 
-    def collect(self, ring: DriverRing, count: int, limit: float = 2.0) -> list[Used]:
-        """Wait for buffers (a transport may have to serve messages meanwhile)."""
-        return ring.collect(count, limit)
+    def collect(self, ring: DriverRing, count: int, limit: float | None = None) -> list[Used]:
+        """Wait for buffers; :class:`Hang` after *limit* seconds (default: the answer limit)."""
+        return ring.collect(count, self.target.options.answer_limit if limit is None else limit)
 
     def check(self, placed: Sequence[Placed], used: Sequence[Used]) -> None:
         """Every request came back once, with a length and an answer that fit."""

@@ -95,9 +95,10 @@ class VfioUserRig(Rig):
         bar, offset = self.places[index]
         self.client.write(bar, offset, index.to_bytes(2, "little"))
 
-    def collect(self, ring: DriverRing, count: int, limit: float = 2.0) -> list[Used]:
+    def collect(self, ring: DriverRing, count: int, limit: float | None = None) -> list[Used]:
         """Wait for buffers; a server may send DMA messages at any time, also with mapped memory."""
         found: list[Used] = []
+        limit = self.target.options.answer_limit if limit is None else limit
         deadline = time.monotonic() + limit
         pause = 0.0002
         while True:

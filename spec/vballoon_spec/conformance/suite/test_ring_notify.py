@@ -203,7 +203,7 @@ def test_kicks_only_when_asked_for(rig: Rig, event_idx: bool) -> None:
     per = len(rig.request().segments)
     requests = [rig.request(i) for i in range(16)]
     due = 0
-    for turn in range(150):
+    for turn in range(300):
         for _ in range(dice.randint(1, 4)):
             if (ring.outstanding + 1) * per > ring.size:
                 break

@@ -10,12 +10,13 @@ import pytest
 
 from vballoon_spec.conformance.findings import Closed, Hang, not_applicable, require
 from vballoon_spec.conformance.rig_vhost_user import COMMON_PROTOCOL, VhostUserRig
+from vballoon_spec.conformance.target import Options
 from vballoon_spec.conformance.vhost_user import FrontEnd
 from vballoon_spec.vhost_user.features import ProtocolFeature as P
 from vballoon_spec.vhost_user.features import VhostFeature
 from vballoon_spec.vhost_user.header import VhostUserHeader
 from vballoon_spec.vhost_user.payloads import VhostUserU64, VhostVringState
-from vballoon_spec.vhost_user.requests import Request
+from vballoon_spec.vhost_user.requests import BackendRequest, Request
 
 V1 = 1 << 32
 
@@ -200,6 +201,34 @@ def test_nothing_unasked_on_the_backend_channel(split_rig: VhostUserRig) -> None
             return
     header = VhostUserHeader.parse(raw)
     require(header.request not in (1, 3), f"backend request {header.request} was not negotiated")
+
+
+@pytest.mark.requirement("vu.backend.config-change", "vu.suspended")
+def test_configuration_change_is_announced(split_rig: VhostUserRig, options: Options) -> None:
+    """A change brings CONFIG_CHANGE_MSG on the backend channel, but not while suspended."""
+    rig = split_rig
+    if not options.config_change:
+        not_applicable("--config-change says how to make the device change its configuration")
+    rig.need_protocol(P.BACKEND_REQ)
+    rig.need_protocol(P.CONFIG)
+    rig.bring_up()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        rig.fe.do(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
+        theirs.close()
+        ours.settimeout(2.0)
+        rig.change_configuration()
+        header = VhostUserHeader.parse(ours.recv(12))
+        require(header.request == BackendRequest.CONFIG_CHANGE_MSG, f"request {header.request}")
+        require(header.size == 0, f"a payload of {header.size} bytes")
+        for index in rig.rings:
+            rig.stop_ring(index)
+        ours.settimeout(0.15)
+        rig.change_configuration()
+        try:
+            require(not ours.recv(12), "a message from a suspended device")
+        except TimeoutError:
+            pass
 
 
 @pytest.mark.requirement("vu.inband.needs-both")
