@@ -30,8 +30,8 @@ BUFFERS_A_CASE = {"quick": 20_000, "short": 60_000, "full": 400_000}
 
 NOTES = [
     (
-        "A turn: the driver fills the ring, the device serves it (timed: take, check, record in the "
-        "bitmap, give back, decide about notifications), the driver checks what came back."
+        "A turn: the driver fills the ring, the device serves it (timed: take, check, record in "
+        "the bitmap, give back, decide about notifications), the driver checks what came back."
     ),
     (
         "*batch* is the engine in use, with its inner loops compiled; *numpy* the same without "

@@ -10,9 +10,14 @@
  *
  * Written for the limited API of CPython 3.11, so that one build serves all later versions.
  */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -357,26 +362,17 @@ struct runs {
 	Py_ssize_t found, room;
 };
 
-static inline bool add_page(struct runs *r, uint64_t page)
+/* The run that is being built is [low, high); a new one begins at *page*. */
+static inline bool begin_run(struct runs *r, uint64_t *low, uint64_t *high, uint64_t page)
 {
-	if (r->found) {
-		uint64_t *start = &r->start[r->found - 1], *end = &r->end[r->found - 1];
-
-		if (page == *end) {
-			++*end;
-			return true;
-		}
-		if (page + 1 == *start) {
-			--*start;
-			return true;
-		}
-		if (page >= *start && page < *end)
-			return true;
+	if (*low < *high) {
+		if (r->found == r->room)
+			return false;
+		r->start[r->found] = *low;
+		r->end[r->found++] = *high;
 	}
-	if (r->found == r->room)
-		return false;
-	r->start[r->found] = page;
-	r->end[r->found++] = page + 1;
+	*low = page;
+	*high = page + 1;
 	return true;
 }
 
@@ -392,7 +388,7 @@ static PyObject *page_runs(PyObject *module, PyObject *const *args, Py_ssize_t n
 {
 	struct args a = { .count = 0 };
 	Py_ssize_t regions_n, spans_n, n, m, room_a, room_b;
-	uint64_t bad = 0, low = 1, high = 0;
+	uint64_t bad = 0, low = 1, high = 0, run_low = 0, run_high = 0;
 
 	(void)module;
 	if (nargs != 6)
@@ -430,8 +426,12 @@ static PyObject *page_runs(PyObject *module, PyObject *const *args, Py_ssize_t n
 			uint32_t number;
 
 			memcpy(&number, at + 4 * k, 4);
-			__asm__ volatile("" ::: "memory");
+			__asm__ volatile("" ::: "memory"); /* not to be loaded a second time */
 			uint64_t page = number;
+			if (page == run_high && page < high && run_low < run_high) {
+				run_high++;
+				continue;
+			}
 			if (page < low || page >= high) {
 				Py_ssize_t row = 0;
 
@@ -448,14 +448,53 @@ static PyObject *page_runs(PyObject *module, PyObject *const *args, Py_ssize_t n
 					continue;
 				}
 			}
-			if (!add_page(&r, page)) {
-				release(&a);
-				Py_RETURN_NONE;
-			}
+			if (page + 1 == run_low && run_low < run_high)
+				run_low--;
+			else if ((page < run_low || page >= run_high) &&
+				 !begin_run(&r, &run_low, &run_high, page))
+				goto no_room;
 		}
 	}
+	if (!begin_run(&r, &run_low, &run_high, 0))
+		goto no_room;
 	release(&a);
 	return Py_BuildValue("nK", r.found, (unsigned long long)bad);
+no_room:
+	release(&a);
+	Py_RETURN_NONE;
+}
+
+/*
+ * punch(fd, start, end) -> (ranges done, errno)
+ *
+ * Free the byte ranges of a file, one after the other, until one cannot be.
+ */
+static PyObject *punch(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+	struct args a = { .count = 0 };
+	Py_ssize_t n, m, i;
+	int error = 0;
+
+	(void)module;
+	if (nargs != 3)
+		return failed(&a, "punch takes 3 arguments");
+	int fd = (int)PyLong_AsLong(args[0]);
+	const uint64_t *start = take(&a, args[1], 8, false, &n);
+	if (!start)
+		return failed(&a, "");
+	const uint64_t *end = take(&a, args[2], 8, false, &m);
+	if (!end || n != m || PyErr_Occurred())
+		return failed(&a, "columns of different sizes");
+	Py_BEGIN_ALLOW_THREADS
+	for (i = 0; i < n && !error; i++) {
+		do {
+			error = fallocate(fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
+					  (off_t)start[i], (off_t)(end[i] - start[i])) ? errno : 0;
+		} while (error == EINTR);
+	}
+	Py_END_ALLOW_THREADS
+	release(&a);
+	return Py_BuildValue("ni", error ? i - 1 : i, error);
 }
 
 /* ---- taking buffers ---- */
@@ -862,6 +901,7 @@ static PyMethodDef methods[] = {
 	{ "count", count, METH_O, "See memory/native.py." },
 	{ "merge", (PyCFunction)(void (*)(void))merge, METH_FASTCALL, "See memory/native.py." },
 	{ "page_runs", (PyCFunction)(void (*)(void))page_runs, METH_FASTCALL, "See memory/native.py." },
+	{ "punch", (PyCFunction)(void (*)(void))punch, METH_FASTCALL, "See memory/native.py." },
 	{ "take_run", (PyCFunction)(void (*)(void))take_run, METH_FASTCALL, "See memory/native.py." },
 	{ "book_given", (PyCFunction)(void (*)(void))book_given, METH_FASTCALL, "See memory/native.py." },
 	{ "used_split", (PyCFunction)(void (*)(void))used_split, METH_FASTCALL, "See memory/native.py." },

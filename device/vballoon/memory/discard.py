@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
+from vballoon.memory.native import native
 from vballoon.memory.pages import clip, coalesce, expand, inward
 from vballoon.memory.regions import PAGE_SIZE
 
@@ -51,6 +52,21 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+
+
+def punch_holes(fd: int, first: U64, last: U64) -> tuple[int, int]:
+    """Free [*first*, *last*) (bytes) of the file behind *fd* until one range cannot be freed.
+
+    Returns how many were, and the error number (0: none).
+    """
+    if native is not None:
+        return native.punch(fd, np.ascontiguousarray(first), np.ascontiguousarray(last))
+    for done, (begin, end) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+        try:
+            punch_hole(fd, begin, end - begin)
+        except OSError as error:
+            return done, error.errno or errno.EIO
+    return first.size, 0
 
 
 class Discarder:
@@ -131,18 +147,15 @@ class Discarder:
         return expand(first // unit, last // unit).astype(np.intp) - base
 
     def _punch(self, region: MemoryRegion, first: U64, last: U64) -> int:
-        freed = 0
         assert region.fd is not None
-        for begin, end in zip(first.tolist(), last.tolist(), strict=True):
-            try:
-                punch_hole(region.fd, begin, end - begin)
-            except OSError as error:
-                self._unpunchable.add(region)
-                self.refused += 1
-                log.warning("memory at %#x cannot be given back: %s", region.guest_phys_addr, error)
-                break
-            freed += end - begin
-        return freed
+        done, error = punch_holes(region.fd, first, last)
+        if error:
+            self._unpunchable.add(region)
+            self.refused += 1
+            log.warning(
+                "memory at %#x cannot be given back: %s", region.guest_phys_addr, os.strerror(error)
+            )
+        return int((last[:done] - first[:done]).sum())
 
 
 def _in_file(region: MemoryRegion, start: U64, end: U64) -> tuple[U64, U64]:

@@ -75,6 +75,9 @@ class Native(Protocol):
         bytes; *words* (int64[n]): page numbers at each of *addr*.  None: not possible this way.
         """
 
+    def punch(self, fd: int, start: Buffer, end: Buffer, /) -> tuple[int, int]:
+        """Free byte ranges (uint64[n]) of a file until one cannot be: how many were, and errno."""
+
     def take_run(
         self,
         memory: tuple[Buffer, Buffer],
