@@ -11,10 +11,11 @@ __all__ = ("draw",)
 
 COLOURS = {
     "batch": "#1f6feb", "scalar": "#8b949e", "library": "#d29922", "lean": "#2da44e",
-    "copy": "#57606a", "ours": "#1f6feb", "C": "#2da44e",
+    "copy": "#57606a", "numpy": "#a371f7",
 }  # fmt: skip
 LABELS = {
-    "batch": "our batch engine", "scalar": "our scalar engine", "library": "C, like a library",
+    "batch": "our batch engine", "numpy": "the same in NumPy alone",
+    "scalar": "our scalar engine", "library": "C, like a library",
     "lean": "C, leanest", "copy": "copying the bytes",
 }  # fmt: skip
 
@@ -51,7 +52,7 @@ def _rings(part: dict[str, Any]) -> Any:
     for line, packed in enumerate((False, True)):
         for column, role in enumerate(roles):
             axis = axes[line][column]
-            for name in ("scalar", "library", "batch", "lean", "copy"):
+            for name in ("scalar", "numpy", "library", "batch", "lean", "copy"):
                 points = sorted(
                     (s["params"]["size"], statistics.median(s["values"]))
                     for s in part["samples"]
@@ -76,4 +77,79 @@ def _rings(part: dict[str, Any]) -> Any:
     return figure
 
 
-DRAWN = {"rings": _rings}
+def _bitmap(part: dict[str, Any]) -> Any:
+    figure, axes = _figure(2)
+    kinds = ["0", "3", "5", "6", "8", "9", "10", "mixed", "sorted", "ragged"]
+    for axis, least, title in ((axes[0][0], 1024, "batches of 1024"), (axes[0][1], 4096, "4096")):
+        for number, (name, label, colour) in enumerate(
+            (
+                ("C", "plain C", "#2da44e"),
+                ("ours", "ours", "#1f6feb"),
+                ("numpy", "NumPy", "#8b949e"),
+            )
+        ):
+            rates = [
+                statistics.median(s["values"])
+                for kind in kinds
+                for s in part["samples"]
+                if s["params"].get("table") == "ranges" and s["name"] == name
+                and s["params"]["kind"] == kind and s["params"]["batch"] == least
+            ]  # fmt: skip
+            places = [i + 0.27 * (number - 1) for i in range(len(rates))]
+            axis.bar(places, rates, 0.27, label=label, color=colour)
+        axis.axhline(40, color="#cf222e", lw=0.8)
+        axis.set_xticks(range(len(kinds)), [k if len(k) > 2 else f"order {k}" for k in kinds])
+        axis.tick_params("x", rotation=60)
+        axis.set_yscale("log")
+        axis.set_title(title)
+    axes[0][0].set_ylabel("million ranges a second (goal: 40)")
+    axes[0][0].legend(fontsize=7)
+    return figure
+
+
+def _latency(part: dict[str, Any]) -> Any:
+    figure, axes = _figure(2)
+    for axis, load in zip(axes[0], ("idle", "storm"), strict=True):
+        for sample in part["samples"]:
+            if sample["params"].get("load") == load:
+                values = sorted(sample["values"])
+                shares = [100 * (i + 1) / len(values) for i in range(len(values))]
+                axis.plot(values, shares, label=sample["name"])
+        axis.set_xscale("log")
+        axis.set_xlabel("microseconds")
+        axis.set_title(f"kick to used buffer, {load}")
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("% of trips within")
+    return figure
+
+
+def _qemu(part: dict[str, Any]) -> Any:
+    figure, axes = _figure(3)
+    devices = ["in-process", "vhost-user", "vfio-user"]
+    colours = ["#8b949e", "#1f6feb", "#d29922"]
+    pictures = (
+        ("inflate", "deflate", "report", "hint"),
+        ("inflate, device CPU", "deflate, device CPU", "report, device CPU"),
+        ("resident after inflate", "resident after report"),
+    )
+    for axis, whats in zip(axes[0], pictures, strict=True):
+        for number, device in enumerate(devices):
+            found = {
+                s["name"]: statistics.median(s["values"])
+                for s in part["samples"]
+                if s["params"].get("device") == device and "beside" not in s["params"]
+            }
+            places = [i + 0.27 * (number - 1) for i in range(len(whats))]
+            heights = [found.get(what, 0) for what in whats]
+            axis.bar(places, heights, 0.27, label=device, color=colours[number])
+        names = [what.replace(", device CPU", "").replace("resident ", "") for what in whats]
+        axis.set_xticks(range(len(whats)), names)
+    for axis, title in zip(
+        axes[0], ("seconds", "CPU seconds of the device", "MiB resident"), strict=True
+    ):
+        axis.set_title(title)
+    axes[0][0].legend(fontsize=7)
+    return figure
+
+
+DRAWN = {"rings": _rings, "bitmap": _bitmap, "latency": _latency, "qemu": _qemu}

@@ -74,7 +74,7 @@ static PyObject *failed(struct args *a, const char *why)
 
 /* ---- bits ---- */
 
-static inline void fill_range(uint64_t *words, uint64_t first, uint64_t last, bool value)
+static inline __attribute__((always_inline)) void fill_range(uint64_t *words, uint64_t first, uint64_t last, bool value)
 {
 	uint64_t a = first >> 6, b = last >> 6;
 	uint64_t head = ~0ULL << (first & 63), tail = (1ULL << (last & 63)) - 1;
@@ -97,7 +97,6 @@ static inline void fill_range(uint64_t *words, uint64_t first, uint64_t last, bo
 }
 
 enum kind { PAGES, COUNTED, BYTES };
-enum { AHEAD = 16 };
 static const uint64_t PAGE_NUMBERS = 1ULL << 51; /* more than any address has, and sums fit */
 
 struct column {
@@ -175,25 +174,6 @@ static inline void pages_of(struct column *c, Py_ssize_t i, uint64_t *first, uin
 	}
 }
 
-/*
- * Bring the word where item *i* begins into the cache: blocks come in any order, and a bitmap of a
- * large guest is larger than the caches.
- */
-static inline void prefetch(const struct column *c, Py_ssize_t i, const uint64_t *words)
-{
-	uint64_t page;
-
-	memcpy(&page, c->a + i * c->stride_a, 8);
-	if (c->kind == BYTES)
-		page >>= 12;
-	if (page >= c->low && page < c->high) {
-		const uint64_t *word = &words[(page + c->add) >> 6];
-
-		__builtin_prefetch(word, 1);
-		__builtin_prefetch(word + 8, 1);
-	}
-}
-
 /* The part of [first, last) in each row; whether that was all of it. */
 static bool clip_and_fill(uint64_t *words, const struct column *c, uint64_t first, uint64_t last,
 			  bool value)
@@ -251,8 +231,6 @@ static PyObject *mark(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 		    row[0] + row[2] > row[1] + row[2])
 			return failed(&a, "a table that does not fit the bitmap");
 	for (Py_ssize_t i = 0; i < c.n; i++) {
-		if (i + AHEAD < c.n)
-			prefetch(&c, i + AHEAD, words);
 		pages_of(&c, i, &first, &last, &odd);
 		if (first == last)
 			continue;
