@@ -51,7 +51,8 @@ class GuestMemory:
         self._start_column = np.array(self._starts, np.uint64)
         self._size_column = np.array([r.size for r in self.regions], np.uint64)
         self._spans = _joined(self.regions)
-        self._tables: _Tables | None = None
+        self._tables: tuple[U64, U64] | None = None
+        self._in_tables: list[MemoryRegion] = []
 
     @property
     def mapped(self) -> bool:
@@ -68,11 +69,12 @@ class GuestMemory:
         """For compiled loops: regions (uint64[k, 3]: start, size, where it is mapped or 0), and
         spans (uint64[j, 2]: start, size), all in bytes.
 
-        What they point at stays mapped as long as this table lives, closed or not.
+        To be used at once and not kept: the addresses are good until a region is closed.
         """
-        if self._tables is None:
-            self._tables = _Tables(self.regions, self._spans)
-        return self._tables.columns
+        if self._tables is None or any(region.view is None for region in self._in_tables):
+            self._in_tables = [r for r in self.regions if r.view is not None]
+            self._tables = _tables(self.regions, self._spans)
+        return self._tables
 
     def contains(self, addr: U64, length: U64 | U32) -> NDArray[np.bool_]:
         """Which ranges lie wholly in guest memory (bool[n]); they may span adjacent regions.
@@ -192,21 +194,13 @@ class GuestMemory:
         return pieces
 
 
-class _Tables:
-    """The columns of :attr:`GuestMemory.tables`, and what keeps their addresses valid."""
-
-    def __init__(
-        self, regions: tuple[MemoryRegion, ...], spans: tuple[tuple[int, int], ...]
-    ) -> None:
-        self._views = [r.view for r in regions]
-        rows = [
-            (r.guest_phys_addr, r.size, 0 if view is None else view.ctypes.data)
-            for r, view in zip(regions, self._views, strict=True)
-        ]
-        self.columns = (
-            np.array(rows, np.uint64).reshape(-1, 3),
-            np.array(spans, np.uint64).reshape(-1, 2),
-        )
+def _tables(
+    regions: tuple[MemoryRegion, ...], spans: tuple[tuple[int, int], ...]
+) -> tuple[U64, U64]:
+    rows = [
+        (r.guest_phys_addr, r.size, 0 if r.view is None else r.view.ctypes.data) for r in regions
+    ]
+    return np.array(rows, np.uint64).reshape(-1, 3), np.array(spans, np.uint64).reshape(-1, 2)
 
 
 def _joined(regions: tuple[MemoryRegion, ...]) -> tuple[tuple[int, int], ...]:

@@ -50,7 +50,6 @@ class _Compiled(Batching):
         super().__init__(*args, **kwargs)
         assert native is not None  # make_virtqueue chooses these classes only then
         self._native: Native = native
-        self._tables = self._memory.tables
         assert self._desc.bytes is not None  # batch engines serve mapped rings only
         self._bytes = self._desc.bytes
         self._taken, self._first = np.empty(self.size, np.uint16), np.empty(self.size + 1, np.intp)
@@ -75,7 +74,7 @@ class _Compiled(Batching):
         ids, addr = np.empty(limit, np.uint16), np.empty(room, np.uint64)
         length, writable = np.empty(room, np.uint32), np.empty(room, np.bool_)
         count, elements, held = self._native.take_run(
-            self._tables, self._bytes, ring, (at, wrap, self._indirect), self._slots,
+            self._memory.tables, self._bytes, ring, (at, wrap, self._indirect), self._slots,
             (ids, self._taken, self._first, addr, length, writable), limit, self._held,
         )  # fmt: skip
         self._stopped = count < limit
