@@ -33,6 +33,7 @@ endif
 unit: venv ## all tests that need no virtual machine
 	$(BIN)/python -m tests.lab prerequisites
 	$(BIN)/python -m pytest -q -m "not lab" tests
+	VBALLOON_NATIVE=1 $(BIN)/python -m pytest -q tests/unit/test_memory_native.py tests/unit/test_virtqueue_engines.py
 
 bench: venv ## measure, beside C, QEMU's balloon and copying memory (FULL=1: every size, many turns)
 	$(BIN)/python -m tests.lab setup

@@ -3,8 +3,10 @@
 
 NumPy needs several passes, each with a call of its own, for what these loops do in one: following
 descriptor chains, writing used elements, setting runs of bits, joining page numbers.  They are
-optional.  Whoever uses one has the same in NumPy beside it, takes that where :data:`native` is
-None, and tests both; ``VBALLOON_PURE=1`` in the environment leaves them out.
+optional, and for the time being used only where ``VBALLOON_NATIVE=1`` is in the environment: they
+work on addresses, and it has still to be shown that no table of addresses outlives its mapping.
+Whoever uses one has the same in NumPy beside it, takes that where :data:`native` is None, and
+tests both.
 
 What a guest sends is checked in there as it is in NumPy, and never judged: what is not in order
 beyond doubt is left to the scalar engine, which names the rule.
@@ -110,7 +112,7 @@ class Native(Protocol):
 
 
 def _load() -> Native | None:
-    if os.environ.get("VBALLOON_PURE"):
+    if os.environ.get("VBALLOON_NATIVE") != "1":
         return None
     try:
         return cast("Native", importlib.import_module("vballoon.memory._native"))
