@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -203,7 +204,7 @@ def test_kicks_only_when_asked_for(rig: Rig, event_idx: bool) -> None:
     per = len(rig.request().segments)
     requests = [rig.request(i) for i in range(16)]
     due = 0
-    for turn in range(300):
+    for turn in range(150):
         for _ in range(dice.randint(1, 4)):
             if (ring.outstanding + 1) * per > ring.size:
                 break
@@ -217,6 +218,32 @@ def test_kicks_only_when_asked_for(rig: Rig, event_idx: bool) -> None:
         else:
             ring.poll()
     rig.collect(ring, ring.outstanding)
+
+
+@pytest.mark.requirement("split.avail-notify.not-lost", "packed.event.not-lost")
+@pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event_idx"])
+def test_buffers_that_come_as_the_device_goes_to_rest(rig: Rig, event_idx: bool) -> None:
+    """A buffer made available at any moment of the device's work is served without a lost kick."""
+    if event_idx:
+        rig.need(VIRTIO_F_EVENT_IDX, "EVENT_IDX")
+    ring = rig.bring_up(*[VIRTIO_F_EVENT_IDX] * event_idx, size=16)
+    first, second = rig.request(0), rig.request(1)
+    begin = time.perf_counter()
+    rig.run([first], watch=False)
+    span = 1.5 * (time.perf_counter() - begin)  # how long a request takes, and then some
+    end = time.perf_counter() + 1.0
+    for turn in range(400):
+        if time.perf_counter() > end:
+            break
+        for placed, pause in ((first, span * (turn * 37 % 100) / 100), (second, 0.0)):
+            rig.submit(placed)
+            ring.publish()
+            if ring.wants_kick():
+                rig.kick(rig.profile.main)
+            until = time.perf_counter() + pause
+            while time.perf_counter() < until:
+                pass
+        rig.collect(ring, 2)
 
 
 @pytest.mark.requirement("split.used.len-first", "packed.desc.used-final")
