@@ -19,7 +19,7 @@ EVERY_KERNEL = re.compile(
 )
 LONG = re.compile(
     r"test_moved_twenty_times|test_stale_ranges_do_break|test_pushes_what_is_free\[\S*-8192-|"
-    r"test_killed_at_any_step\[(?!copy|unplug|resume)|test_snapshot_live"
+    r"test_snapshot_faults|test_snapshot_live|test_walk_beside_hinting\[\S*fragmented"
 )
 
 
