@@ -95,6 +95,8 @@ def host() -> dict[str, str]:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
+    from vballoon.memory.native import native  # late: the environment decides
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     return {
         "cpu": f"{os.cpu_count()} x {cpu}",
@@ -102,6 +104,7 @@ def host() -> dict[str, str]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "compiled loops": "in use" if native is not None else "not in use",
     }
 
 

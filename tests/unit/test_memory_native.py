@@ -7,6 +7,7 @@ the one in NumPy and on the scalar one.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -21,13 +22,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fakes.memory import make_memory
+from tests.fakes.driver import Element, make_driver
+from tests.fakes.memory import Arena, make_memory
 
+from vballoon.errors import MemoryFault, QueueError
 from vballoon.memory import gather, pages
 from vballoon.memory.native import BYTES, COUNTED, PAGES, Native, native
 from vballoon.skipmap import bits
 from vballoon.skipmap.bitmap import PageBitmap
 from vballoon.skipmap.layout import BitmapLayout
+from vballoon.virtqueue import make_virtqueue
+from vballoon_spec.virtio import features as f
 from vballoon_spec.walk.formats import WalkRange
 
 CAN_BUILD = shutil.which("gcc") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
@@ -174,3 +179,38 @@ def test_misuse_is_an_error_and_no_access() -> None:
     readonly.flags.writeable = False
     with pytest.raises((ValueError, BufferError)):
         compiled.merge(a, b, readonly, b)
+
+
+def mappings(name: str) -> int:
+    return Path("/proc/self/maps").read_text().count(name)
+
+
+def test_no_table_of_addresses_outlives_its_mapping() -> None:
+    """Regions are closed under a table that was in use, and under a ring that goes on."""
+    compiled: Native = importlib.import_module("vballoon.memory._native") if CAN_BUILD else None  # type: ignore[assignment]
+    memory = make_memory((0, 1 << 20), (1 << 20, 1 << 20))
+    before = mappings("memfd:guest")
+    driver = make_driver(memory, 8, f.mask(f.VIRTIO_F_INDIRECT_DESC), arena=Arena(0x1000, 0x8000))
+    queue = make_virtqueue(memory, 8, driver.addresses, driver.features)
+    driver.arena = Arena(1 << 20, 1 << 16)  # tables and buffers are in the other region
+    driver.add(driver.buffer(64), indirect=True)
+    driver.publish()
+    assert len(queue.take()) == 1
+    assert memory.tables[0][:, 2].all()
+    memory.regions[1].close()
+    gc.collect()
+    assert mappings("memfd:guest") == before - 1, "something keeps the mapping"
+    assert memory.tables[0][:, 2].astype(bool).tolist() == [True, False]
+    addr, words, room = u64(1 << 20), np.array([16], np.int64), np.empty(16, np.uint64)
+    if compiled is not None:
+        assert compiled.page_runs(*memory.tables, addr, words, room, room.copy()) is None
+    with pytest.raises(MemoryFault):
+        gather.page_ranges(memory, addr, words)
+    driver.add(Element(1 << 20, 64))
+    slot = driver.free.pop()
+    driver.desc[slot] = (1 << 20, 16, 4, 0)  # an indirect table in the region that is gone
+    driver.offer([slot])
+    driver.publish()
+    assert len(queue.take()) == 1  # the one that names memory and does not read it
+    with pytest.raises(QueueError):
+        queue.take()

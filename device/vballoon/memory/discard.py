@@ -99,7 +99,7 @@ class Discarder:
         for region in memory.regions:
             if region.fd is None or region in self._unpunchable:
                 continue
-            first, last = _in_file(region, *clip(start, end, region.guest_phys_addr, region.end))
+            first, last = _in_file(region, *_inside(region, start, end))
             if accumulate and region.page_size > PAGE_SIZE:
                 first, last = self._completed(region, first, last)
             freed += self._punch(region, *inward(first, last, region.page_size))
@@ -156,6 +156,13 @@ class Discarder:
                 "memory at %#x cannot be given back: %s", region.guest_phys_addr, os.strerror(error)
             )
         return int((last[:done] - first[:done]).sum())
+
+
+def _inside(region: MemoryRegion, start: U64, end: U64) -> tuple[U64, U64]:
+    """What of merged ranges is in *region*; usually all."""
+    if start.size and start[0] >= region.guest_phys_addr and end[-1] <= region.end:
+        return start, end
+    return clip(start, end, region.guest_phys_addr, region.end)
 
 
 def _in_file(region: MemoryRegion, start: U64, end: U64) -> tuple[U64, U64]:

@@ -88,6 +88,10 @@ def clip(start: U64, end: U64, low: int, high: int) -> tuple[U64, U64]:
 def inward(start: U64, end: U64, unit: int) -> tuple[U64, U64]:
     """The whole units (multiples of *unit*) inside each range; ranges without one vanish."""
     unit_ = np.uint64(unit)
+    if not unit & (unit - 1):
+        ragged = (start | end) & np.uint64(unit - 1)
+        if not np.count_nonzero(ragged) and (start < end).all():
+            return start, end
     remainder = start % unit_
     up = start + np.where(remainder == 0, np.uint64(0), unit_ - remainder)
     down = end - end % unit_
