@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A balloon with real rings in real memory and no transport: what a driver does, the device sees."""
+"""A balloon with real rings in real memory: what a driver does, the device sees."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_queue_numbers_of_all_feature_combinations(transport: str) -> None:
             offered = ",".join(["MUST_TELL_HOST", *(FEATURES[n] for n in names)])
             with Backend(transport, *options, "--features", offered, config_size=16) as backend:
                 backend.plug(vm)
-                wait_until(lambda b=backend, n=2 + len(names): len(running(b)) == n)
+                wait_until(lambda b=backend, n=names: len(running(b)) == 2 + len(n))
                 assert "VIRTIO_BALLOON_F_MUST_TELL_HOST" in negotiated(backend)
                 each_queue_works(vm, backend, names)
                 backend.unplug(vm)
