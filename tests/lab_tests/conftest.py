@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which lab tests ``make test`` runs, and which only ``make test FULL=1``.
 
-Every test runs on at least one kernel by default, and the tests named in :data:`EVERY_KERNEL` on
-all of them; the rest of the matrix, and what takes minutes by its nature, is marked ``full``.
+By default: the attach story on every kernel, machine and transport, the life of a guest, the lab
+itself, and of the module and of snapshots the tests in :data:`HEARTS`.  The rest of their matrix,
+and what takes minutes by its nature, is marked ``full``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import pytest
 
 OTHER_KERNELS = re.compile(r"[\[-](6\.1|backports)[\]-]")
 EVERY_KERNEL = re.compile(
-    r"test_story\[|test_builds_without_a_warning\[|test_inflates_and_deflates\[|"
-    r"test_pushes_what_is_free\[\S*-4096-|test_saved_and_restored\[\S*-q35-file-module|"
-    r"test_guest_answers_and_takes_a_module\[|test_the_pci_function_is_decoded\S*-q35"
+    r"test_story\[|test_builds_without_a_warning\[|test_guest_answers_and_takes_a_module\[|"
+    r"test_the_pci_function_is_decoded\S*-q35"
 )
-LONG = re.compile(
-    r"test_moved_twenty_times|test_stale_ranges_do_break|test_pushes_what_is_free\[\S*-8192-|"
-    r"test_snapshot_faults|test_snapshot_live|test_walk_beside_hinting\[\S*fragmented"
+LONG = re.compile(r"test_kmod_(stock|walk|versus_hinting)\.py|test_snapshot\w*\.py")
+HEARTS = re.compile(
+    r"test_inflates_and_deflates\[|test_pushes_what_is_free\[\S*-4096-1-1|"
+    r"test_saved_and_restored\[6\.12-q35-file-module"
 )
 
 
@@ -28,5 +29,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = item.nodeid
         elsewhere = OTHER_KERNELS.search(name) and not EVERY_KERNEL.search(name)
-        if elsewhere or LONG.search(name):
+        if (elsewhere or LONG.search(name)) and not HEARTS.search(name):
             item.add_marker(pytest.mark.full)
