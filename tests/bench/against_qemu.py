@@ -359,7 +359,7 @@ def _ratios(
     found = {}
     for what, mine in kept["vhost-user"].items():
         theirs = kept[IN_PROCESS].get(what)
-        first = ratio(mine, theirs) if theirs else None
+        first = ratio(mine, theirs) if theirs and all(theirs.values) else None
         second = ratio(kept["vfio-user"][what], again[what])
         found[what] = (first, second, first * second if first is not None else None)
     return found
