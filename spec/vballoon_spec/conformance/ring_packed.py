@@ -60,6 +60,7 @@ class PackedRing(DriverRing):
         self.wrap = self.used_wrap = 1
         self.ids = list(range(self.size - 1, -1, -1))
         self.heads: list[tuple[int, int]] = []
+        self.writes: dict[int, bool] = {}
         self.kicked = (start, 1)
         self.lengths.clear()
 
@@ -87,10 +88,12 @@ class PackedRing(DriverRing):
 
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
         """As declared: one descriptor after the other."""
+        writes = any(s.write for s in segments)
         if indirect:
             self.ram.write(indirect, build_packed_table(segments))
             segments = [Segment(indirect, 16 * len(segments))]
         name = self.ids.pop()
+        self.writes[name] = writes
         head, head_flags = self.next_slot, 0
         slot, wrap = self.next_slot, self.wrap
         for i, s in enumerate(segments):
@@ -138,6 +141,8 @@ class PackedRing(DriverRing):
                 raise Finding(
                     f"slot {self.used_slot} used with id {name}, which is not with the device"
                 )
+            if flags & WRITE and not self.writes[name]:
+                raise Finding(f"buffer {name} is marked as written, but nothing can be written")
             found.append(self.take_back(Used(name, length)))
             self.ids.append(name)
             self.used_slot += count

@@ -120,9 +120,9 @@ def test_event_index_on_the_first_buffer(rig: Rig) -> None:
 @pytest.mark.requirement("split.used-notify.event-hit", "packed.event.desc-hit")
 def test_event_index_passed_by_a_batch(rig: Rig) -> None:
     """A batch that passes the named index in its middle is notified."""
-    ring = rig.bring_up(VIRTIO_F_EVENT_IDX)
+    ring = rig.bring_up(VIRTIO_F_EVENT_IDX, size=16)
     step = len(rig.request().segments) if rig.packed else 1
-    for turn in range(4):
+    for turn in range(12):
         ring.interrupts("event", 3 * step)
         signals(rig, 0.01)
         rig.run([rig.profile.exchange(rig, 8 * turn + i) for i in range(6)], watch=False)
