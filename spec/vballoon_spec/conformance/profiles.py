@@ -34,6 +34,8 @@ class Exchange:
     """Bytes that the device may write."""
     verify: Callable[[int, bytes], str] = lambda used, data: ""
     """Used length and the device-writable bytes → what is wrong with them, or nothing."""
+    effect: Callable[[], str] = lambda: ""
+    """Looked at after use on the main ring: what is wrong in memory, or nothing."""
     may_change: tuple[tuple[int, int], ...] = ()
     """Guest memory that the request lets the device change besides, as address ranges."""
 
@@ -83,8 +85,14 @@ class Balloon(Profile):
         if "balloon" not in rig.notes:
             rig.notes["balloon"] = rig.ram.alloc(self.POOL * PAGE, PAGE, region=1)
         page = rig.notes["balloon"] + serial % self.POOL * PAGE
+        rig.ram.write(page, bytes([FILL]) * PAGE)
+
+        def effect() -> str:
+            due = not rig.target.options.discards or rig.ram.is_hole(page)
+            return "" if due else f"the page at {page:#x} was inflated and is still there"
+
         pfn = BalloonPfn(pfn=page // PAGE).build()
-        return Exchange(pfn, verify=_no_bytes, may_change=((page, page + PAGE),))
+        return Exchange(pfn, verify=_no_bytes, effect=effect, may_change=((page, page + PAGE),))
 
 
 def _no_bytes(used: int, data: bytes) -> str:

@@ -218,6 +218,9 @@ class Rig(ABC):
         self.kick(index)
         used = self.collect(ring, len(placed), limit)
         self.check(placed, used)
+        faults = [p.exchange.effect() for p in placed if index == self.profile.main]
+        if any(faults):
+            raise Finding(next(filter(None, faults)))
         if before is not None:
             self.ram.expect_untouched(before, self.allowed(placed))
         return used
