@@ -71,9 +71,9 @@ def test_rings_go_around(ram: GuestRam, packed: bool, size: int) -> None:
     where = ram.alloc(64, 64, 1)
     for turn in range(5 * size):
         count = 1 + turn % 3
-        ids = [ring.add([Segment(where, 1)] * count, publish=False)]
+        ids = [ring.add([Segment(where, 1, True)] * count, publish=False)]
         if 2 * count <= size:
-            ids.append(ring.add([Segment(where, 1)] * count, publish=False))
+            ids.append(ring.add([Segment(where, 1, True)] * count, publish=False))
         ring.publish()
         use_split(ring, 7) if isinstance(ring, SplitRing) else device.use(7)
         assert [u.id for u in ring.collect(len(ids), 0.1)] == ids
@@ -86,6 +86,14 @@ def test_a_buffer_that_comes_back_twice_is_a_finding(ram: GuestRam) -> None:
     ring.elements[0] = ring.elements[1] = (head, 0)
     ring.used_words[1] = 2
     with pytest.raises(Finding, match="was not with the device"):
+        ring.poll()
+
+
+def test_a_write_mark_on_a_buffer_that_cannot_be_written_is_a_finding(ram: GuestRam) -> None:
+    ring = PackedRing(ram, 8)
+    ring.add([Segment(0, 1)])
+    PackedDevice(ring).use(7)
+    with pytest.raises(Finding, match="nothing can be written"):
         ring.poll()
 
 
