@@ -9,7 +9,6 @@ host gets none), starts each backend afresh for every test, and writes
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,9 +44,9 @@ class Backend:
     title: str
     release: debs.Release
     packages: tuple[str, ...]
-    """Empty: the program is the host's own (``dpdk-dev`` and the two drivers' packages)."""
     program: str
     arguments: str
+    """``{root}`` is where the packages are unpacked; the rest is filled in by the suite."""
     device: str
     target: str | None = None
     options: tuple[str, ...] = ()
@@ -65,10 +64,6 @@ class Backend:
 
     def words(self) -> str:
         """The program as it starts from the unpacked packages."""
-        if not self.packages:
-            if not shutil.which(self.program):
-                raise cache.LabError(f"{self.name} needs {self.program} on the host")
-            return self.program
         root = self.root()
         places = f"{root / LIBRARIES}:{root / LIBRARIES / 'ceph'}"
         loader = f"{root}/lib64/ld-linux-x86-64.so.2 --library-path {places}"
@@ -76,8 +71,6 @@ class Backend:
 
     def plain(self, text: str) -> str:
         """*text* with the program by its name, as anybody would start it who has it installed."""
-        if not self.packages:
-            return text
         return text.replace(self.words(), Path(self.program).name).replace(str(self.root()), "")
 
 
@@ -114,8 +107,9 @@ BACKENDS = (
     ),
     Backend(
         "dpdk-testpmd-22.11", "DPDK vhost 22.11 (testpmd, rte_vhost)", BOOKWORM,
-        (), "dpdk-testpmd",  # it loads drivers from where they are installed, so from the host
-        "-l 0-1 --no-huge -m 256 --no-pci --no-telemetry --no-shconf --file-prefix=conf"
+        ("dpdk-dev", "librte-net-vhost23", "librte-mempool-ring23"), "usr/bin/dpdk-testpmd",
+        "-d {root}/usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0"
+        " -l 0-1 --no-huge -m 256 --no-pci --no-telemetry --no-shconf --file-prefix=conf"
         " --vdev net_vhost0,iface={socket},queues=1 -- --forward-mode=io --port-topology=loop"
         " --auto-start --total-num-mbufs=4096", "net",
         options=("--polls", "--keep", "--start-limit", "30"),
@@ -128,7 +122,8 @@ def run(backend: Backend, more: list[str]) -> Run:
     with tempfile.TemporaryDirectory(prefix="foreign-") as folder:
         results = Path(folder) / "results.json"
         command = [sys.executable, "-m", "vballoon_spec.conformance.run"]
-        command += ["--spawn", f"{backend.words()} {backend.arguments}"]
+        arguments = backend.arguments.replace("{root}", str(backend.root()))
+        command += ["--spawn", f"{backend.words()} {arguments}"]
         command += ["--device", backend.device, "--json", str(results), *backend.options, *more]
         subprocess.run(command, stdout=subprocess.DEVNULL)
         plain = backend.plain(results.read_text(encoding="utf-8"))

@@ -4,14 +4,23 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter
 from itertools import groupby
 
 from vballoon_spec.conformance.record import Record, Run
+from vballoon_spec.conformance.transcript import shortened
 from vballoon_spec.conformance.verdict import FAILED, WARNED, Verdict
 from vballoon_spec.requirements import revisions
 
 __all__ = ("render",)
+
+SHOWN_WIRE = (6, 14)
+"""Lines of an exchange that the page shows, first and last; the JSON file has more."""
+SHOWN_OUTPUT = 12
+"""Last lines of a backend's output."""
+WIDTH = 240
+"""Characters of such a line."""
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
@@ -37,10 +46,11 @@ def render(run: Run, verdicts: list[Verdict]) -> str:
         f"<p>{sources}; {len(run.records)} tests in {run.seconds:.0f} s.</p>",
         _summary(verdicts),
     ]
+    shown: set[str] = set()
     for chapter, rows in groupby(verdicts, key=lambda v: v.chapter):
         body.append(f"<h2>{e(chapter.title)}</h2>")
         for label, inner in groupby(rows, key=lambda v: v.row.label):
-            body.append(_section(label, list(inner)))
+            body.append(_section(label, list(inner), shown))
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         f"<title>{run.protocol} conformance</title><style>{STYLE}</style>" + "\n".join(body)
@@ -65,15 +75,15 @@ def _summary(verdicts: list[Verdict]) -> str:
     return f"<table><tr>{cells}</tr></table>"
 
 
-def _section(label: str, rows: list[Verdict]) -> str:
+def _section(label: str, rows: list[Verdict], shown: set[str]) -> str:
     link = rows[0].link
     title = f'<a href="{e(link)}">{e(label)}</a>' if link else e(label)
-    return f"<h3>{title}</h3><table>{''.join(_row(verdict) for verdict in rows)}</table>"
+    return f"<h3>{title}</h3><table>{''.join(_row(verdict, shown) for verdict in rows)}</table>"
 
 
-def _row(verdict: Verdict) -> str:
+def _row(verdict: Verdict, shown: set[str]) -> str:
     row = verdict.row
-    why = e(row.untestable) if row.untestable else _tests(verdict)
+    why = e(row.untestable) if row.untestable else _tests(verdict, shown)
     return (
         f'<tr id="{e(row.id)}"><td class="s {_css(verdict.status)}">{verdict.status}</td>'
         f"<td class=s>{row.strength}</td><td>{e(row.text)} <span class=id>{e(row.id)}</span>"
@@ -81,10 +91,10 @@ def _row(verdict: Verdict) -> str:
     )
 
 
-def _tests(verdict: Verdict) -> str:
+def _tests(verdict: Verdict, shown: set[str]) -> str:
     failed = [r for r in verdict.records if r.outcome == "failed"]
     if verdict.status in (FAILED, WARNED):
-        return "".join(_failure(record) for record in failed)
+        return "".join(_failure(alike, shown) for alike in _alike(failed))
     reasons = sorted({r.observed for r in verdict.records if r.outcome == "n/a"})
     count = sum(r.outcome == "passed" for r in verdict.records)
     told = f"<br><span class=id>{count} tests</span>" if count else ""
@@ -93,15 +103,40 @@ def _tests(verdict: Verdict) -> str:
     return told
 
 
-def _failure(record: Record) -> str:
+def _alike(failed: list[Record]) -> list[list[Record]]:
+    """Failures of one test function that were observed in the same words but for numbers."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in failed:
+        observed = re.sub(r"0x[0-9a-f]+|\d+", "0", _first_line(record))
+        groups.setdefault((record.name.partition("[")[0], observed), []).append(record)
+    return list(groups.values())
+
+
+def _first_line(record: Record) -> str:
+    return record.observed.partition("\n")[0]
+
+
+def _failure(alike: list[Record], shown: set[str]) -> str:
+    """The first of the failures that are alike in full, the others by name; once on the page."""
+    record = alike[0]
+    title = f"<code>{e(record.name)}</code>: {e(_first_line(record))}"
+    if record.name in shown:
+        return f'<p><a href="#{e(record.name)}">{title}</a></p>'
+    shown.add(record.name)
     parts = [f"<p>{e(record.about)}</p>", f"<pre>{e(record.observed)}</pre>"]
+    if alike[1:]:
+        names = ", ".join(f"<code>{e(other.name)}</code>" for other in alike[1:])
+        parts.append(f"<p>In the same way: {names}</p>")
+        title += f" (and {len(alike) - 1} like it)"
     if record.wire:
-        parts.append(f"<p>Sent and received, last:</p><pre>{e(record.wire)}</pre>")
+        lines = shortened(record.wire.splitlines(), *SHOWN_WIRE)
+        parts.append(f"<p>Sent and received:</p><pre>{e(_narrow(lines))}</pre>")
     if record.backend.strip():
-        parts.append(f"<p>The backend's output:</p><pre>{e(record.backend.strip())}</pre>")
+        lines = record.backend.strip().splitlines()[-SHOWN_OUTPUT:]
+        parts.append(f"<p>The backend's output, last:</p><pre>{e(_narrow(lines))}</pre>")
     parts.append(f"<p>Again:</p><pre>{e(record.repeat)}</pre>")
-    first = record.observed.splitlines()[0] if record.observed else ""
-    return (
-        f"<details><summary><code>{e(record.name)}</code>: {e(first)}</summary>"
-        f"{''.join(parts)}</details>"
-    )
+    return f'<details id="{e(record.name)}"><summary>{title}</summary>{"".join(parts)}</details>'
+
+
+def _narrow(lines: list[str]) -> str:
+    return "\n".join(line if len(line) <= WIDTH else f"{line[:WIDTH]} ..." for line in lines)

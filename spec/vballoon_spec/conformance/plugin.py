@@ -25,6 +25,8 @@ OPTIONS = pytest.StashKey[Options]()
 TARGETS = pytest.StashKey[list[Target]]()
 FAILED = pytest.StashKey[bool]()
 KEPT = pytest.StashKey[Target | None]()
+SHOWN = 3
+"""So many of a test's last connections are shown with its failure, and the first one."""
 ONLY = {"test_vhost_user": "vhost-user", "test_vfio_user": "vfio-user", "test_pci": "vfio-user"}
 """Files of the suite that are about one transport, by the start of their names."""
 
@@ -146,15 +148,30 @@ def pytest_runtest_makereport(
     if report.failed:
         item.stash[FAILED] = True
         targets = item.stash.get(TARGETS, [])
-        lines = [line for target in targets for tap in target.taps for line in tap.log]
+        output = "".join(target.plain(target.output()[-2000:]) for target in targets)
         report.sections.append(("requirements", "\n".join(_rules(ids))))
-        report.sections.append(("wire", "\n".join(lines[-40:])))
-        report.sections.append(("backend", "".join(target.output()[-2000:] for target in targets)))
+        report.sections.append(("wire", "\n".join(_wire(targets))))
+        report.sections.append(("backend", output))
         command = repeat_command(item.config.stash[OPTIONS], item.nodeid)
         report.sections.append(("repeat", command))
         if call.excinfo is not None and call.excinfo.errisinstance(Finding):
-            report.longrepr = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+            told = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
+            for target in targets:
+                told = target.plain(told)
+            report.longrepr = told
     return report
+
+
+def _wire(targets: list[Target]) -> list[str]:
+    """What went over the connections; of many, the first and the last ones."""
+    logs = [tap.log.lines() for target in targets for tap in target.taps]
+    if len(logs) == 1:
+        return logs[0]
+    lines: list[str] = []
+    for number, log in enumerate(logs, 1):
+        if number == 1 or number > len(logs) - SHOWN:
+            lines += [f"connection {number} of {len(logs)}:", *log]
+    return lines
 
 
 def _rules(ids: list[str]) -> list[str]:

@@ -127,6 +127,12 @@ class Target:
         except OSError:
             return ""
 
+    def plain(self, text: str) -> str:
+        """*text* with the folder that was made for this backend shown as in its command."""
+        if self.folder is None:
+            return text
+        return text.replace(self.socket, "{socket}").replace(str(self.folder), "{dir}")
+
     def how_it_ended(self) -> str:
         """The exit status and the last lines, for people."""
         if self.popen is None or self.popen.poll() is None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vballoon_spec.conformance.record import Record, Run
+from vballoon_spec.conformance.transcript import shortened
 from vballoon_spec.conformance.verdict import (
     FAILED,
     NOT_APPLICABLE,
@@ -24,7 +25,7 @@ from vballoon_spec.requirements import by_id
 __all__ = ("Progress", "show")
 
 SHOWN_WIRE = 12
-"""Lines of the exchange that are shown with a failure; the HTML report has more."""
+"""Last lines of the exchange that are shown with a failure; the JSON file has more."""
 
 
 class Progress:
@@ -81,9 +82,9 @@ def _failure(console: Console, record: Record) -> None:
         row = by_id()[name]
         console.print(f"[bold]rule:[/]     {row.id} ({row.strength}) {escape(row.text)}")
         console.print(f"          [dim]{escape(row.label)}[/]")
-    lines = record.wire.splitlines()[-SHOWN_WIRE:]
+    lines = shortened(record.wire.splitlines(), 1, SHOWN_WIRE)
     if lines:
-        console.print("[bold]sent and received, last:[/]")
+        console.print("[bold]sent and received:[/]")
         for line in lines:
             console.print(f"  [dim]{escape(line)}[/]", no_wrap=True, crop=True)
     if record.backend.strip():

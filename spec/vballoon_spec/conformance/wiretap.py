@@ -8,10 +8,10 @@ import os
 import socket
 import struct
 import time
-from collections import deque
 from collections.abc import Sequence
 
 from vballoon_spec.conformance.findings import Closed, Hang
+from vballoon_spec.conformance.transcript import Transcript
 
 __all__ = ("Tap", "connect", "peer_pid")
 
@@ -42,17 +42,17 @@ def peer_pid(sock: socket.socket) -> int:
 
 
 class Tap:
-    """A stream socket with descriptors; every send and receive leaves a line in ``log``."""
+    """A stream socket with descriptors; messages leave their lines in ``log``."""
 
     def __init__(self, sock: socket.socket, limit: float = 2.0) -> None:
         self.sock = sock
         self.limit = limit
-        self.log: deque[str] = deque(maxlen=60)
+        self.log = Transcript()
         self.closed = False
 
     def note(self, line: str) -> None:
         """Put a line into the log."""
-        self.log.append(line)
+        self.log.add(line)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send all of *data*, descriptors with its first byte."""

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What went over a connection, kept short: the first lines, the last ones, and a count between."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+
+__all__ = ("Transcript", "shortened")
+
+_GAP = re.compile(r"\.\.\. (\d+) messages? left out \.\.\.")
+
+
+class Transcript:
+    """Lines of an exchange; of a long one only both ends are kept."""
+
+    def __init__(self, first: int = 8, last: int = 32) -> None:
+        self._first = first
+        self._head: list[str] = []
+        self._tail: deque[str] = deque(maxlen=last)
+        self._count = 0
+
+    def add(self, line: str) -> None:
+        """One more message."""
+        self._count += 1
+        if len(self._head) < self._first:
+            self._head.append(line)
+        else:
+            self._tail.append(line)
+
+    def lines(self) -> list[str]:
+        """What is kept, with a line that says how many messages are missing."""
+        missing = self._count - len(self._head) - len(self._tail)
+        return [*self._head, *_gap(missing), *self._tail]
+
+
+def shortened(lines: Sequence[str], first: int, last: int) -> list[str]:
+    """At most the *first* and *last* lines; a gap that is there already is counted in."""
+    if len(lines) <= first + last + 1:
+        return list(lines)
+    middle = lines[first : len(lines) - last]
+    return [*lines[:first], *_gap(sum(map(_messages, middle))), *lines[len(lines) - last :]]
+
+
+def _gap(missing: int) -> list[str]:
+    return [f"... {missing} message{'s' * (missing != 1)} left out ..."] if missing else []
+
+
+def _messages(line: str) -> int:
+    gap = _GAP.fullmatch(line)
+    return int(gap[1]) if gap else 1

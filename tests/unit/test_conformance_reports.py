@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reports stay short: long exchanges and repeated failures are shown once, and counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vballoon_spec.conformance.page import render
+from vballoon_spec.conformance.record import Record, Run
+from vballoon_spec.conformance.target import Options, Target
+from vballoon_spec.conformance.transcript import Transcript, shortened
+from vballoon_spec.conformance.verdict import verdicts
+
+ROWS = ["split.used.id", "split.used.len-first"]
+
+
+def transcript(messages: int) -> list[str]:
+    kept = Transcript(first=3, last=5)
+    for number in range(messages):
+        kept.add(f"-> {number}")
+    return kept.lines()
+
+
+@pytest.mark.parametrize("messages", range(10))
+def test_a_short_exchange_is_kept_whole(messages: int) -> None:
+    whole = [f"-> {number}" for number in range(min(messages, 8))]
+    assert messages > 8 or transcript(messages) == whole
+
+
+def test_of_a_long_exchange_both_ends_are_kept_and_the_rest_counted() -> None:
+    assert transcript(9) == [
+        "-> 0", "-> 1", "-> 2", "... 1 message left out ...",
+        "-> 4", "-> 5", "-> 6", "-> 7", "-> 8",
+    ]  # fmt: skip
+    lines = transcript(1000)
+    assert lines[2:5] == ["-> 2", "... 992 messages left out ...", "-> 995"]
+
+
+def test_shortening_again_counts_what_was_left_out_before() -> None:
+    lines = shortened(transcript(1000), 1, 2)
+    assert lines == ["-> 0", "... 997 messages left out ...", "-> 998", "-> 999"]
+    assert shortened(lines, 1, 2) == lines
+
+
+def failed(name: str, observed: str) -> Record:
+    wire = "\n".join(f"-> {number}" for number in range(100))
+    return Record(name, "failed", requirements=ROWS, observed=observed, wire=wire, repeat="again")
+
+
+def page(*records: Record) -> str:
+    run = Run("vhost-user", "balloon", "backend", records=list(records))
+    return render(run, verdicts(run))
+
+
+def test_a_failure_of_several_rows_is_shown_once_and_linked() -> None:
+    text = page(failed("test_a.py::test_one", "Finding: here"))
+    assert text.count("<details") == 1
+    assert text.count('<a href="#test_a.py::test_one">') == 1
+    assert "left out" in text
+
+
+def test_failures_that_differ_in_numbers_alone_are_shown_together() -> None:
+    text = page(
+        failed("test_a.py::test_one[3]", "Finding: buffers [3] are lost"),
+        failed("test_a.py::test_one[4]", "Finding: buffers [4] are lost"),
+        failed("test_a.py::test_one[5]", "Finding: the index is 5"),
+    )
+    assert text.count("<details") == 2
+    assert "and 1 like it" in text
+    assert "test_a.py::test_one[4]" in text
+
+
+def test_a_long_line_is_cut() -> None:
+    record = failed("test_a.py::test_one", "Finding: here")
+    record.wire = "-> " + "00" * 5000
+    assert len(page(record)) < len(page()) + 2000
+
+
+def test_folders_of_a_spawned_backend_are_shown_as_in_its_command(tmp_path: Path) -> None:
+    target = Target(Options())
+    assert target.plain("left as it is") == "left as it is"
+    target.folder, target.socket = tmp_path, str(tmp_path / "s")
+    assert target.plain(f"{tmp_path}/s and {tmp_path}/disk") == "{socket} and {dir}/disk"
