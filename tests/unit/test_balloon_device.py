@@ -15,7 +15,12 @@ from vballoon.balloon.config import ConfigSpace
 from vballoon.errors import ProtocolError, UsageError
 from vballoon.skipmap import Provenance
 from vballoon.virtqueue import make_virtqueue
-from vballoon_spec.virtio.balloon import BalloonConfig, BalloonFeature, BalloonState
+from vballoon_spec.virtio.balloon import (
+    CMD_ID_DONE,
+    BalloonConfig,
+    BalloonFeature,
+    BalloonState,
+)
 
 OPTIONAL = (
     (BalloonFeature.STATS_VQ, Role.STATS, 2),
@@ -45,6 +50,45 @@ class TestRoles:
         numbers = {number: role for _, role, number in chosen}
         roles = settle_roles(features, {0, 1, *numbers})
         assert {k: v for k, v in roles.items() if k > 1} == numbers
+
+    @pytest.mark.parametrize("chosen", COMBINATIONS, ids=words)
+    def test_rings_that_come_one_by_one_are_never_taken_for_others(self, chosen: tuple) -> None:  # type: ignore[type-arg]
+        """A hint taken for a report would be discarded."""
+        features = sum(mask for mask, _, _ in chosen)
+        for numbers in (
+            {2 + i: role for i, (_, role, _) in enumerate(chosen)},
+            {number: role for _, role, number in chosen},
+        ):
+            for count in range(len(numbers) + 1):
+                roles = settle_roles(features, {0, 1, *sorted(numbers)[:count]})
+                for index in sorted(numbers)[:count]:
+                    assert roles.get(index, numbers[index]) is numbers[index]
+
+    @pytest.mark.parametrize("only", [2, 3], ids=["dense", "fixed"])
+    def test_a_ring_waits_until_its_role_is_known(self, only: int) -> None:
+        features = int(BalloonFeature.FREE_PAGE_HINT | BalloonFeature.PAGE_REPORTING)
+        rig = Rig(features=features, present=(0, 1, 3))
+        rig.fill(4096, 512)
+        queue, driver = rig.queues[3], rig.drivers[3]
+        driver.add(rig.pages(4096, 512))
+        driver.publish()
+        assert not rig.balloon.process(queue)
+        assert queue.taken == 0
+        assert rig.content(4096) == 0x5A
+        rig.set_up((0, 1, 2, 3) if only == 2 else (0, 1, 3, 4))
+        assert rig.balloon.roles[3] is (Role.REPORT if only == 2 else Role.HINT)
+        rig.send(3, (rig.pages(4096, 512),))
+        assert rig.content(4096) == (0 if only == 2 else 0x5A)
+
+    def test_roles_that_are_known_stay_while_a_ring_is_reset(self) -> None:
+        features = int(BalloonFeature.FREE_PAGE_HINT | BalloonFeature.PAGE_REPORTING)
+        rig = Rig(features=features, present=(0, 1, 3, 4))
+        del rig.queues[4]
+        rig.balloon.start()
+        assert rig.balloon.roles[3] is Role.HINT
+        rig.balloon.reset()
+        rig.set_up((0, 1, 2, 3))
+        assert rig.balloon.roles[3] is Role.REPORT
 
     def test_unused_rings_do_not_change_the_numbering(self) -> None:
         """A front-end may set up rings that the driver never asked for."""
@@ -92,7 +136,9 @@ class TestConfig:
         assert not rig.balloon.poisoned
 
     @pytest.mark.parametrize("wrote", [True, False])
-    def test_a_reset_found_out_late_keeps_the_new_drivers_poison(self, wrote: bool) -> None:
+    def test_a_reset_found_out_late_keeps_the_poison(self, wrote: bool) -> None:
+        """It may be no reset, but a guest that was paused before it used a ring: what it expects
+        in its free pages still holds."""
         rig = Rig()
         rig.balloon.stop()
         rig.balloon.write_config(12, b"\xaa\xaa\xaa\xaa")
@@ -102,7 +148,9 @@ class TestConfig:
             rig.balloon.write_config(4, b"\1\0\0\0\0\0\0\0\xbb\xbb\xbb\xbb")
         rig.balloon.restart()
         fields = rig.balloon.config.fields
-        assert (fields.actual, fields.poison_val) == (0, 0xBBBBBBBB if wrote else 0)
+        assert (fields.actual, fields.poison_val) == (0, 0xBBBBBBBB if wrote else 0xAAAAAAAA)
+        rig.balloon.start()
+        assert rig.balloon.poisoned
 
 
 class TestOperator:
@@ -154,7 +202,38 @@ class TestState:
         assert target.balloon.config.fields.num_pages == 8192
         runs = target.balloon.skipmap.extents(Provenance.BALLOONED)
         assert runs.tolist() == [[4096, 4098], [5000, 5001]]
+        target.balloon.start()
         assert target.balloon.start_hinting() == 3  # 2 was used on the other side
+
+    def test_memory_may_come_after_the_state(self) -> None:
+        """QEMU loads the state of a device before it tells its memory."""
+        source, target = Rig(), Rig()
+        source.send(0, source.pfns(4096))
+        whole, target.memory = target.memory, make_memory()
+        target.balloon.memory_changed()
+        target.balloon.load(source.balloon.save())
+        target.memory = whole
+        target.balloon.memory_changed()
+        target.balloon.start()
+        assert target.balloon.skipmap.extents(Provenance.BALLOONED).tolist() == [[4096, 4097]]
+        target.balloon.reset()
+        target.balloon.start()
+        assert target.balloon.skipmap.count(Provenance.BALLOONED) == 0
+
+    def test_nothing_of_the_guest_before_is_left(self) -> None:
+        """A front-end may load a state into a device that served another moment of the guest."""
+        rig = Rig()
+        state = rig.balloon.save()
+        rig.send(0, rig.pfns(4096))
+        rig.balloon.start_hinting(hold=True)
+        rig.send(3, (rig.bytes((2).to_bytes(4, "little")),), (rig.pages(4096, 512),))
+        assert rig.balloon.skipmap.count(Provenance.HINTED) == 512
+        rig.balloon.load(state)
+        assert [rig.balloon.skipmap.count(p) for p in Provenance if p is not Provenance.REPORTED] \
+            == [0, 0, 0]  # fmt: skip
+        assert rig.balloon.hints.round is not None
+        assert rig.balloon.hints.round.void_reason is not None
+        assert rig.balloon.config.fields.free_page_hint_cmd_id == CMD_ID_DONE
 
     @pytest.mark.parametrize(
         "change",

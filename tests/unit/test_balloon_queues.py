@@ -9,6 +9,7 @@ from tests.fakes.driver import Element
 from tests.fakes.memory import make_memory
 from tests.fakes.rig import MIB, Rig
 
+from vballoon.balloon.device import ALL_FEATURES
 from vballoon.balloon.inflate import PFNS_PER_BUFFER_MAX
 from vballoon.balloon.stats import STATS_BYTES_MAX
 from vballoon.skipmap import Provenance
@@ -72,6 +73,18 @@ class TestInflate:
         rig.send(INFLATE, (rig.pfns(FIRST + 1)[0], rig.pages(FIRST)))
         assert rig.content(FIRST) == 0x5A
         assert set_pages(rig, Provenance.BALLOONED) == [FIRST + 1]
+
+    @pytest.mark.parametrize("discard", [True, False])
+    def test_a_driver_that_need_not_tell_is_not_trusted_to_have_told(self, discard: bool) -> None:
+        """Without MUST_TELL_HOST a page may be in use again before its deflation is announced."""
+        features = int(ALL_FEATURES & ~BalloonFeature.MUST_TELL_HOST)
+        rig = Rig(features=features, discard=discard)
+        rig.fill(FIRST, 2)
+        rig.send(INFLATE, rig.pfns(FIRST, FIRST + 1))
+        rig.fill(FIRST + 1)  # used again, not deflated
+        assert set_pages(rig, Provenance.BALLOONED) == []
+        skipped = rig.balloon.skipmap.reported_now().extents().tolist()
+        assert skipped == ([[FIRST, FIRST + 1]] if discard else [])
 
     def test_no_discard_records_and_leaves_the_memory(self) -> None:
         rig = Rig(discard=False)
@@ -206,6 +219,24 @@ class TestHinting:
         assert (done["round"], done["complete"]) == (round_id, False)
         assert done["void-reason"]
         assert set_pages(rig, Provenance.HINTED) == []
+
+    @pytest.mark.parametrize("ended", [True, False])
+    def test_the_pages_of_a_void_round_go_back_to_the_guest(self, rig: Rig, ended: bool) -> None:
+        """A driver keeps what it has hinted until it is told DONE."""
+        round_id = rig.balloon.start_hinting(hold=True)
+        rig.send(HINT, command(rig, round_id), (rig.pages(FIRST, 8),))
+        if ended:
+            rig.send(HINT, command(rig, 0))
+        told = rig.config_changes
+        rig.balloon.memory_changed()
+        assert rig.balloon.read_config()[8:12] == (1).to_bytes(4, "little")
+        assert rig.config_changes == told + 1
+        rig.balloon.memory_changed()
+        assert rig.config_changes == told + 1
+        rig.balloon.start_hinting()
+        rig.balloon.detach()
+        rig.balloon.attach(rig)
+        assert rig.balloon.read_config()[8:12] == (1).to_bytes(4, "little")
 
     def test_hold_keeps_the_pages_until_stop(self, rig: Rig) -> None:
         round_id = rig.balloon.start_hinting(hold=True)

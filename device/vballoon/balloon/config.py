@@ -19,7 +19,6 @@ class ConfigSpace:
         self.fields = BalloonConfig()
         self.size = BalloonConfig.SIZE if walk else CONFIG_SIZE_STANDARD
         self._poison_locked = False
-        self._poison_written = False
 
     def read(self) -> bytes:
         """The whole space, little-endian."""
@@ -41,12 +40,11 @@ class ConfigSpace:
         self.fields.actual = written.actual
         if not self._poison_locked:
             self.fields.poison_val = written.poison_val
-            self._poison_written = True
         return changed
 
     def lock(self) -> None:
         """DRIVER_OK: from here on the driver must not modify ``poison_val`` (*Page Poison*)."""
-        self._poison_locked, self._poison_written = True, False
+        self._poison_locked = True
 
     def unlock(self) -> None:
         """The driver has stopped the device."""
@@ -55,9 +53,12 @@ class ConfigSpace:
     def reset(self, *, keep_poison: bool = False) -> None:
         """Device reset: the operator's target stays, everything of the driver's goes.
 
-        *keep_poison* is for a reset that comes to light only when the new driver starts: the
-        ``poison_val`` that it has written since the old one stopped is its own.
+        *keep_poison* is for a reset that comes to light only when the new driver starts, and that
+        may be none (a guest that was paused before it used any ring): the ``poison_val`` that is
+        there stays.  A driver that negotiates PAGE_POISON writes its own before it starts, and for
+        any other the value means nothing; dropping it could have reported pages discarded that
+        the guest expects to keep it.
         """
-        poison = self.fields.poison_val if keep_poison and self._poison_written else 0
+        poison = self.fields.poison_val if keep_poison else 0
         self.fields = BalloonConfig(num_pages=self.fields.num_pages, poison_val=poison)
         self._poison_locked = False

@@ -13,7 +13,7 @@ from vballoon.balloon.counters import Counters
 from vballoon.balloon.hinting import HintQueue
 from vballoon.balloon.inflate import InflateQueues
 from vballoon.balloon.reporting import ReportQueue
-from vballoon.balloon.roles import NUM_QUEUES, Role, settle_roles
+from vballoon.balloon.roles import NUM_QUEUES, Role, numberings, settle_roles
 from vballoon.balloon.stats import GuestStats, StatsQueue
 from vballoon.balloon.walking import WalkQueue
 from vballoon.errors import QueueError, UsageError
@@ -21,6 +21,7 @@ from vballoon.memory import Discarder, GuestMemory
 from vballoon.skipmap import Provenance, Round, RoundKind, SkipMap, VoidReason
 from vballoon.virtio import VirtioDevice
 from vballoon_spec.virtio.balloon import (
+    CMD_ID_DONE,
     CMD_ID_FIRST,
     CMD_ID_STOP,
     PFN_SHIFT,
@@ -29,7 +30,7 @@ from vballoon_spec.virtio.balloon import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from vballoon.virtio import DeviceQueue, Transport
     from vballoon.virtqueue import ChainBatch
@@ -87,6 +88,8 @@ class Balloon(VirtioDevice):
         self._inflate = InflateQueues(self.counters, self.discarder)
         self._report = ReportQueue(self.counters, self.discarder)
         self.roles: dict[int, Role] = {}
+        self._settled_for: int | None = None  # the features for which all roles are known
+        self._loaded: persist.SavedBalloon | None = None  # until its guest goes on
 
     # What the transport asks.
 
@@ -112,10 +115,29 @@ class Balloon(VirtioDevice):
     def start(self) -> None:
         """Settle the queues' roles from the features and from the rings that are there."""
         assert self.transport is not None  # a transport starts what it has attached to
-        self.roles = settle_roles(self.transport.features, self.transport.queues)
+        self._settle_roles(self.transport.features, self.transport.queues)
         self.config.lock()
+        if self._loaded is not None:  # memory may have come after the state
+            self._take_ballooned(self._loaded)
+            self._loaded = None
         poisons = self.transport.features & BalloonFeature.PAGE_POISON
         self.skipmap.poison = self.config.fields.poison_val if poisons else None
+
+    def _settle_roles(self, features: int, present: Collection[int]) -> None:
+        """Roles that are all known stay, whatever ring is stopped or reset meanwhile."""
+        if self._settled_for == features and set(present) <= self.roles.keys():
+            return
+        self.roles = settle_roles(features, present)
+        complete = any(set(present) == {0, 1, *numbers} for numbers in numberings(features))
+        self._settled_for = features if complete else None
+
+    def process(self, queue: DeviceQueue) -> bool:
+        """Leave a ring alone whose role depends on rings that are still to be set up."""
+        assert self.transport is not None  # a transport brought the queue
+        dense, fixed = numberings(self.transport.features)
+        if queue.index not in self.roles and queue.index in dense and queue.index in fixed:
+            return False
+        return super().process(queue)
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
         """Serve a batch according to the queue's role."""
@@ -153,30 +175,40 @@ class Balloon(VirtioDevice):
         self.config.reset()
 
     def restart(self) -> None:
-        """A reset found out late: the new driver's ``poison_val`` is already there."""
+        """A reset found out late: the new driver's ``poison_val`` may be there already."""
         self._forget()
         self.config.reset(keep_poison=True)
 
     def _forget(self) -> None:
         self._void(VoidReason.RESET)
         self.discarder.forget()
+        self._forget_driver()
+
+    def _forget_driver(self) -> None:
         self.walk_queue.reset()
         self.stats_queue.reset()
-        self.roles = {}
+        self.roles, self._settled_for, self._loaded = {}, None, None
 
     def memory_changed(self) -> None:
         """Another memory table: rounds are void, bits of regions that went are gone."""
         assert self.transport is not None
         self.skipmap = self.skipmap.rebuilt(self.transport.memory)
         self._end_rounds(VoidReason.MEMORY_CHANGED)
+        self._release_pages()
         self.walk_queue.memmap.reset()  # it described another memory map [WALK-D14]
+
+    def _release_pages(self) -> None:
+        """The driver may hold free pages for a round that is void now: it can have them back."""
+        fields = self.config.fields
+        if fields.free_page_hint_cmd_id >= CMD_ID_FIRST:
+            self._publish_hint(CMD_ID_DONE)
+        if fields.free_page_walk_cmd_id >= CMD_ID_FIRST:
+            self._publish_walk(CMD_ID_DONE)
 
     def detach(self) -> None:
         """The front-end has gone; rounds belong to its connection."""
         self._void(VoidReason.FRONTEND_LOST)
-        self.walk_queue.reset()
-        self.stats_queue.reset()
-        self.roles = {}
+        self._forget_driver()
         super().detach()
 
     # What the operator asks.
@@ -257,10 +289,19 @@ class Balloon(VirtioDevice):
     def load(self, state: bytes) -> None:
         """Take a saved state over; raises :class:`~vballoon.errors.ProtocolError`."""
         saved = persist.unpack(state)
+        self._forget()  # of rounds, layout and balloon of whatever guest was here before
         fields = self.config.fields
         fields.num_pages, fields.actual = saved.num_pages, saved.actual
         fields.poison_val = saved.poison_val
         self.hints.next_id = self.walks.next_id = saved.next_cmd_id
+        self._take_ballooned(saved)
+        self._loaded = saved
+        # The guest may hold pages for a round that was not moved along with it.
+        self._publish_hint(CMD_ID_DONE)
+        self._release_pages()
+
+    def _take_ballooned(self, saved: persist.SavedBalloon) -> None:
+        """What the guest had in its balloon elsewhere."""
         self.skipmap.set_ranges(Provenance.BALLOONED, saved.start, saved.end)
 
     # Within.

@@ -52,14 +52,19 @@ class InflateQueues:
         """Discard the pages, set their bits, give the buffers back.
 
         *tells*: the driver asks before it uses a page again (MUST_TELL_HOST negotiated), so that
-        the parts of a huge page may add up.
+        the parts of a huge page may add up, and the page may be left out until it is deflated.
+        Without that its deflation may come late: it is then as good as reported, left out while
+        it is a hole.
         """
         for start, end in self._ranges(batch):
             self._counters.inflated_pages += int((end - start).sum())
             self._counters.discarded_bytes += self._discarder.discard(
                 batch.memory, start << _SHIFT, end << _SHIFT, accumulate=tells
             )
-            skipmap.set_ranges(Provenance.BALLOONED, start, end)
+            if tells:
+                skipmap.set_ranges(Provenance.BALLOONED, start, end)
+            elif self._discarder.enabled:
+                skipmap.set_ranges(Provenance.REPORTED, start, end)
         queue.give(batch.ids)
 
     def deflate(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:

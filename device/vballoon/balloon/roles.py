@@ -3,7 +3,10 @@
 
 The standard fixes statsq 2, free_page_vq 3 and reporting_vq 4 (*Memory Balloon Device /
 Virtqueues*).  Linux leaves no gaps: it numbers the queues of the *negotiated* features densely
-from 2 on.  Neither numbering is announced, so the rings that the driver has set up decide.
+from 2 on.  Neither numbering is announced, so the rings that the driver has set up decide.  They
+may come one after the other, and taking one for another in the meantime could lose a page: a page
+that is hinted must not be discarded, one that is reported is.  So a ring whose role depends on
+rings that are still to come has none yet.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from vballoon_spec.virtio.balloon import BalloonFeature
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ("NUM_QUEUES", "Role", "settle_roles")
+__all__ = ("NUM_QUEUES", "Role", "numberings", "settle_roles")
 
 NUM_QUEUES = 6
 """Five of the standard and the walk queue, which has the fixed number 5."""
@@ -41,16 +44,26 @@ _FIXED = (
 )
 
 
+def numberings(features: int) -> tuple[dict[int, Role], dict[int, Role]]:
+    """The roles of the optional queues under negotiated *features*: dense, and fixed."""
+    wanted = [(index, role) for index, mask, role in _FIXED if features & mask]
+    return dict(enumerate((role for _, role in wanted), start=2)), dict(wanted)
+
+
 def settle_roles(features: int, present: Collection[int]) -> dict[int, Role]:
     """Queue index → role, for negotiated *features* and the indices of the rings set up.
 
-    Fixed numbering is taken where exactly its rings are there (or, with a ring missing, where a
-    ring exists that only it explains); dense numbering otherwise.
+    A numbering whose rings are all there is the one.  While rings are missing: the only one that
+    explains those that are there, or what both say of them.  Rings that neither explains (set up
+    by a front-end, used by nobody) leave dense numbering, which is Linux's.
     """
-    roles = {0: Role.INFLATE, 1: Role.DEFLATE}
-    wanted = [(index, role) for index, mask, role in _FIXED if features & mask]
-    dense = dict(enumerate((role for _, role in wanted), start=2))
-    fixed = dict(wanted)
     optional = {index for index in present if index >= 2}
-    only_fixed_explains = bool(optional) and optional <= set(fixed) and not optional <= set(dense)
-    return roles | (fixed if only_fixed_explains or optional == set(fixed) else dense)
+    dense, fixed = numberings(features)
+    roles = {0: Role.INFLATE, 1: Role.DEFLATE}
+    if optional in (dense.keys(), fixed.keys()):
+        return roles | (dense if optional == dense.keys() else fixed)
+    if not optional <= fixed.keys():
+        return roles | dense
+    if not optional <= dense.keys():
+        return roles | fixed
+    return roles | {i: dense[i] for i in optional if dense[i] is fixed[i]}
