@@ -156,8 +156,11 @@ def test_twenty_kills_under_load_lose_and_repeat_nothing(kind, tmp_path):
     frontend.close()
 
 
-def test_the_one_process_form_of_it_tells_what_it_recovered(tmp_path):
-    """In-flight buffers are resubmitted in the order of their counters, and counted."""
+@pytest.mark.parametrize("meanwhile", ["nothing", "memory", "stop"])
+def test_the_one_process_form_of_it_tells_what_it_recovered(tmp_path, meanwhile):
+    """In-flight buffers are resubmitted in the order of their counters, and counted; also when
+    the ring is taken down again before any of them was taken.
+    """
     memory = make_memory((0, 16 << 20))
     path = tmp_path / "s"
     with backend_thread(EchoDevice(hold=5), path=path) as backend:
@@ -191,8 +194,18 @@ def test_the_one_process_form_of_it_tells_what_it_recovered(tmp_path):
         frontend.negotiate()
         frontend.share_memory()
         frontend.ok(R.SET_INFLIGHT_FD, told.build(), [crashed])
+        if meanwhile != "nothing":
+            device.process = lambda queue: False  # the loop has not come to it yet
         frontend.start_ring(ring, base=0)
         frontend.status_ok()
+        if meanwhile == "memory":
+            frontend.ok(R.REM_MEM_REG, frontend.slot())
+            del device.process
+            frontend.share_memory()
+        elif meanwhile == "stop":
+            base = frontend.stop_ring(ring)
+            del device.process
+            frontend.start_ring(ring, base=base)
         ring.collect(5)
         assert backend.status().queues[0].recovered == 5
         assert device.seen == [b"buffer %d" % i for i in range(len(order))]

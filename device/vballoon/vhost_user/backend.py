@@ -71,6 +71,10 @@ is the default.  ACCESS_PLATFORM is not offered, because addresses are never tra
 # An int, not a flag: inverting a flag keeps only the bits that its class knows.
 TRANSPORT_FEATURES = int(VhostFeature.LOG_ALL | VhostFeature.PROTOCOL_FEATURES)
 
+ABSENT = frozenset({"memory-userspace", "memory-address", "ring-address"})
+"""Rules that a ring breaks whose memory is not there.  Front-ends change a region by removing it
+and adding it again, so a ring that has run already waits for that."""
+
 POLL_SECONDS = 0.005
 """How often a ring is looked at for which the front-end gave no kick descriptor."""
 
@@ -183,12 +187,11 @@ class VhostUserBackend:
             self._queues[i] is queue for i, queue in queues.items()
         ):
             return
-        new = [i for i, queue in queues.items() if self._queues.get(i) is not queue]
         if self._queues.keys() - queues.keys():
             self.pause()
         self._queues = queues
         if queues:
-            self._start(new)
+            self._start()
 
     def _bind(self, vring: Vring) -> None:
         try:
@@ -200,6 +203,9 @@ class VhostUserBackend:
                 engine=self._engine,
             )
         except PeerError as error:
+            if vring.queue is not None and error.rule in ABSENT:
+                log.info("queue %d waits for its memory: %s", vring.index, error)
+                return
             vring.broken = QueueError(error.rule, error.detail)
             log.error("queue %d cannot be started: %s", vring.index, error)
             self._report(vring, vring.broken)
@@ -209,16 +215,22 @@ class VhostUserBackend:
             index, ring, notify=partial(self._notify, index), on_broken=self._on_broken
         )
 
-    def _start(self, new: list[int]) -> None:
-        """Tell the device, and look at the new rings: their kicks may have come long ago."""
+    def _start(self) -> None:
+        """Tell the device, and look at the rings: their kicks may have come long ago, and what
+        a ring is for may depend on one that came later.
+        """
         if self._standstill and all(v.is_initial for v in self.vrings if v.started):
             self.device.restart()
         self._standstill = False
         self.transfer.cancel("the rings were started")
         self.device.start()
         self._tell_config()
-        for index in new:
+        for index in self._queues:
             self.io.soon(partial(self.process, index))
+
+    def goes_on(self) -> None:
+        """A state was loaded: the guest that starts the rings next is not at its beginning."""
+        self._standstill = False
 
     def pause(self) -> None:
         """The device gives back what it holds; no queue is in use after that."""

@@ -69,6 +69,11 @@ class PackedInflight:
         """Whether an earlier back-end left a record here."""
         return bool(self._head["version"][0])
 
+    @property
+    def in_flight(self) -> int:
+        """Buffers that the record says were taken and not given back."""
+        return int(np.count_nonzero(self._desc["inflight"]))
+
     # -- recovery -----------------------------------------------------------------------------
 
     def recover(self, flags_at: Callable[[int], int]) -> tuple[RingState, Resubmit]:

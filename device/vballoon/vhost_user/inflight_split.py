@@ -53,6 +53,11 @@ class SplitInflight:
         """Whether an earlier back-end left a record here."""
         return bool(self._head["version"][0])
 
+    @property
+    def in_flight(self) -> int:
+        """Buffers that the record says were taken and not given back."""
+        return int(np.count_nonzero(self._desc["inflight"]))
+
     def recover(self, used_idx: int) -> tuple[RingState, Resubmit]:
         """Where the ring stands, and what was in flight; *used_idx* is the used ring's index.
 

@@ -71,6 +71,7 @@ class StateTransfer:
         if not trouble:
             try:
                 self._backend.device.load(state)
+                self._backend.goes_on()
             except PeerError as error:
                 trouble = str(error)
         self._finished(trouble)

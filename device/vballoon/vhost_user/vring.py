@@ -83,6 +83,7 @@ class Vring:
         self._log: SplitInflight | PackedInflight | None = None
         self._packed = False
         self._state: RingState | None = None  # of a ring taken down to be put up again
+        self._unclaimed = 0  # buffers of its record that it had not come to take again
         self.resumed = False
         """Whether this life of the ring continues one that ended in a crash."""
         self.recovered = 0
@@ -135,7 +136,7 @@ class Vring:
         addresses = self.addresses(memory)
         resubmit: Resubmit | None = None
         state = self._state
-        if state is None:
+        if state is None or self._unclaimed:
             state, resubmit = self._begin(memory, addresses, features, area)
         ring = make_virtqueue(
             memory,
@@ -152,7 +153,7 @@ class Vring:
         if self.queue is not None:  # the same life of the ring goes on: so do its counters
             for name in ("taken", "given", "notified", "kicked"):
                 setattr(fresh, name, getattr(self.queue, name))
-        self.queue, self._state = fresh, None
+        self.queue, self._state, self._unclaimed = fresh, None, 0
         if resubmit is not None:
             self.resumed = True
             self.recovered += len(resubmit.ids)
@@ -215,14 +216,18 @@ class Vring:
     def unbind(self) -> None:
         """Take the virtqueue down for now; it goes on where it stood."""
         if self.queue is not None and self._state is None:
-            self._state = self.queue.ring.state()
+            ring = self.queue.ring
+            self._state = ring.state()
+            if self._log is not None:
+                self._unclaimed = self._log.in_flight - ring.outstanding
+                self.recovered -= self._unclaimed
 
     def stop(self, *, packed: bool) -> int:
         """GET_VRING_BASE: the end of this life of the ring.  Returns the number to report."""
         self.unbind()
         if self._state is not None:
             self.base = encode_base(self._state, packed=packed)
-        if self._log is not None and self.queue is not None and not self.queue.ring.outstanding:
+        if self._log is not None and not self._log.in_flight:
             self._log.end()
         self._forget()
         return encode_base(self.base_state(packed=packed), packed=packed)
@@ -235,6 +240,7 @@ class Vring:
 
     def _forget(self) -> None:
         self.started = self.busy = self.resumed = False
+        self._unclaimed = 0
         self.queue = self.broken = self._state = self._log = None
 
     @property
