@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,6 +226,58 @@ def test_guest_that_never_rests_is_stopped_in_the_end(
     check(guest, tmp_path, set())
     assert qemu.log.count("stop") <= live.ROUNDS_MAX
     assert qemu.whole
+
+
+def test_guest_stands_still_in_the_last_round_however_slowly_it_came_to_rest(
+    qemu: FakeQemu, vm: QemuVm, tmp_path: Path
+) -> None:
+    """Less is written from round to round, and after the last one it is still not little."""
+    guest, seen = Guest(), []
+    sizes = [30, 22, 16, 11, 8, 5]
+    assert len(sizes) == live.ROUNDS_MAX
+    assert all(b <= a * 3 // 4 for a, b in itertools.pairwise(sizes))
+
+    class Calming(Observer):
+        def step(self, name: str) -> None:
+            if name == "copy":
+                seen.append(qemu.status)
+
+        def size(self, total: int) -> None:
+            if qemu.status == "running":
+                guest.write(*range(sizes.pop(0)))
+
+    make(vm, guest, tmp_path, Control(guest), observer=Calming()).take()
+    assert not sizes
+    assert seen == ["paused"]
+    check(guest, tmp_path, set())
+    assert qemu.whole
+
+
+def test_tracking_begins_while_the_guest_stands(qemu: FakeQemu, vm: QemuVm, tmp_path: Path) -> None:
+    """What a disk is writing at that moment would be missed."""
+    states = []
+
+    class Watching(Guest):
+        def start(self) -> None:
+            states.append(qemu.status)
+            super().start()
+
+    guest = Watching()
+    make(vm, guest, tmp_path, Control(guest)).take()
+    assert states == ["paused"]
+
+
+def test_network_that_another_process_writes_is_refused(
+    qemu: FakeQemu, vm: QemuVm, tmp_path: Path
+) -> None:
+    qemu.networks = (
+        "n0: index=0,type=nic,model=virtio-net-pci\n \\ hub: index=0,type=vhost-user,x\n"
+    )
+    guest = Guest()
+    with pytest.raises(UsageError, match="type=vhost-user"):
+        make(vm, guest, tmp_path, Control(guest)).take()
+    assert qemu.whole
+    assert "device_del" not in qemu.log
 
 
 def test_killed_between_rounds_the_note_is_right(

@@ -17,6 +17,7 @@ marks are read and cleared.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ ROUNDS_MAX = 6
 ENOUGH = 32 << 20
 """Bytes left at which the guest is stopped: some hundredths of a second of copying."""
 ASK_SECONDS = 30.0
-FOREIGN = ("vhost-user", "vfio-", "vhost-vsock", "vhost-scsi", "vdpa")
+FOREIGN = ("vhost-user", "vfio-", "vhost-vsock", "vhost-scsi", "vdpa", "vhost-vdpa")
 """Devices by whose writes QEMU's page tables are not marked."""
 
 
@@ -69,7 +70,7 @@ class LiveSnapshot(Snapshot):
     def _steps(self, plan: Plan, note: Note, guardian: Guardian) -> SnapshotManifest:
         tracker = self._tracker(plan)
         self._begin("track")
-        tracker.start()
+        self._start(tracker, note, guardian)
         self._begin("ask")
         skip = self._told_free()
 
@@ -84,6 +85,7 @@ class LiveSnapshot(Snapshot):
             for _, f in plan.memory
         ]
         written = self._rounds(plan, note, guardian, tracker, wanted)
+        self._check_unchanged(plan)
         stopped_ns = time.time_ns()
         self._save_state(plan, note, guardian)
         self._begin("verify")
@@ -100,8 +102,23 @@ class LiveSnapshot(Snapshot):
                 path = f"{parent}/{child['name']}"
                 if path != plan.device.path and kind.startswith(FOREIGN):
                     raise UsageError(f"no live snapshot: writes of {path} ({kind}) are not seen")
+        networks = self.vm.execute("human-monitor-command", **{"command-line": "info network"})
+        if other := re.search(r"^.*type=(vhost-user|vhost-vdpa).*$", networks, re.MULTILINE):
+            raise UsageError(f"no live snapshot: writes of {other[0].strip()} are not seen")
         hosts = {block.name: block.host for block in self.vm.ram_blocks()}
         return self.make_tracker([(hosts[m.id], f.size) for m, f in plan.memory])
+
+    def _start(self, tracker: WriteTracker, note: Note, guardian: Guardian) -> None:
+        """Begin to track, while the guest stands: a read from a disk that is under way would come
+        after its page was marked, and the mark be cleared before it.
+        """
+        note.stop = True
+        guardian.note(note)
+        self.vm.execute("stop")
+        tracker.start()
+        self.vm.execute("cont")
+        note.stop = False
+        guardian.note(note)
 
     def _told_free(self) -> NDArray[np.uint64]:
         """Page ranges that the guest has told free in a whole round; none if it cannot."""
@@ -138,7 +155,7 @@ class LiveSnapshot(Snapshot):
     ) -> Extents:
         """Copy while the guest runs; returns what is left when it has been stopped for good."""
         before = None
-        for _ in range(ROUNDS_MAX):
+        for number in range(1, ROUNDS_MAX + 1):
             self._copy_extents(plan, wanted)
             self._begin("stop")
             note.stop = True
@@ -149,7 +166,8 @@ class LiveSnapshot(Snapshot):
                 for written, (_, f) in zip(tracker.collect(), plan.memory, strict=True)
             ]
             left = sum(ext.length(w) for w in wanted)
-            if left <= ENOUGH or (before is not None and left > before * 3 // 4):
+            hopeless = before is not None and left > before * 3 // 4
+            if left <= ENOUGH or hopeless or number == ROUNDS_MAX:
                 break
             before = left
             self.vm.execute("cont")
