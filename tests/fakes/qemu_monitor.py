@@ -46,6 +46,11 @@ class FakeQemu:
         self.chardevs = {"c0": "/run/balloon.sock"}
         self.capability = False
         self.migration: dict[str, Any] = {}
+        self.more_memory: list[dict[str, Any]] = []
+        self.blocked: list[str] = []
+        self.networks = ""
+        self.mute = False
+        self.reset = False
         self.backend_type = "memory-backend-memfd"
         self.backend_path = ""
         self.graphics = False
@@ -133,6 +138,8 @@ class FakeQemu:
             reply = {"return": method(arguments)}
         except Refused as error:
             reply = {"error": {"class": "GenericError", "desc": str(error)}}
+        if self.mute and name == "quit":
+            return  # the process is gone before its answer
         reply["id"] = message.get("id")
         out = json.dumps(reply).encode() + b"\r\n"
         if name == "device_del" and "return" in reply and self.lets_go:
@@ -140,6 +147,9 @@ class FakeQemu:
                 _event("DEVICE_DELETED", path="/machine/peripheral/balloon0")
             ).encode()
             out += b"\r\n"
+        if self.reset:
+            self.reset = False
+            out = json.dumps(_event("RESET", guest=True)).encode() + b"\r\n" + out
         try:
             connection.sendall(out)
         except OSError:
@@ -160,7 +170,7 @@ class FakeQemu:
         return {"arch": "x86_64"}
 
     def do_query_memdev(self, _: Any) -> Any:
-        return [{"id": "mem", "size": self.size, "share": True}]
+        return [{"id": "mem", "size": self.size, "share": True}, *self.more_memory]
 
     def do_x_query_ramblock(self, _: Any) -> Any:
         text = "\n Block Name    PSize    Offset    Used    Total    HVA  RO\n"
@@ -179,7 +189,7 @@ class FakeQemu:
 
     def do_qom_get(self, arguments: Any) -> Any:
         path, name = arguments["path"], arguments["property"]
-        if path == "/objects/mem":
+        if path.startswith("/objects/"):
             return {"type": self.backend_type, "mem-path": self.backend_path}[name]
         if path == "/machine":
             return "pc-q35-11.1-machine"
@@ -263,7 +273,11 @@ class FakeQemu:
         return {}
 
     def do_query_migrate(self, _: Any) -> Any:
-        return self.migration
+        return self.migration | ({"blocked-reasons": self.blocked} if self.blocked else {})
+
+    def do_human_monitor_command(self, arguments: Any) -> Any:
+        assert arguments == {"command-line": "info network"}
+        return self.networks
 
 
 def _event(name: str, **data: Any) -> dict[str, Any]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +109,27 @@ HOSTILE = [
 def test_absurd_frames_are_refused(frame: Frame, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         unpacked(STREAM[:8] + frame.build() + b"data", tmp_path)
+
+
+def test_stream_that_goes_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="goes on"):
+        unpacked(STREAM + b"x", tmp_path)
+    with pytest.raises(UsageError, match="not a whole snapshot"):
+        open_snapshot(tmp_path)
+
+
+def test_machine_that_came_and_cannot_run_is_kept(tmp_path: Path) -> None:
+    """The one that it came from has ended: a mistake in the command must not be its end."""
+    words = [sys.executable, "-m", "vballoon", "restore", "-", "--ram", str(tmp_path)]
+    done = subprocess.run([*words, "--", "false"], input=STREAM, capture_output=True, check=False)
+    assert done.returncode == 1
+    (kept,) = tmp_path.iterdir()
+    assert f"is kept in {kept}" in done.stderr.decode()
+    open_snapshot(kept)
+    done = subprocess.run([*words, "--", "false"], input=STREAM[:-1], capture_output=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_reader_that_goes_away_is_an_error() -> None:

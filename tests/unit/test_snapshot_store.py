@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from vballoon_spec.snapshot import (
 )
 
 PAGE = 4096
-DEVICE = {"driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": "rp0", "chardev": "c0"}
+DEVICE = {
+    "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": "rp0", "chardev": "c0",
+    "virtio-id": 5,
+}  # fmt: skip
 
 
 def manifest_of(store: DirectoryStore, kind: StateKind = StateKind.IGNORE_SHARED):
@@ -110,7 +114,17 @@ DAMAGES = {
     "manifest not text": lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe\x00"),
     "manifest a directory": lambda d: ((d / "manifest.json").unlink(),
                                        (d / "manifest.json").mkdir()),
+    "manifest a pipe": lambda d: ((d / "manifest.json").unlink(),
+                                  os.mkfifo(d / "manifest.json")),
+    "state a link": lambda d: linked(d / "state"),
+    "memory a link": lambda d: linked(d / "mem.ram"),
 }  # fmt: skip
+
+
+def linked(path: Path) -> None:
+    """The same bytes, elsewhere: another machine's guest is not to see them."""
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
 
 
 def patch(path: Path, at: int, data: bytes) -> None:
@@ -232,4 +246,29 @@ def test_devices_only_state_needs_another_switch(tmp_path: Path) -> None:
 def test_balloon_may_be_elsewhere(whole: Path) -> None:
     manifest = open_snapshot(whole)
     assert balloon_arguments(manifest, None) == (DEVICE, {"id": "c0", "path": "/run/b.sock"})
+    assert balloon_arguments(manifest, "/x")[1] == {"id": "c0", "path": "/x"}
+
+
+HOSTILE = [
+    {"driver": "vfio-pci", "host": "0000:00:02.0"},
+    {**DEVICE, "romfile": "/etc/shadow"},
+    {**DEVICE, "virtio-id": 2},
+    {k: v for k, v in DEVICE.items() if k != "virtio-id"},
+    {**DEVICE, "addr": {"a": "b"}},
+    {**DEVICE, "socket": {"type": "unix", "path": "/x"}},
+    {"driver": "vfio-user-pci", "id": "balloon0"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", HOSTILE, ids=repr)
+def test_nothing_but_a_balloon_is_plugged_in(whole: Path, device: dict[str, Any]) -> None:
+    manifest = replace(open_snapshot(whole), balloon={"device": device, "chardev": None})
+    with pytest.raises(UsageError, match="balloon is none"):
+        balloon_arguments(manifest, "/x")
+
+
+def test_balloon_without_a_socket_needs_one(whole: Path) -> None:
+    manifest = replace(open_snapshot(whole), balloon={"device": dict(DEVICE), "chardev": None})
+    with pytest.raises(UsageError, match="--balloon-socket"):
+        balloon_arguments(manifest, None)
     assert balloon_arguments(manifest, "/x")[1] == {"id": "c0", "path": "/x"}

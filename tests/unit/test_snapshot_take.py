@@ -16,11 +16,11 @@ from tests.fakes.qemu_monitor import BALLOON, FakeQemu
 from vballoon.errors import UsageError
 from vballoon.snapshot.memmap import FreeMemory, VerificationRefused
 from vballoon.snapshot.qmp_vm import QemuVm
-from vballoon.snapshot.recovery import Note, go_back
+from vballoon.snapshot.recovery import MOVED, Note, go_back
 from vballoon.snapshot.source import GuestSource, RamFile
 from vballoon.snapshot.store import DirectoryStore, open_snapshot
 from vballoon.snapshot.take import Observer, Snapshot
-from vballoon_spec.snapshot import StateKind
+from vballoon_spec.snapshot import SnapshotManifest, StateKind
 
 PAGE = 4096
 SIZE = 64 * PAGE
@@ -269,6 +269,110 @@ def test_quit_comes_after_the_manifest(
     make(vm, source, tmp_path, quit=True).take()
     assert ("quit", True) in there
     assert "cont" not in qemu.log
+
+
+def test_snapshot_outlives_a_qemu_that_does_not_answer_its_end(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    """It is the only one that is left of the machine."""
+    qemu.mute = True
+    make(vm, source, tmp_path, quit=True).take()
+    assert qemu.status == "ended"
+    open_snapshot(tmp_path / "snap")
+
+
+def test_interrupted_when_all_is_written_the_snapshot_stays(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    class Impatient(Observer):
+        def step(self, name: str) -> None:
+            if name == "done":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(vm, source, tmp_path, quit=True, observer=Impatient()).take()
+    open_snapshot(tmp_path / "snap")
+    assert "cont" not in qemu.log
+
+
+class Moving(DirectoryStore):
+    """Stands for a stream, whose last bytes fail to go out, or may have gone."""
+
+    moves = True
+    fault: BaseException = KeyboardInterrupt()
+
+    def finish(self, manifest: SnapshotManifest) -> None:
+        raise self.fault
+
+
+def test_machine_that_may_run_elsewhere_does_not_run_on_here(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    told = []
+
+    class Listening(Observer):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    store = Moving(tmp_path / "snap")
+    snapshot = Snapshot(vm, source, store, Listening(), free_memory=free, quit=True)
+    with pytest.raises(KeyboardInterrupt):
+        snapshot.take()
+    assert qemu.status == "paused"
+    assert told == [MOVED]
+
+
+def test_machine_whose_last_bytes_did_not_go_out_runs_on(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    store = Moving(tmp_path / "snap")
+    store.fault = BrokenPipeError(32, "Broken pipe")
+    with pytest.raises(UsageError, match="Broken pipe"):
+        Snapshot(vm, source, store, free_memory=free, quit=True).take()
+    assert qemu.whole
+
+
+def test_nothing_is_believed_of_a_machine_that_was_reset(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    """What the kernel before it knew may still lie in memory."""
+
+    def reset(name: str) -> None:
+        qemu.reset = qemu.reset or name == "stop"
+
+    qemu.on = reset
+    manifest = make(vm, source, tmp_path).take()
+    assert (manifest.verification, manifest.left_out["verified"]) == (
+        "the machine was reset meanwhile",
+        0,
+    )
+    assert manifest.memory[0].data == 32 * PAGE
+
+
+def test_memory_that_came_meanwhile_is_not_forgotten(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    """QEMU would leave it out of its state, and so would we."""
+
+    def hot_add(name: str) -> None:
+        if name == "device_del":
+            qemu.more_memory = [{"id": "dimm", "size": 1 << 27, "share": True}]
+
+    qemu.on = hot_add
+    with pytest.raises(UsageError, match="changed meanwhile"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+
+
+def test_machine_that_qemu_cannot_save_is_refused(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    """xen-save-devices-state would write the state of all but the device in question."""
+    qemu.blocked = ["non-migratable device: 0000:00:04.0/ivshmem-plain"]
+    with pytest.raises(UsageError, match="ivshmem"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+    assert not (tmp_path / "snap").exists()
 
 
 def test_machine_that_stands_still_is_refused(

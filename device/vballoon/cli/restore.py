@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -83,11 +84,27 @@ def run(options: argparse.Namespace) -> int:
         return _restore(options, Path(options.directory), in_place=False)
     if not options.command_line and not options.check:
         raise UsageError("a stream needs the command to run: vballoon restore - -- COMMAND ...")
+    return _restore_stream(options)
+
+
+def _restore_stream(options: argparse.Namespace) -> int:
+    """Unpack and run; what has come whole is kept until it runs: it may be all that there is."""
     from vballoon.snapshot.pipe import unpack
 
-    with tempfile.TemporaryDirectory(prefix="vballoon-", dir=options.ram) as folder:
-        unpack(sys.stdin.fileno(), Path(folder))
-        return _restore(options, Path(folder), in_place=True)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="vballoon-", dir=options.ram))
+    except OSError as error:
+        raise UsageError(f"{options.ram}: {error.strerror}") from None
+    whole = False
+    try:
+        unpack(sys.stdin.fileno(), folder)
+        whole = True
+        return _restore(options, folder, in_place=True)
+    finally:
+        if whole and not options.check and any(folder.glob("*.ram")):
+            print(f"vballoon: the snapshot that came is kept in {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder)
 
 
 def _restore(options: argparse.Namespace, snapshot: Path, *, in_place: bool) -> int:
@@ -132,14 +149,16 @@ def _print(
 def _run(
     options: argparse.Namespace, snapshot: Path, manifest: SnapshotManifest, place: RamPlace
 ) -> int:
-    from vballoon.snapshot.restore import plug_balloon, start
+    from vballoon.snapshot.device import plug
+    from vballoon.snapshot.restore import balloon_arguments, start
 
+    balloon = None if options.no_balloon else balloon_arguments(manifest, options.balloon_socket)
     with start(options.command_line, snapshot, manifest, place.files) as restored:
         restored.load(manifest)
         place.remove()
-        if not options.no_balloon:
+        if balloon is not None:
             try:
-                plug_balloon(restored.vm, manifest, options.balloon_socket)
+                plug(restored.vm, *balloon)
             except UsageError as error:
                 print(f"vballoon: the VM runs, without its balloon: {error}", file=sys.stderr)
         print(f"restored {options.directory}", file=sys.stderr)

@@ -18,13 +18,15 @@ from vballoon.snapshot.qmp_vm import QemuRefused
 if TYPE_CHECKING:
     from vballoon.snapshot.qmp_vm import QemuVm
 
-__all__ = ("BalloonDevice", "find_balloon", "plug", "unplug", "wait_until_gone")
+__all__ = (
+    "BalloonDevice", "find_balloon", "plug", "require_balloon", "unplug", "wait_until_gone",
+)  # fmt: skip
 
 VHOST_USER, VFIO_USER = "vhost-user-test-device-pci", "vfio-user-pci"
 BALLOON_ID = 5
 _COPIED = (
     "addr", "virtio-id", "num_vqs", "vq_size", "config_size",
-    "multifunction", "acpi-index", "iommu_platform", "ats", "page-per-vq", "romfile",
+    "multifunction", "acpi-index", "iommu_platform", "ats", "page-per-vq",
 )  # fmt: skip
 """Properties that are given again when they are set; ``bus`` and ``chardev`` need more thought."""
 SOCKET_PREFIX = "unix:"
@@ -43,6 +45,21 @@ class BalloonDevice:
     path: str
     arguments: dict[str, Any]
     chardev: dict[str, str] | None
+
+
+def require_balloon(arguments: dict[str, Any]) -> None:
+    """Raise UsageError unless *arguments*, which somebody has sent, plug in a balloon and no more.
+
+    (Any other device would have a reach of its own: a file of the host as its ROM, say.)
+    """
+    known = {"driver", "id", "bus", "chardev", "socket", *_COPIED}
+    plain = all(isinstance(v, str | int) for k, v in arguments.items() if k != "socket")
+    driver = arguments["driver"]
+    number = arguments.get("virtio-id", BALLOON_ID if driver == VFIO_USER else None)
+    if driver not in (VHOST_USER, VFIO_USER) or set(arguments) - known or not plain:
+        raise UsageError(f"what the snapshot calls its balloon is none: {arguments}")
+    if number != BALLOON_ID or ("socket" in arguments) != (driver == VFIO_USER):
+        raise UsageError(f"what the snapshot calls its balloon is none: {arguments}")
 
 
 def find_balloon(vm: QemuVm, name: str | None = None, socket: str | None = None) -> BalloonDevice:

@@ -41,6 +41,8 @@ MANIFEST_MAX = 16 << 20
 class StreamStore:
     """Writes a snapshot to the descriptor *fd*, which stays the caller's."""
 
+    moves = True
+
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._state = os.memfd_create("vballoon-state", os.MFD_CLOEXEC)
@@ -110,7 +112,8 @@ def unpack(fd: int, directory: Path) -> None:
     """Read a stream from *fd* into the existing, empty *directory*.
 
     The manifest is written last, under its name, so that a directory of a stream that ended early
-    is refused like any other half snapshot.  Raises :class:`~vballoon.errors.UsageError`.
+    is refused like any other half snapshot.  A machine that moves is at its end over there when the
+    stream ends, so that is waited for.  Raises :class:`~vballoon.errors.UsageError`.
     """
     if _read(fd, len(STREAM_MAGIC)) != STREAM_MAGIC:
         raise UsageError("this is not a snapshot's stream")
@@ -122,6 +125,8 @@ def unpack(fd: int, directory: Path) -> None:
             except WireError:
                 raise UsageError("the snapshot's stream ended before its end") from None
             reader.take(fd, frame)
+        if _read(fd, 1):
+            raise UsageError("the stream goes on after its end")
         reader.finish()
     except OSError as error:
         raise UsageError(f"{directory}: {error.strerror or error}") from None

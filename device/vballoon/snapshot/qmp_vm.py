@@ -20,6 +20,7 @@ __all__ = ("Memdev", "QemuGone", "QemuRefused", "QemuVm", "RamBlock")
 
 ANSWER_SECONDS = 60.0
 """How long QEMU may take for an answer: its monitor waits while the main loop is busy."""
+POLL_SECONDS = 0.01
 _BLOCK = re.compile(
     r"^\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+(r[ow])$"
 )
@@ -122,6 +123,23 @@ class QemuVm:
                 )
             except TimeoutError:
                 return None
+
+    def has_seen(self, name: str) -> bool:
+        """Whether event *name* came before the latest answer, and since the connection began."""
+        while not self._events.empty():
+            self._seen.append(self._loop.run_until_complete(self._events.get()))
+        return any(event["event"] == name for event in self._seen)
+
+    def wait_gone(self, timeout: float) -> bool:
+        """Whether QEMU, told to end, has closed its monitor within *timeout* seconds."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            try:
+                self.execute("query-status")
+            except QemuGone:
+                return True
+            time.sleep(POLL_SECONDS)
+        return False
 
     def status(self) -> str:
         """QEMU's run state: ``running``, ``paused`` …"""

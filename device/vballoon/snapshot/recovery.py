@@ -30,6 +30,11 @@ __all__ = ("Guardian", "Note", "go_back")
 UNPLUG_SECONDS = 15.0
 """How long a guest that was asked to let go of the balloon may still do so."""
 
+MOVED = (
+    "the machine has gone out as a whole and may run elsewhere, so it is left stopped here; "
+    "'cont' on QEMU's monitor lets it run if it does not"
+)
+
 
 @dataclass(slots=True)
 class Note:
@@ -46,6 +51,8 @@ class Note:
     migrate: bool = False
     """QEMU was asked for the device state; then ``ignore_shared`` is to be set back to this."""
     ignore_shared: bool = False
+    moved: bool = False
+    """The last bytes of a moving machine are on their way: it may run elsewhere from now on."""
     over: bool = False
     """Nothing is left to be undone."""
 
@@ -61,6 +68,8 @@ class Note:
 
 def go_back(vm: QemuVm, note: Note) -> list[str]:
     """Undo what *note* says; returns what could not be undone, in words."""
+    if note.moved:
+        return [MOVED]
     troubles: list[str] = []
 
     def attempt(what: str, action: Callable[[], object]) -> None:

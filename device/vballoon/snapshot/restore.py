@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vballoon.errors import UsageError
 from vballoon.snapshot.command import incoming_words, memory_words, rewrite
 from vballoon.snapshot.copy import copy_extents
-from vballoon.snapshot.device import plug
+from vballoon.snapshot.device import require_balloon
 from vballoon.snapshot.extents import data_extents
 from vballoon.snapshot.qmp_vm import QemuVm
 
@@ -82,8 +82,14 @@ class RamPlace:
 def balloon_arguments(
     manifest: SnapshotManifest, socket: str | None
 ) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """``device_add`` arguments and chardev of the balloon, at *socket* where that is another."""
+    """``device_add`` arguments and chardev of the balloon, at *socket* where that is another.
+
+    Raises :class:`~vballoon.errors.UsageError` where the snapshot names anything but a balloon.
+    """
     device, chardev = dict(manifest.balloon["device"]), manifest.balloon["chardev"]
+    require_balloon(device)
+    if "chardev" in device and chardev is None and socket is None:
+        raise UsageError("the snapshot does not know its balloon's socket: --balloon-socket")
     if socket is not None:
         if "socket" in device:
             device["socket"] = {"type": "unix", "path": socket}
@@ -162,8 +168,3 @@ def _connect(path: Path, process: subprocess.Popen[bytes]) -> QemuVm:
         if time.monotonic() > deadline:
             raise UsageError(f"QEMU does not open its monitor within {START_SECONDS:g} s")
         time.sleep(0.01)
-
-
-def plug_balloon(vm: QemuVm, manifest: SnapshotManifest, socket: str | None) -> None:
-    """Plug the balloon in, as it was or at *socket*."""
-    plug(vm, *balloon_arguments(manifest, socket))

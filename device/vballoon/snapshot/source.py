@@ -114,6 +114,8 @@ def _fetch_file(
     control: ControlClient, number: int, identity: dict[str, int], regions: list[dict[str, Any]]
 ) -> RamFile:
     control.execute("get-guest-memory-fd", {"file": number})
+    if not control.fds:
+        raise UsageError("the backend hands out no guest memory")
     fd = control.fds.pop()
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != (identity["device"], identity["inode"]):
@@ -135,11 +137,15 @@ def _fetch_file(
 def _fetch_layout(control: ControlClient) -> tuple[MemmapLayout | None, int | None, str]:
     """The layout, the guest's managed pages, and why there is no layout."""
     try:
-        answer = control.execute("get-memmap-layout")
+        answer, fd = control.execute_fd("get-memmap-layout")
     except UsageError as error:
         return None, None, str(error)
-    with os.fdopen(control.fds.pop(), "rb") as file:
+    with os.fdopen(fd, "rb") as file:
         data = file.read()
+    queues = control.execute("query-status")["queues"]
+    if not any(queue["state"] == "running" for queue in queues):
+        # After a reset the front-end says no more than that: the layout is of the kernel before.
+        return None, None, "the guest's driver is not running"
     runs = np.frombuffer(data, WalkMemmapRun.dtype(), offset=WalkMemmap.SIZE)
     header = WalkMemmap.parse(data[: WalkMemmap.SIZE])
     return MemmapLayout(header, runs, answer["partial"]), answer["managed-pages"], ""

@@ -63,11 +63,18 @@ def save_state(vm: QemuVm, kind: StateKind, fd: int) -> None:
     path = f"/dev/fdset/{number}"
     try:
         if kind is StateKind.DEVICES_ONLY:
+            _require_migratable(vm)  # this command does not ask
             vm.execute("xen-save-devices-state", filename=path)
         else:
             _migrate(vm, path)
     finally:
         vm.execute("remove-fd", **{"fdset-id": number})
+
+
+def _require_migratable(vm: QemuVm) -> None:
+    reasons = vm.execute("query-migrate").get("blocked-reasons")
+    if reasons:
+        raise UsageError(f"QEMU cannot save this machine: {'; '.join(map(str, reasons))}")
 
 
 def _migrate(vm: QemuVm, path: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +22,7 @@ from vballoon_spec.snapshot import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from io import BufferedReader
 
     import numpy as np
     from numpy.typing import NDArray
@@ -36,6 +38,9 @@ _ZEROES = bytes(1 << 20)
 
 class Store(Protocol):
     """Takes a snapshot's parts.  Everything raises :class:`OSError` where it cannot."""
+
+    moves: bool
+    """Whether somebody may run the machine as soon as :meth:`finish` has returned."""
 
     def open_state(self) -> int:
         """A descriptor for QEMU to write the device state to; the caller closes it."""
@@ -70,6 +75,8 @@ def ram_name(ident: str) -> str:
 class DirectoryStore:
     """A new directory at *path* (an empty one will do).  Raises UsageError where it cannot be."""
 
+    moves = False
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._files: list[Path] = []
@@ -82,13 +89,6 @@ class DirectoryStore:
                 raise UsageError(f"{self.path} is not empty")
         except OSError as error:
             raise UsageError(f"{self.path}: {error.strerror}") from None
-
-    def require_room(self, size: int) -> None:
-        """Raise :class:`UsageError` unless *size* more bytes will fit."""
-        status = os.statvfs(self.path)
-        free = status.f_bavail * status.f_frsize
-        if free < size:
-            raise UsageError(f"{self.path}: {size >> 20} MiB are needed, {free >> 20} are free")
 
     def _create(self, name: str, mode: int) -> int:
         path = self.path / name
@@ -179,7 +179,7 @@ def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> Snaps
     """
     directory = Path(path)
     try:
-        with (directory / MANIFEST_FILE).open("rb") as file:
+        with _open_plain(directory / MANIFEST_FILE) as file:
             manifest = SnapshotManifest.loads(file.read(MANIFEST_MAX))
         _check_files(directory, manifest, verify)
     except FileNotFoundError as error:
@@ -191,14 +191,29 @@ def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> Snaps
     return manifest
 
 
+def _open_plain(path: Path) -> BufferedReader:
+    """A file of a snapshot that may be anybody's: no link to elsewhere, no device, no pipe."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{path} is not a plain file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(f"{path} is not a plain file")
+    return os.fdopen(fd, "rb")
+
+
 def _check_files(directory: Path, manifest: SnapshotManifest, verify: bool) -> None:
     state = directory / manifest.state.file
-    with state.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if state.stat().st_size != manifest.state.bytes or digest != manifest.state.sha256:
+    with _open_plain(state) as file:
+        good = os.fstat(file.fileno()).st_size == manifest.state.bytes
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if good else ""
+    if digest != manifest.state.sha256:
         raise UsageError(f"{state} is not what the manifest says")
     for memory in manifest.memory:
-        with (directory / memory.file).open("rb") as file:
+        with _open_plain(directory / memory.file) as file:
             good = os.fstat(file.fileno()).st_size == memory.size
             if not good or (verify and sparse_digest(file.fileno()) != memory.sha256):
                 raise UsageError(f"{directory / memory.file} is not what the manifest says")

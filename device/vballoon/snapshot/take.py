@@ -8,14 +8,18 @@ stop       the guest; from here on time counts
 state      of the devices, written by QEMU
 verify     which pages are in the guest's free lists, read from its own memory
 copy       all data of guest memory but these
-resume     the guest (or end QEMU)
+resume     the guest
 plug       the balloon in again
 finish     checksums, everything on the disk, and last the manifest
 =========  =====================================================================================
+
+A machine that is to end does so after ``finish``, and from then on the snapshot is the machine:
+whatever happens, it is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -23,9 +27,10 @@ from typing import TYPE_CHECKING, Self
 
 from vballoon.errors import UsageError
 from vballoon.snapshot import extents as ext
-from vballoon.snapshot.device import BalloonDevice, find_balloon, plug, unplug
+from vballoon.snapshot.device import BalloonDevice, find_balloon, plug, require_balloon, unplug
 from vballoon.snapshot.match import match_memory
 from vballoon.snapshot.memmap import VerificationRefused
+from vballoon.snapshot.qmp_vm import QemuGone
 from vballoon.snapshot.recovery import Guardian, Note, go_back
 from vballoon.snapshot.state import choose_kind, save_state, set_ignore_shared
 from vballoon.snapshot.store import ram_name
@@ -40,6 +45,9 @@ if TYPE_CHECKING:
     from vballoon.snapshot.store import Store
 
 __all__ = ("Observer", "Snapshot")
+
+QUIT_SECONDS = 60.0
+"""How long QEMU may take to end: its disks may have much to write."""
 
 
 class Observer:
@@ -69,6 +77,7 @@ class Plan:
     """What is going to be copied, found out while everything still runs."""
 
     kind: StateKind
+    memdevs: list[Memdev]
     memory: list[tuple[Memdev, RamFile]]
     device: BalloonDevice
     qemu: dict[str, str]
@@ -100,7 +109,9 @@ class Snapshot:
                 plan = self._look(note)
                 manifest = self._steps(plan, note, guardian)
             except BaseException as error:
-                troubles = [] if note.over else go_back(self.vm, note)
+                if note.over:  # the only one that is left of this machine
+                    raise
+                troubles = go_back(self.vm, note)
                 self.store.discard()
                 for trouble in troubles:
                     self.observer.say(trouble)
@@ -120,8 +131,10 @@ class Snapshot:
         if status != "running":  # a guest that stands still lets go of nothing
             raise UsageError(f"the machine is {status}; it must be running")
         device = find_balloon(vm, self.device_id, self.device_socket)
+        require_balloon(device.arguments)  # or restore would not take it
         note.device_path, note.device = device.path, device.arguments
         note.chardev = device.chardev
+        memdevs = vm.memdevs()
         memory = match_memory(vm, self.source)
         kind = choose_kind(vm, [memdev for memdev, _ in memory])
         version = vm.execute("query-version")["qemu"]
@@ -131,7 +144,7 @@ class Snapshot:
             "machine": str(machine).removesuffix("-machine"),
             "target": str(vm.execute("query-target")["arch"]),
         }
-        return Plan(kind, memory, device, qemu)
+        return Plan(kind, memdevs, memory, device, qemu)
 
     def _steps(self, plan: Plan, note: Note, guardian: Guardian) -> SnapshotManifest:
         vm = self.vm
@@ -144,6 +157,7 @@ class Snapshot:
         note.stop = True
         guardian.note(note)
         vm.execute("stop")
+        self._check_unchanged(plan)
         stopped_ns = time.time_ns()
         self._save_state(plan, note, guardian)
         self._begin("verify")
@@ -163,10 +177,8 @@ class Snapshot:
         """Everything is copied: the guest runs on with its balloon, or ends."""
         vm = self.vm
         if self.quit:  # the machine ends only when there is a snapshot of it
-            manifest = self._finish(plan, copied, why, stopped_ns)
-            note.over = True
-            guardian.note(note)
-            vm.execute("quit")
+            manifest = self._manifest(plan, copied, why, stopped_ns)
+            self._hand_over(manifest, note, guardian)
             return manifest
         self._begin("resume")
         vm.execute("cont")
@@ -175,7 +187,28 @@ class Snapshot:
         plug(vm, plan.device.arguments, plan.device.chardev)
         note.unplug = False
         guardian.note(note)
-        return self._finish(plan, copied, why, stopped_ns)
+        manifest = self._manifest(plan, copied, why, stopped_ns)
+        self.store.finish(manifest)
+        self._begin("done")
+        return manifest
+
+    def _hand_over(self, manifest: SnapshotManifest, note: Note, guardian: Guardian) -> None:
+        """Make the snapshot whole and end the machine; it must never run here and elsewhere."""
+        note.moved = self.store.moves
+        guardian.note(note)
+        try:
+            self.store.finish(manifest)
+        except OSError:
+            note.moved = False  # its last bytes did not go out
+            guardian.note(note)
+            raise
+        note.over = True
+        guardian.note(note)
+        self._begin("done")
+        with contextlib.suppress(QemuGone):  # it may be gone before it has answered
+            self.vm.execute("quit")
+        if not self.vm.wait_gone(QUIT_SECONDS):
+            raise UsageError("the snapshot is whole, but QEMU does not end; it must not run on")
 
     def _save_state(self, plan: Plan, note: Note, guardian: Guardian) -> None:
         self._begin("state")
@@ -191,9 +224,23 @@ class Snapshot:
             os.close(fd)
         note.migrate = False
 
+    def _check_unchanged(self, plan: Plan) -> None:
+        """Refuse a machine that got or lost memory since it was looked at: some would be missing.
+
+        (QEMU leaves a backend's memory to us, also that of one which the plan does not know.)
+        """
+        if self.vm.memdevs() != plan.memdevs:
+            raise UsageError("the machine's memory backends changed meanwhile; try again")
+
     def _free(self) -> tuple[FreeMemory | None, str]:
-        """The free pages, or why they are not known."""
+        """The free pages, or why they are not known.
+
+        A machine that was reset may not have come far: then what the kernel before it knew is
+        still in memory, true to the last bit, and of no kernel that lives.
+        """
         try:
+            if self.vm.has_seen("RESET"):
+                raise VerificationRefused("the machine was reset meanwhile")
             if self.free_memory is not None:
                 return self.free_memory(self.source), ""
             return self.source.free_memory(), ""
@@ -221,10 +268,10 @@ class Snapshot:
             )
         return Copied(sizes, {"holes": holes, "verified": verified})
 
-    def _finish(self, plan: Plan, copied: Copied, why: str, stopped_ns: int) -> SnapshotManifest:
+    def _manifest(self, plan: Plan, copied: Copied, why: str, stopped_ns: int) -> SnapshotManifest:
         self._begin("finish")
         state_bytes, state_digest, digests = self.store.digests()
-        manifest = SnapshotManifest(
+        return SnapshotManifest(
             created_ns=stopped_ns,
             qemu=plan.qemu,
             state=StateFile(plan.kind, state_bytes, state_digest),
@@ -239,9 +286,6 @@ class Snapshot:
             balloon={"device": plan.device.arguments, "chardev": plan.device.chardev},
             extra={"seconds": self.seconds()},
         )
-        self.store.finish(manifest)
-        self._begin("done")
-        return manifest
 
     def seconds(self) -> dict[str, float]:
         """How long each step took, and how long the guest stood still (``stopped``)."""
