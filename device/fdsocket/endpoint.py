@@ -49,15 +49,16 @@ def remove_stale(path: str | os.PathLike[str]) -> None:
 
 
 def connect(path: str | os.PathLike[str]) -> socket.socket:
-    """A non-blocking socket connected to the server at *path* (:class:`OSError` if none is)."""
+    """A non-blocking socket connected to the server at *path* (:class:`OSError` if none is).
+
+    Does not block either: a server that accepts nobody is :class:`BlockingIOError`.
+    """
     sock = _new()
-    sock.setblocking(True)
     try:
         sock.connect(os.fspath(path))
     except OSError:
         sock.close()
         raise
-    sock.setblocking(False)
     return sock
 
 

@@ -29,6 +29,8 @@ __all__ = ("DmaRequests", "Layout")
 
 _WIDE, _NARROW = DmaAccess.SIZE, DmaAccess32.SIZE
 _PAD = _WIDE - _NARROW
+_ABANDONED_MAX = 1024
+"""Requests given up that the client may still answer; one that owes more will not."""
 _PROBES = 4
 """How often memory may change under a probe before the layout is taken as the specification's."""
 
@@ -173,6 +175,9 @@ class DmaRequests:
 
     def _new_id(self) -> int:
         # An id that may still be answered is not used again.
+        if len(self._abandoned) > _ABANDONED_MAX:
+            self._session.fail("the client answers no DMA message")
+            raise DmaError(errno.ENOTCONN, "no client to ask")
         while True:
             self._next_id = (self._next_id + 1) & 0xFFFF
             if self._next_id not in self._pending and self._next_id not in self._abandoned:

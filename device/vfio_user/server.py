@@ -26,6 +26,9 @@ DMA_TIMEOUT = 4.0
 """Seconds for an answer to DMA_READ or DMA_WRITE: less than the five after which QEMU gives up on
 a command of its own, so that a client which waits for us gets an answer in time."""
 
+RETRY_SECONDS = 0.5
+"""Until a client that could not be accepted is tried again."""
+
 _READ_SIZE = 1 << 16
 
 
@@ -61,9 +64,10 @@ class Server:
 
     def _wake(self) -> None:
         if self._loop is not None:
-            self._loop.call_soon(self._run_deferred)
+            self._loop.call_soon(self.run_deferred)
 
-    def _run_deferred(self) -> None:
+    def run_deferred(self) -> None:
+        """Do what the device has put off, and send what comes of it."""
         self.device.run_deferred()
         if self.connection is not None:
             self.connection.flush()
@@ -73,12 +77,23 @@ class Server:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as error:
+        except OSError as error:  # too many open files, most likely: it may pass
             log.error("cannot accept a client: %s", error.strerror)
+            self._pause()
             return
         if self._loop is not None:
             self._loop.remove_reader(self._listener)
         self._connect(sock)
+
+    def _pause(self) -> None:
+        """The client still waits: looking at it again at once would be all that we do."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(RETRY_SECONDS, self._listen)
+
+    def _listen(self) -> None:
+        if self._loop is not None and self.connection is None:
+            self._loop.add_reader(self._listener, self._accept)
 
     def _connect(self, sock: socket.socket) -> None:
         log.info("client connected")
@@ -131,9 +146,13 @@ class Connection:
         return _READ_SIZE
 
     def received(self, data: bytes, fds: list[int]) -> None:
-        """Bytes for the session; its replies go out before anything else happens."""
+        """Bytes for the session; its replies go out, then what the device has put off is done.
+
+        At once, not from the loop: behind other work there a doorbell would wait for all of it.
+        """
         self.session.feed(data, fds)
         self.flush()
+        self._server.run_deferred()
 
     def closed(self, reason: str) -> None:
         """The stream has ended."""

@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 
 Output = list[tuple[bytes, list[int]]]
 
+_OF_GUEST = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
+
+_EARLY_FDS_MAX = 253
+"""Descriptors that may wait for the rest of their message: what Linux sends with one."""
+
 _REPLY, _ERROR = int(HeaderFlags.TYPE_REPLY), int(HeaderFlags.ERROR)
 
 
@@ -106,6 +111,8 @@ class Session:
                 self._waiting.append(message)
         if len(self._waiting) > self.limits.max_queued:
             self.fail("more commands than the server holds at a time")
+        if self._input.early > _EARLY_FDS_MAX:
+            self.fail("more descriptors than a message can carry")
         self.drain()
         if self._input.malformed is not None and not self._serving and not self.closed:
             message, size = self._input.malformed
@@ -199,7 +206,9 @@ class Session:
             message.close()
 
     def _refused(self, message: Message, error: RequestError) -> None:
-        log.info("%s refused: %s", _name(message), error)
+        # Register accesses are the guest's: it must not be able to fill the log.
+        level = logging.DEBUG if message.command in _OF_GUEST else logging.INFO
+        log.log(level, "%s refused: %s", _name(message), error)
         self._refuse(message, error.errno)
         if isinstance(error, FatalError):
             self.fail(error.text)

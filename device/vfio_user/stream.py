@@ -62,6 +62,11 @@ class Splitter:
         self._buffer = bytearray()
         self._early: list[int] = []
 
+    @property
+    def early(self) -> int:
+        """Descriptors of a message that is not complete yet."""
+        return len(self._early)
+
     def feed(self, data: bytes, fds: list[int]) -> list[Message]:
         """The messages that *data* completes; *fds* are taken over."""
         self._buffer += data

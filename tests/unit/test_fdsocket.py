@@ -319,6 +319,15 @@ def test_connect_to_nobody_is_an_error(tmp_path):
         fdsocket.connect(tmp_path / "none")
 
 
+def test_connect_to_a_server_that_accepts_nobody_does_not_block(tmp_path):
+    with fdsocket.listen(tmp_path / "s", backlog=0):
+        waiting = [fdsocket.connect(tmp_path / "s")]
+        with pytest.raises(BlockingIOError):
+            waiting.append(fdsocket.connect(tmp_path / "s"))
+        for sock in waiting:
+            sock.close()
+
+
 def test_adopt_wants_a_unix_stream_socket():
     ours, theirs = socket.socketpair()
     sock = fdsocket.adopt(ours.detach())

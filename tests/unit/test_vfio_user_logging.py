@@ -115,6 +115,13 @@ class TestLogging:
         gadget.dma.write(BASE, bytes(8 * PAGE))
         assert self.report(client, BASE, 0x20 * PAGE) == 0b110010
 
+    def test_a_report_of_everything_costs_no_more_than_what_is_logged(
+        self, gadget: Gadget, logging: FakeClient
+    ) -> None:
+        gadget.dma.write(BASE, b"x")
+        assert self.report(logging, 0, (1 << 64) - PAGE, 1 << 58) == 1
+        assert self.report(logging, BASE, PAGE) == 0
+
     def test_the_page_size_is_the_devices_choice(self, client: FakeClient) -> None:
         reply = self.start(client, 2 << 20)
         assert LoggingControl.parse(reply[8:24]).page_size == PAGE

@@ -405,3 +405,32 @@ class TestProgram:
             assert program.wait(20) == status
             assert program.stderr is not None
             assert b"Traceback" not in program.stderr.read()
+
+
+def test_a_client_that_cannot_be_accepted_costs_no_cpu(
+    gadget: Gadget, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    """No descriptor left: one line, a pause, and then the client is served."""
+
+    class Refusing(socket.socket):
+        left = 2
+
+        def accept(self):
+            if self.left:
+                self.left -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    async def main() -> None:
+        listener = fdsocket.listen(tmp_path / "s")
+        running = Server(gadget, Refusing(fileno=listener.detach()))
+        running._listener.setblocking(False)
+        running.start()
+        wire = await asyncio.wait_for(asyncio.to_thread(Wire.connect, tmp_path / "s"), 10)
+        wire.close()
+        running.close()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(server, "RETRY_SECONDS", 0.05)
+    asyncio.run(main())
+    assert caplog.text.count("cannot accept a client") == 2

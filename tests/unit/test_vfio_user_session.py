@@ -34,10 +34,11 @@ from vballoon_spec.vfio_user import (
     HeaderFlags,
     IrqSet,
     PciIrq,
+    PciRegion,
     RegionAccess,
     Version,
 )
-from vfio_user import Session, SessionLimits
+from vfio_user import DmaError, Session, SessionLimits
 
 REPLY, ERROR, NO_REPLY = HeaderFlags.TYPE_REPLY, HeaderFlags.ERROR, HeaderFlags.NO_REPLY
 
@@ -414,3 +415,43 @@ def test_any_sequence_of_messages_is_answered_or_ends_the_connection(
     device.close()
     os.close(fd)
     assert descriptors() == before
+
+
+def test_a_client_that_answers_no_dma_message_is_let_go(gadget: Gadget) -> None:
+    """Message ids are 16 bits, and one that may still be answered is not used again."""
+    client = FakeClient(gadget)
+    client.negotiate()
+    client.map(Ram(0x10000, 0x1000), mapped=False)
+    client.silent = True
+    for _ in range(1 << 16):
+        with pytest.raises(DmaError):
+            gadget.dma.read(0x10000, 4)
+        if client.session.closed:
+            break
+    assert "no DMA message" in client.session.closed
+    assert client.session.requests.sent < 2000
+    client.close()
+
+
+def test_descriptors_that_come_with_no_message_are_not_kept(gadget: Gadget) -> None:
+    client = FakeClient(gadget)
+    client.negotiate()
+    fd, before = os.open("/dev/null", os.O_RDONLY), descriptors()
+    head = message(Command.DMA_MAP, bytes(600))
+    for at in range(12):
+        client.send(head[at : at + 1], [fd] * 50)
+    assert "descriptors" in client.session.closed
+    assert descriptors() == before
+    os.close(fd)
+    client.close()
+
+
+def test_the_guest_cannot_fill_the_log(gadget: Gadget, caplog: pytest.LogCaptureFixture) -> None:
+    client = FakeClient(gadget)
+    client.negotiate()
+    with caplog.at_level("INFO"):
+        client.read(PciRegion.BAR0, 1 << 40, 4, expect=errno.EINVAL)
+        assert not caplog.text
+        client.call(Command.DMA_UNMAP, bytes(24), expect=errno.EINVAL)
+        assert "DMA_UNMAP refused" in caplog.text
+    client.close()

@@ -30,6 +30,8 @@ __all__ = ("ControlServer",)
 log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 16
+RETRY_SECONDS = 0.5
+"""Until a client that could not be accepted is tried again."""
 CLIENTS_MAX = 64
 """Clients at once; more are turned away."""
 
@@ -49,7 +51,7 @@ class ControlServer:
         """Accept clients on *listener* (taken over), and subscribe to the balloon's events."""
         self._loop = asyncio.get_running_loop()
         self._listener = listener
-        self._loop.add_reader(listener, self._accept)
+        self._listen()
         self.operator.balloon.events = self.event
         self.operator.interval_changed = self._poll_stats
 
@@ -77,13 +79,23 @@ class ControlServer:
         assert self._listener is not None
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # gone again, or no descriptor left: the next one may do
+        except (BlockingIOError, ConnectionAbortedError):  # gone again
+            return
+        except OSError as error:  # too many open files, most likely: it may pass
+            log.error("control: cannot accept a client: %s", error.strerror)
+            if self._loop is not None:
+                self._loop.remove_reader(self._listener)
+                self._loop.call_later(RETRY_SECONDS, self._listen)
             return
         if len(self.clients) >= CLIENTS_MAX:
             log.warning("control: more than %d clients, one turned away", CLIENTS_MAX)
             connection.close()
             return
         self.clients.add(Client(self, connection))
+
+    def _listen(self) -> None:
+        if self._loop is not None and self._listener is not None:
+            self._loop.add_reader(self._listener, self._accept)
 
     def _poll_stats(self) -> None:
         if self._poll is not None:
