@@ -9,6 +9,7 @@ message.  A transport (vhost-user, virtio-pci over vfio-user, a test) drives it 
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +32,10 @@ log = logging.getLogger(__name__)
 BATCHES_PER_KICK = 16
 """Rings' worth of buffers handled before the loop looks at anything else: the guest decides how
 much it makes available, but not how long the other queues and the control socket wait."""
+
+SECONDS_PER_KICK = 0.0005
+"""The same as time: no further batch is begun after this, a twentieth of which is what it costs to
+come back."""
 
 
 class DeviceQueue:
@@ -174,13 +179,19 @@ class VirtioDevice(ABC):
 
     def _drain(self, queue: DeviceQueue) -> bool:
         queue.ring.disable_kicks()
+        end = time.monotonic() + SECONDS_PER_KICK
         for _ in range(BATCHES_PER_KICK):
             batch = queue.take()
             if batch is not None:
                 self.handle(queue, batch)
             elif queue.broken is not None or not queue.ring.enable_kicks():
                 return False
-        return queue.broken is None
+            if time.monotonic() > end:
+                break
+        if queue.broken is not None or not queue.ring.enable_kicks():
+            return False
+        queue.ring.disable_kicks()
+        return True
 
     def stop(self) -> None:
         """The queues are about to go away: give back every buffer that is still held."""

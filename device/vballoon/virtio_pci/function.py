@@ -82,6 +82,7 @@ class VirtioPciFunction(PciDevice):
         self._generation = 0
         self._shown = device.read_config()
         self._kicked: dict[int, None] = {}
+        self._more: dict[int, None] = {}  # had more than one turn's work
         self._busy = self._scheduled = self._reset_due = False
         self._wanted: set[int] = set()
         # ERR is never signalled; without it QEMU warns that error recovery cannot be enabled.
@@ -213,7 +214,7 @@ class VirtioPciFunction(PciDevice):
             else:
                 self.config.data[data : data + length] = region.access_read(offset, length)
         except RequestError as error:
-            log.info("PCI configuration access refused: %s", error)
+            log.debug("PCI configuration access refused: %s", error)
 
     def _flr(self, _offset: int, _size: int) -> None:
         """Bit 15 of PCI Express Device Control: function level reset."""
@@ -268,7 +269,12 @@ class VirtioPciFunction(PciDevice):
             self._busy = False
         if self._reset_due:
             self._reset_now()
-        if self._kicked or self._wanted or any(q.resetting for q in self.registers.queues):
+        if (
+            self._kicked
+            or self._more
+            or self._wanted
+            or any(q.resetting for q in self.registers.queues)
+        ):
             self._schedule()
 
     def _settle(self) -> None:
@@ -296,13 +302,14 @@ class VirtioPciFunction(PciDevice):
             self._kicked.update(dict.fromkeys(new))
 
     def _serve(self) -> None:
-        """Serve each queue that was kicked, a bounded amount."""
-        kicked, self._kicked = self._kicked, {}
-        for index in kicked:
+        """Serve each queue a bounded amount: those that were kicked before those that go on."""
+        due = self._kicked | self._more
+        self._kicked, self._more = {}, {}
+        for index in due:
             if self._reset_due:
                 return
             if index in self.rings.queues and self._serve_one(index):
-                self._kicked[index] = None
+                self._more[index] = None
 
     def _serve_one(self, index: int) -> bool:
         registers = self.registers.queues[index]
@@ -344,6 +351,7 @@ class VirtioPciFunction(PciDevice):
         self._stop()
         self.rings.forget(index)
         self._kicked.pop(index, None)
+        self._more.pop(index, None)
         queue.reset()
         self._wanted |= others
 
@@ -352,6 +360,7 @@ class VirtioPciFunction(PciDevice):
         self._reset_due = False
         self._stop(quiet=True)
         self._kicked.clear()
+        self._more.clear()
         self._wanted.clear()
         self.rings.reset()
         self.registers.reset()
@@ -379,6 +388,7 @@ class VirtioPciFunction(PciDevice):
         """The client has gone.  Registers stay; queues go on when the next one has memory."""
         self._stop(quiet=True)
         self._kicked.clear()
+        self._more.clear()
         self.client_memory.forget_files()
         self.device.detach()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from vballoon.virtio_pci.registers import QueueRegisters
 
 __all__ = ("Rings",)
+
+log = logging.getLogger(__name__)
+
+_ABSENT = frozenset({"memory-address", "ring-address"})
+"""Rules that a ring breaks whose memory is not there.  Clients change a region by unmapping it and
+mapping it again, so a ring that has run already waits for that."""
 
 _COUNTERS = ("taken", "given", "notified", "kicked")
 
@@ -61,6 +68,9 @@ class Rings:
                 dirty_ring=at.desc if packed else at.device,
             )
         except PeerError as error:
+            if index in self._states and error.rule in _ABSENT:
+                log.info("queue %d waits for its memory: %s", index, error)
+                return
             self._fail(index, QueueError(error.rule, error.detail))
             return
         queue = DeviceQueue(
