@@ -88,8 +88,8 @@ class Balloon(Profile):
         rig.ram.write(page, bytes([FILL]) * PAGE)
 
         def effect() -> str:
-            due = not rig.target.options.discards or rig.ram.is_hole(page)
-            return "" if due else f"the page at {page:#x} was inflated and is still there"
+            freed = not rig.discards or rig.ram.is_hole(page)
+            return "" if freed else f"the page at {page:#x} was inflated and is still there"
 
         pfn = BalloonPfn(pfn=page // PAGE).build()
         return Exchange(pfn, verify=_no_bytes, effect=effect, may_change=((page, page + PAGE),))

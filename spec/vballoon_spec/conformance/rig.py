@@ -259,6 +259,11 @@ class Rig(ABC):
         return spans
 
     @property
+    def discards(self) -> bool:
+        """Whether a balloon has to free pages: it was not told not to, and can reach them."""
+        return self.target.options.discards
+
+    @property
     def has_status(self) -> bool:
         """Whether the transport carries the device status, DRIVER_OK above all."""
         return True

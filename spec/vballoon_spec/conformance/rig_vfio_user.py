@@ -43,6 +43,11 @@ class VfioUserRig(Rig):
         """The virtio feature bits offered."""
         return self._offered
 
+    @property
+    def discards(self) -> bool:
+        """Memory without a descriptor is reached by messages, which free nothing."""
+        return super().discards and self.with_fds
+
     def negotiate(self, features: int) -> None:
         """Settle features, hand over memory."""
         if not self.pci.accept(features):

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ _DEATH_CRIES = re.compile(
     r"Traceback \(most recent call last\)|panicked at|AddressSanitizer|Assertion .* failed"
     r"|Segmentation fault|Exception ignored in|Task exception was never retrieved"
 )
+STAYS = 4
+"""So many connections a program has to outlive before it is believed to outlive them all."""
+_STAYED: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
@@ -154,12 +158,18 @@ class Target:
         return self.popen is not None and self.popen.poll() == 0
 
     def ends_after_a_connection(self, limit: float = 0.15) -> bool:
-        """Whether this backend ends by itself, without an error, once its front-end has left."""
-        deadline = time.monotonic() + limit
+        """Whether this backend ends by itself, without an error, once its front-end has left.
+
+        A program that has stayed several times is not waited for any more.
+        """
+        command = self.options.command
+        deadline = time.monotonic() + (limit if _STAYED[command] < STAYS else 0.0)
         while self.popen is not None and time.monotonic() < deadline:
             if self.left_in_peace:
+                _STAYED[command] = -1_000_000
                 return True
             time.sleep(0.01)
+        _STAYED[command] += 1
         return self.left_in_peace
 
     def expect_healthy(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -267,8 +268,9 @@ class FrontEnd:
             return False
         try:
             self.send(Request.GET_FEATURES)
-            while self.receive().request != Request.GET_FEATURES:
-                pass  # replies to what a test sent before
+            while (reply := self.receive()).request != Request.GET_FEATURES:
+                for fd in reply.fds:  # the reply to what a test sent before
+                    os.close(fd)
         except Hang:
             raise Hang("the control socket does not answer any more") from None
         except Finding:

@@ -63,11 +63,14 @@ def test_unaligned_buffers(rig: Rig, align: int) -> None:
 
 
 @pytest.mark.requirement("split.desc.full-chain", "split.desc.whole-chain")
-def test_chain_as_long_as_the_queue(rig: Rig) -> None:
+@pytest.mark.parametrize("size", [4, 8])
+def test_chain_as_long_as_the_queue(rig: Rig, size: int) -> None:
     """A chain may take every descriptor of the queue."""
-    ring = rig.bring_up(size=8)
+    ring = rig.bring_up(size=size)
     placed = rig.request()
     total = sum(s.len for s in placed.segments)
+    if not len(placed.segments) <= size <= total:
+        not_applicable(f"a request of {total} bytes is not cut into {size} descriptors")
     pieces: list[Segment] = []
     spare = ring.size - len(placed.segments)
     for s in placed.segments:
@@ -76,8 +79,7 @@ def test_chain_as_long_as_the_queue(rig: Rig) -> None:
         pieces += [Segment(s.addr + i, 1, s.write) for i in range(take)]
         pieces.append(Segment(s.addr + take, s.len - take, s.write))
     require(sum(s.len for s in pieces) == total, "the suite has cut wrongly")
-    if len(pieces) < ring.size:
-        not_applicable(f"a request of {total} bytes cannot fill {ring.size} descriptors")
+    require(len(pieces) == ring.size, "the suite has not filled the ring")
     placed.segments = pieces
     rig.run([placed])
     rig.run([rig.profile.exchange(rig, 1)])
@@ -93,6 +95,26 @@ def test_indirect_table(rig: Rig, cut: tuple[int, ...], align: int) -> None:
         if align == 1:
             rig.ram.alloc(1, 1, 1)
         rig.run([rig.request(serial, cut=cut)], indirect=True)
+
+
+@pytest.mark.requirement("split.indirect.works", "packed.indirect.works")
+@pytest.mark.parametrize("entries", [1, 2], ids=["within-an-entry", "between-entries"])
+def test_indirect_table_across_adjacent_regions(rig: Rig, entries: int) -> None:
+    """A table may run from one region into the next, like any buffer."""
+    rig.bring_up(VIRTIO_F_INDIRECT_DESC)
+    boundary = rig.ram.regions[2].guest
+    for serial in range(3):
+        placed = rig.request(serial, cut=(1, 1))
+        if len(placed.segments) < 2:
+            not_applicable("the request has a single byte")
+        placed.id = rig.main.add(
+            placed.segments, indirect=boundary - (8 if entries == 1 else 16), publish=False
+        )
+        before = rig.ram.picture()
+        rig.main.publish()
+        rig.kick(rig.profile.main)
+        rig.check([placed], rig.collect(rig.main, 1))
+        rig.ram.expect_untouched(before, rig.allowed([placed]))
 
 
 @pytest.mark.requirement("split.indirect.write-flag-ignored")

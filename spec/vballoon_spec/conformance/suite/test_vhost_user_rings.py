@@ -146,6 +146,23 @@ def test_call_descriptor_replaced(rig: VhostUserRig) -> None:
     old.close()
 
 
+@pytest.mark.requirement("vu.ring.enable-kept", "vu.robust.nofd-kick")
+def test_kick_descriptor_replaced(rig: VhostUserRig) -> None:
+    """A new kick descriptor takes over; the ring stays enabled and the old one is let go of."""
+    rig.bring_up()
+    index = rig.profile.main
+    rig.run([rig.profile.exchange(rig, 0)])
+    for serial in range(1, 4):
+        old, rig.kicks[index] = rig.kicks[index], EventFd()
+        rig.fe.vring_fd(Request.SET_VRING_KICK, index, rig.kicks[index].fd)
+        rig.fe.barrier()
+        old.signal()
+        rig.run([rig.profile.exchange(rig, serial)])
+        old.close()
+    if not rig.target.options.polls:
+        require(rig.process.settles(), "the backend uses a whole processor")
+
+
 @pytest.mark.requirement("vu.call.replace", "vu.robust.nofd-kick")
 def test_no_call_descriptor(rig: VhostUserRig) -> None:
     """Without a call descriptor requests are served silently."""
