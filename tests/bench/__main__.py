@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import time
 from pathlib import Path
 
@@ -38,7 +37,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=DOCS, help="folder to write to")
     parser.add_argument("--report", action="store_true", help="write page and plots again, no run")
     given = parser.parse_args()
-    os.environ.setdefault("VBALLOON_NATIVE", "1")  # before anything of vballoon is imported
     options = Options("full" if given.full else "quick" if given.quick else "short")
     names = [] if given.report else given.only or [
         name for name in PARTS if not (given.no_lab and name in LAB)

@@ -121,6 +121,8 @@ class FullSplit(FullRing):
 
     def _publish(self, addr: np.ndarray, length: np.ndarray, flags: int) -> None:
         count, parts = addr.shape
+        if self._backwards:  # through the table from the end, but still in the caller's order
+            addr, length = addr[::-1], length[::-1]
         rows = self._desc[: count * parts]
         rows["addr"], rows["len"], rows["flags"] = addr.ravel(), length.ravel(), flags
         links = rows.reshape(count, parts)

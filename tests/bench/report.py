@@ -16,8 +16,8 @@ compared were taken in turns within one run (A B A B, the order reversed every s
 medians; a ratio is the median of the ratios of the turns. Absolute times depend on the machine and
 its mood, and are context only.
 
-The compiled inner loops are in use (`VBALLOON_NATIVE=1`) where they were built; *numpy* is the same
-without them.
+The compiled inner loops are in use where they were built (`VBALLOON_NATIVE=0` turns them off);
+*numpy* is the same without them.
 
 `make bench` takes some minutes and boots virtual machines; `make bench FULL=1` measures every size,
 and more often. `python -m tests.bench --only rings --quick` gives a first look at one part.

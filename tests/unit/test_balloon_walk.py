@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.fakes.driver import Element
 from tests.fakes.rig import MIB, Rig
 
+from vballoon.balloon import walking
+from vballoon.memory.native import native
 from vballoon.skipmap import Provenance
 from vballoon_spec.walk.formats import (
     BUFFER_MAX,
@@ -45,8 +51,8 @@ class Walker:
         self.round = rig.balloon.start_walk(min_order)
         self.seq = self.ranges = self.pages = self.buffers = 0
 
-    def header(self, kind: int, num: int = 0, **over: int) -> bytes:
-        values = {"type": kind, "round": self.round, "seq": self.seq, "num": num} | over
+    def header(self, kind: int, count: int = 0, **over: int) -> bytes:
+        values = {"type": kind, "round": self.round, "seq": self.seq, "num": count} | over
         self.seq += 1
         return WalkHeader(**values).build()
 
@@ -306,3 +312,56 @@ class TestMemmap:
 
 def test_records_are_pairs() -> None:
     assert WalkRange.dtype().itemsize == 16
+
+
+ODD = st.sampled_from(["", "", "", "", "seq", "round", "type", "num", "short", "record", "end"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(ODD, min_size=4, max_size=24))
+def test_buffers_together_mean_what_they_mean_alone(oddities: list[str]) -> None:
+    """Whatever is odd about one of them: bits, counters and the round's end are the same."""
+    seen = []
+    for together in (walking.TOGETHER, 1 << 16):
+        with mock.patch.object(walking, "TOGETHER", together):
+            rig = Rig(engine="batch")
+            walker = Walker(rig)
+            buffers = [walker.begin(), *_with_oddities(walker, oddities), walker.end()]
+            walker.send(*buffers)
+            found = rig.balloon.walks.round
+            assert found is not None
+            seen.append(
+                (walked(rig), rig.balloon.counters, found.state, bool(found.spoilt), found.records,
+                 found.pages, found.bad_records)
+            )  # fmt: skip
+    assert seen[0] == seen[1]
+
+
+def _with_oddities(walker: Walker, oddities: list[str]) -> Iterator[bytes]:
+    for i, odd in enumerate(oddities):
+        first = FIRST + 64 * i
+        match odd:
+            case "seq" | "round" | "type" | "num":
+                yield walker.send_ranges((first, 3), **{odd: 7})
+            case "short":
+                yield walker.send_ranges((first, 3))[:-4]
+            case "record":
+                yield walker.send_ranges((first, 3), (END_OF_MEMORY, 1), (first + 8, 1))
+            case "end":
+                yield walker.end()
+            case _:
+                yield walker.send_ranges((first, 2), (first + 4, 1))
+
+
+def test_a_walk_s_buffers_are_recorded_together() -> None:
+    """One pass for a batch of them where the loops are compiled, and else one for each."""
+    rig = Rig(engine="batch")
+    walker = Walker(rig)
+    buffers = [walker.begin(), *(walker.send_ranges((FIRST + 8 * i, 4)) for i in range(20))]
+    with mock.patch.object(
+        rig.balloon.walk_queue, "_alone", wraps=rig.balloon.walk_queue._alone
+    ) as one:
+        walker.send(*buffers, walker.end())
+    assert one.call_count == (2 if native else 22)
+    assert rig.balloon.walk_queue.end is not None
+    assert rig.event("ROUND_COMPLETED")["complete"]

@@ -26,9 +26,9 @@ from tests.fakes.driver import Element, make_driver
 from tests.fakes.memory import Arena, make_memory
 
 from vballoon.errors import MemoryFault, QueueError
-from vballoon.memory import gather, pages
-from vballoon.memory.native import BYTES, COUNTED, PAGES, Native, native
-from vballoon.skipmap import bits
+from vballoon.memory import MemoryRegion, discard, gather, pages
+from vballoon.memory.native import Native, native
+from vballoon.skipmap import Provenance, SkipMap, bits
 from vballoon.skipmap.bitmap import PageBitmap
 from vballoon.skipmap.layout import BitmapLayout
 from vballoon.virtqueue import make_virtqueue
@@ -41,7 +41,7 @@ U64 = st.integers(0, (1 << 64) - 1)
 
 def test_it_was_built_where_it_can_be() -> None:
     """Otherwise the other tests here would compare NumPy with itself."""
-    assert native is not None or os.environ.get("VBALLOON_NATIVE") != "1" or not CAN_BUILD
+    assert native is not None or os.environ.get("VBALLOON_NATIVE") == "0" or not CAN_BUILD
 
 
 def u64(*values: int) -> np.ndarray:
@@ -131,6 +131,84 @@ def test_setting_bits(pairs: list[tuple[int, int]]) -> None:
     assert seen[0] == seen[1]
 
 
+BYTES = st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 32) - 1), st.booleans())
+NEAR = st.tuples(st.integers(0, 90_000), st.integers(0, 90_000), st.booleans())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(NEAR, BYTES), max_size=60))
+def test_blocks(ranges: list[tuple[int, int, bool]]) -> None:
+    """The whole pages of byte ranges, merged, whatever their order; also next to 2^64."""
+    addr = u64(*(a for a, _, _ in ranges))
+    length = np.array([n for _, n, _ in ranges], np.uint32)
+    wanted = np.array([w for _, _, w in ranges], np.bool_)
+    here = pages.blocks(addr, length, wanted)
+    with without(*PURE):
+        there = pages.blocks(addr, length, wanted)
+    assert [c.tolist() for c in here[:2]] == [c.tolist() for c in there[:2]]
+    assert here[2:] == there[2:]
+
+
+@pytest.mark.parametrize("bits_used", [6, 16, 40, 63])
+def test_merging_many(bits_used: int) -> None:
+    """Enough ranges for the sort by digits, in every width of start."""
+    rng = np.random.default_rng(bits_used)
+    for count in (24, 25, 300, 5000):
+        start = rng.integers(0, 1 << bits_used, count, dtype=np.uint64)
+        end = start + rng.integers(0, 1 << 10, count, dtype=np.uint64)
+        here = pages.coalesce(start, end)
+        with without(*PURE):
+            there = pages.coalesce(start, end)
+        assert (here[0] == there[0]).all()
+        assert (here[1] == there[1]).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 25), st.integers(1, 1 << 22)), max_size=30),
+    st.sampled_from([4096, 2 << 20]),
+)
+def test_ranges_of_a_file(ranges: list[tuple[int, int]], unit: int) -> None:
+    """Only what is in the region, and of that whole pages of the file."""
+    region = MemoryRegion(guest_phys_addr=3 << 20, size=9 << 20, file_offset=5 << 12)
+    region.page_size = unit
+    start, end = pages.coalesce(u64(*(a for a, _ in ranges)), u64(*(a + n for a, n in ranges)))
+    here = discard._units_in_file(region, start, end)
+    with without("memory.discard"):
+        there = discard._units_in_file(region, start, end)
+    assert [c.tolist() for c in here[:2]] == [c.tolist() for c in there[:2]]
+    assert here[2] == there[2]
+
+
+RECORDS = st.lists(st.tuples(EDGES, st.one_of(st.integers(0, 900), U64)), max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(RECORDS, min_size=1, max_size=6), st.integers(1, 4))
+def test_records_are_read_where_they_are(buffers: list[list[tuple[int, int]]], least: int) -> None:
+    """At any alignment, in two regions; a buffer that is too much is left, and so are the rest."""
+    memory = make_memory((0, 1 << 20), (1 << 20, 1 << 20))
+    skipmap, other = PageBitmap(layout()), PageBitmap(layout())
+    at, addr, pages_due, bad_due = (1 << 20) - 64 * 16 + 4, [], 0, 0
+    for records in buffers:
+        data = np.array(records, WalkRange.dtype()).tobytes()
+        if at < 1 << 20 < at + len(data):
+            at = 1 << 20  # in one region
+        memory.write(at, data)
+        addr.append(at)
+        at += len(data)
+    counts = np.array([len(records) for records in buffers], np.int64)
+    done, pages_done, bad = skipmap.set_guest_records(memory, u64(*addr), counts, least)
+    assert done == len(buffers) or native is None or sum(n for b in buffers for _, n in b) > 7000
+    for records in buffers[:done]:
+        found, left_out = other.set_records(np.array(records, WalkRange.dtype()), least)
+        pages_due, bad_due = pages_due + found, bad_due + left_out
+    assert (pages_done, bad) == (pages_due, bad_due)
+    if done == len(buffers):
+        assert (skipmap.words == other.words).all()
+    memory.close()
+
+
 def test_counting() -> None:
     words = np.random.default_rng(1).integers(0, 1 << 64, 100_003, dtype=np.uint64)
     expected = sum(int(w).bit_count() for w in words.tolist())
@@ -145,7 +223,7 @@ def test_ranges_larger_than_the_bitmap_are_merged_first() -> None:
     start, end = np.zeros(1000, np.uint64), np.full(1000, 7048, np.uint64)
     table = bitmap.layout.table
     if native is not None:
-        assert native.mark(bitmap.words, table, start, end, (8, 8), 1000, PAGES, True, 0) is None
+        assert native.mark_pages(bitmap.words, table, start, end, True) is None
     bitmap.set_ranges(start, end)
     assert bitmap.count() == 6000
 
@@ -154,27 +232,33 @@ def test_misuse_is_an_error_and_no_access() -> None:
     if not CAN_BUILD:
         return  # nothing was built, so nothing can be misused
     compiled: Native = importlib.import_module("vballoon.memory._native")  # type: ignore[assignment]
-    words, table = np.zeros(8, np.uint64), u64(0, 512, 0)
-    a, b = u64(0), u64(64)
-    for arguments in (
-        (words, u64(0, 513, 0), a, b, (8, 8), 1, PAGES, True, 0),  # past the bitmap
-        (words, u64(0, 512, 1), a, b, (8, 8), 1, PAGES, True, 0),
-        (words, u64(5, 4, 0), a, b, (8, 8), 1, PAGES, True, 0),
-        (words, table, a, b, (8, 8), 2, PAGES, True, 0),  # columns that are too short
-        (words, table, a, b, (8, 8), -1, PAGES, True, 0),
-        (words, table, a, b, (0, 8), 1, COUNTED, True, 0),
-        (words, table, a, np.zeros(3, np.uint8), (8, 4), 1, BYTES, True, 0),
-        (words, u64(0, 512), a, b, (8, 8), 1, PAGES, True, 0),
+    words, table, a, b = np.zeros(8, np.uint64), u64(0, 512, 0), u64(0), u64(64)
+    one, two = np.zeros(1, np.uint16), np.zeros(2, np.uint16)
+    for bad_table in (u64(0, 513, 0), u64(0, 512, 1), u64(5, 4, 0), u64(0, 512)):  # past the bitmap
+        with pytest.raises(ValueError, match=r"table|buffer"):
+            compiled.mark_pages(words, bad_table, a, b, True)
+    memory = make_memory()
+    extents, spans, _ = memory.tables
+    for call in (
+        lambda: compiled.mark_pages(words, table, a, u64(1, 2), True),
+        lambda: compiled.mark_bytes(words, table, a, np.zeros(2, np.uint32)),
+        lambda: compiled.mark_records(words, table, a, 1),
+        lambda: compiled.mark_records(words, table, u64(0, 1), 0),
+        lambda: compiled.mark_guest_records(words, table, memory.tables, a, u64(1, 1), 1),
+        lambda: compiled.mark_guest_records(words, table, (extents, spans, []), a, b, 1),
+        lambda: compiled.merge(a, u64(1, 2), a, b),
+        lambda: compiled.blocks(a, np.zeros(1, np.uint32), np.zeros(2, np.bool_), a, b),
+        lambda: compiled.in_file(a, b, a, b, (0, 4096, 0, 4095)),
+        lambda: compiled.in_file(a, b, a, b, (4096, 0, 0, 4096)),
+        lambda: compiled.in_file(a, b, u64(), b, (0, 4096, 0, 4096)),
+        lambda: compiled.page_runs(memory.tables, a, np.zeros(2, np.int64), a.copy(), b),
+        lambda: compiled.book_given(np.ones(4, np.uint16), two, one),
+        lambda: compiled.used_split(a, 1, one, np.zeros(1, np.uint32)),
+        lambda: compiled.used_packed(u64(0, 0), 0, True, two, np.zeros(2, np.uint32), two),
     ):
         with pytest.raises(ValueError, match=r"columns|table|buffer"):
-            compiled.mark(*arguments)
+            call()
     assert not words.any()
-    with pytest.raises(ValueError, match="columns"):
-        compiled.merge(a, u64(1, 2), a, b)
-    with pytest.raises(ValueError, match="columns"):
-        compiled.book_given(np.ones(4, np.uint16), np.zeros(2, np.uint16), np.zeros(1, np.uint16))
-    with pytest.raises(ValueError, match="columns"):
-        compiled.used_split(a, 1, np.zeros(1, np.uint16), np.zeros(1, np.uint32))
     readonly = a.copy()
     readonly.flags.writeable = False
     with pytest.raises((ValueError, BufferError)):
@@ -185,9 +269,8 @@ def mappings(name: str) -> int:
     return Path("/proc/self/maps").read_text().count(name)
 
 
-def test_no_table_of_addresses_outlives_its_mapping() -> None:
-    """Regions are closed under a table that was in use, and under a ring that goes on."""
-    compiled: Native = importlib.import_module("vballoon.memory._native") if CAN_BUILD else None  # type: ignore[assignment]
+def test_no_address_outlives_its_mapping() -> None:
+    """A region is closed under a ring, a batch and a table that were in use."""
     memory = make_memory((0, 1 << 20), (1 << 20, 1 << 20))
     before = mappings("memfd:guest")
     driver = make_driver(memory, 8, f.mask(f.VIRTIO_F_INDIRECT_DESC), arena=Arena(0x1000, 0x8000))
@@ -195,17 +278,22 @@ def test_no_table_of_addresses_outlives_its_mapping() -> None:
     driver.arena = Arena(1 << 20, 1 << 16)  # tables and buffers are in the other region
     driver.add(driver.buffer(64), indirect=True)
     driver.publish()
-    assert len(queue.take()) == 1
-    assert memory.tables[0][:, 2].all()
+    batch = queue.take()
+    assert len(batch) == 1
+    addr, words = u64(1 << 20), np.array([16], np.int64)
+    assert gather.page_ranges(memory, addr, words)[1].size == 1
     memory.regions[1].close()
     gc.collect()
     assert mappings("memfd:guest") == before - 1, "something keeps the mapping"
-    assert memory.tables[0][:, 2].astype(bool).tolist() == [True, False]
-    addr, words, room = u64(1 << 20), np.array([16], np.int64), np.empty(16, np.uint64)
-    if compiled is not None:
-        assert compiled.page_runs(*memory.tables, addr, words, room, room.copy()) is None
+    assert [view is None for view in memory.tables[2]] == [False, True]
     with pytest.raises(MemoryFault):
         gather.page_ranges(memory, addr, words)
+    if native is not None:
+        room = np.empty(16, np.uint64)
+        assert native.page_runs(memory.tables, addr, words, room, room.copy()) is None
+    assert SkipMap(memory).set_guest_records(Provenance.WALKED, memory, addr, u64(1), 1)[0] == 0
+    with pytest.raises(MemoryFault):
+        batch.readable(0, 64)
     driver.add(Element(1 << 20, 64))
     slot = driver.free.pop()
     driver.desc[slot] = (1 << 20, 16, 4, 0)  # an indirect table in the region that is gone
@@ -214,3 +302,39 @@ def test_no_table_of_addresses_outlives_its_mapping() -> None:
     assert len(queue.take()) == 1  # the one that names memory and does not read it
     with pytest.raises(QueueError):
         queue.take()
+
+
+def test_a_mapping_stays_for_as_long_as_its_tables_are_in_hand() -> None:
+    """What a call was given is good until it returns, whoever closes the region meanwhile."""
+    memory = make_memory()
+    memory.write(0, np.arange(40, 56, dtype="<u4").tobytes())
+    before, tables = mappings("memfd:guest"), memory.tables
+    memory.close()
+    gc.collect()
+    assert mappings("memfd:guest") == before
+    if native is not None:
+        start, end = np.empty(16, np.uint64), np.empty(16, np.uint64)
+        assert native.page_runs(tables, u64(0), np.array([16], np.int64), start, end) == (1, 0)
+        assert (start[0], end[0]) == (40, 56)
+    del tables
+    gc.collect()
+    assert mappings("memfd:guest") == before - 1
+
+
+def test_a_ring_whose_region_goes_away_is_served_from_what_it_has() -> None:
+    """It reads old memory instead of faulting, and lets go of it when it is dropped itself."""
+    for features in (0, f.mask(f.VIRTIO_F_RING_PACKED)):
+        memory = make_memory((0, 1 << 20), (1 << 20, 1 << 20))
+        before = mappings("memfd:guest")
+        driver = make_driver(memory, 8, features, arena=Arena(1 << 20, 0x8000))
+        queue = make_virtqueue(memory, 8, driver.addresses, driver.features)
+        driver.add(Element(0x2000, 64))
+        driver.publish()
+        memory.regions[1].close()
+        batch = queue.take()
+        assert batch.addr.tolist() == [0x2000]
+        queue.give(batch.ids, np.zeros(1, np.uint32))
+        assert driver.collect()
+        del queue, driver, batch
+        gc.collect()
+        assert mappings("memfd:guest") == before - 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon.memory.pages import coalesce, whole_pages
+from vballoon.memory.pages import blocks
 from vballoon.skipmap import Provenance
 from vballoon_spec.virtio.balloon import PFN_SHIFT
 
@@ -41,14 +41,9 @@ class ReportQueue:
         With *discard* off (the guest expects free pages to keep a value that a hole does not
         read as) the report is acknowledged and nothing else happens.
         """
-        addr, length = batch.addr, batch.len
-        if not batch.writable.all():
-            self._counters.bad_report += int(np.count_nonzero(~batch.writable))
-            addr, length = addr[batch.writable], length[batch.writable]
-        start, end, odd = whole_pages(addr, length)
-        self._counters.bad_report += odd
-        start, end = coalesce(start, end)
-        self._counters.reported_pages += int((end - start).sum())
+        start, end, pages, bad = blocks(batch.addr, batch.len, batch.writable)
+        self._counters.bad_report += bad
+        self._counters.reported_pages += pages
         if discard and self._discarder.enabled:
             self._counters.discarded_bytes += self._discarder.discard(
                 batch.memory, start << _SHIFT, end << _SHIFT

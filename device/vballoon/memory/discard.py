@@ -99,10 +99,13 @@ class Discarder:
         for region in memory.regions:
             if region.fd is None or region in self._unpunchable:
                 continue
-            first, last = _in_file(region, *_inside(region, start, end))
             if accumulate and region.page_size > PAGE_SIZE:
+                first, last = _in_file(region, *_inside(region, start, end))
                 first, last = self._completed(region, first, last)
-            freed += self._punch(region, *inward(first, last, region.page_size))
+                size = int((last - first).sum())
+            else:
+                first, last, size = _units_in_file(region, start, end)
+            freed += self._punch(region, first, last, size)
         return freed
 
     def undo(self, memory: GuestMemory, start: U64, end: U64) -> None:
@@ -146,15 +149,17 @@ class Discarder:
         unit = np.uint64(PAGE_SIZE)
         return expand(first // unit, last // unit).astype(np.intp) - base
 
-    def _punch(self, region: MemoryRegion, first: U64, last: U64) -> int:
+    def _punch(self, region: MemoryRegion, first: U64, last: U64, size: int) -> int:
+        """Free ranges of *size* bytes in all; how many bytes were freed."""
         assert region.fd is not None
         done, error = punch_holes(region.fd, first, last)
-        if error:
-            self._unpunchable.add(region)
-            self.refused += 1
-            log.warning(
-                "memory at %#x cannot be given back: %s", region.guest_phys_addr, os.strerror(error)
-            )
+        if not error:
+            return size
+        self._unpunchable.add(region)
+        self.refused += 1
+        log.warning(
+            "memory at %#x cannot be given back: %s", region.guest_phys_addr, os.strerror(error)
+        )
         return int((last[:done] - first[:done]).sum())
 
 
@@ -163,6 +168,20 @@ def _inside(region: MemoryRegion, start: U64, end: U64) -> tuple[U64, U64]:
     if start.size and start[0] >= region.guest_phys_addr and end[-1] <= region.end:
         return start, end
     return clip(start, end, region.guest_phys_addr, region.end)
+
+
+def _units_in_file(region: MemoryRegion, start: U64, end: U64) -> tuple[U64, U64, int]:
+    """Merged guest-physical ranges as ranges of *region*'s file, only whole pages of the file.
+
+    Returns the bytes of all as well.
+    """
+    if native is not None:
+        first, last = np.empty_like(start), np.empty_like(end)
+        where = (region.guest_phys_addr, region.end, region.file_offset, region.page_size)
+        count, size = native.in_file(start, end, first, last, where)
+        return first[:count], last[:count], size
+    first, last = inward(*_in_file(region, *_inside(region, start, end)), region.page_size)
+    return first, last, int((last - first).sum())
 
 
 def _in_file(region: MemoryRegion, start: U64, end: U64) -> tuple[U64, U64]:

@@ -36,9 +36,9 @@ def page_ranges(
     if native is not None:
         room = int(words.sum())
         start, end = np.empty(room, np.uint64), np.empty(room, np.uint64)
-        found = native.page_runs(*memory.tables, addr, words, start, end)
+        found = native.page_runs(memory.tables, addr, words, start, end)
         if found is not None:
-            return *coalesce(start[: found[0]], end[: found[0]]), found[1]
+            return start[: found[0]], end[: found[0]], found[1]
     return ranges_of(memory, gather_u32(memory, addr, words))
 
 

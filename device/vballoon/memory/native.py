@@ -3,78 +3,127 @@
 
 NumPy needs several passes, each with a call of its own, for what these loops do in one: following
 descriptor chains, writing used elements, setting runs of bits, joining page numbers.  They are
-optional, and for the time being used only where ``VBALLOON_NATIVE=1`` is in the environment: they
-work on addresses, and it has still to be shown that no table of addresses outlives its mapping.
-Whoever uses one has the same in NumPy beside it, takes that where :data:`native` is None, and
-tests both.
+optional: whoever uses one has the same in NumPy beside it, takes that where :data:`native` is
+None, and tests both.  ``VBALLOON_NATIVE=0`` in the environment turns them off.
 
 What a guest sends is checked in there as it is in NumPy, and never judged: what is not in order
-beyond doubt is left to the scalar engine, which names the rule.
+beyond doubt is left to the scalar engine, which names the rule.  They get guest memory as the
+mappings themselves (:attr:`GuestMemory.tables <vballoon.memory.table.GuestMemory.tables>`), hold
+those that they look into for the length of one call, and keep no address.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Buffer = NDArray[Any]
 
-__all__ = ("BYTES", "COUNTED", "PAGES", "Native", "native")
+Tables: TypeAlias = "tuple[Buffer, Buffer, list[Buffer | None]]"
+"""Guest memory: regions and spans (uint64[k, 2]: first address, bytes), and for each region its
+mapping, or None."""
 
-PAGES, COUNTED, BYTES = 0, 1, 2
-"""What the two columns of :meth:`Native.mark` are: first and end page (uint64), first page and
-how many (uint64), guest-physical address (uint64) and bytes (uint32)."""
+__all__ = ("Native", "Tables", "native")
 
 
 class Native(Protocol):
     """The compiled functions.  All columns are contiguous; raises ValueError for ones that do not
-    belong together, which is a mistake of the caller's."""
+    belong together, which is a mistake of the caller's.
 
-    def mark(
+    *words* is a bitmap, and *table* (uint64[k, 3]) has first page, end page and what to add for
+    the number of the bit.  None, with only some bits done, where the ranges are together larger
+    than the bitmap: merge them first.
+    """
+
+    def mark_pages(
+        self, words: Buffer, table: Buffer, start: Buffer, end: Buffer, value: bool, /
+    ) -> int | None:
+        """Fill the bits of page ranges (uint64[n]); how many were not wholly in the table."""
+
+    def mark_bytes(
+        self, words: Buffer, table: Buffer, addr: Buffer, length: Buffer, /
+    ) -> tuple[int, int, int] | None:
+        """Set the bits of the whole pages of byte ranges (uint64[n], uint32[n]).
+
+        Returns pages, ranges that do not begin and end on a page, ranges not wholly in the table.
+        """
+
+    def mark_records(
+        self, words: Buffer, table: Buffer, records: Buffer, least: int, /
+    ) -> tuple[int, int] | None:
+        """Set the bits of records of first page and pages (uint64[n, 2]).
+
+        Returns pages, and how many records were left out: those of fewer than *least* pages, and
+        those not wholly in the table.
+        """
+
+    def mark_guest_records(
         self,
         words: Buffer,
         table: Buffer,
-        a: Buffer,
-        b: Buffer,
-        strides: tuple[int, int],
-        n: int,
-        kind: int,
-        value: bool,
+        memory: Tables,
+        addr: Buffer,
+        counts: Buffer,
         least: int,
         /,
-    ) -> tuple[int, int, int] | None:
-        """Fill the bits of *n* page ranges: their pages, odd ones, clipped ones.
+    ) -> tuple[int, int, int]:
+        """The same of records in guest memory: buffers done, their pages, records left out.
 
-        *table* (uint64[k, 3]) has first page, end page and what to add for the bit's number.
-        Odd are BYTES that do not begin and end on a page, and COUNTED ranges of fewer than
-        *least* pages or not wholly in the table, which are left out.  None, with only some done,
-        where the ranges are together larger than the bitmap: merge them first.
+        *counts* (uint64[n]) are those at each *addr* (uint64[n]).  Ends at a buffer that is not in
+        one mapping, or that is too much with those before it; some bits of that one may be set.
         """
 
     def count(self, words: Buffer, /) -> int:
         """Bits set."""
 
     def merge(self, start: Buffer, end: Buffer, out_start: Buffer, out_end: Buffer, /) -> int:
-        """Merge ranges (uint64[n]) by ascending start; how many, -1 where they do not ascend."""
+        """Sort and merge ranges (uint64[n]); how many there are then."""
+
+    def blocks(
+        self,
+        addr: Buffer,
+        length: Buffer,
+        wanted: Buffer,
+        out_start: Buffer,
+        out_end: Buffer,
+        /,
+    ) -> tuple[int, int, int]:
+        """The whole pages of byte ranges, merged: how many ranges, pages, and bad ones.
+
+        Bad are those that do not begin and end on a page, and those not *wanted* (bool[n]).
+        """
+
+    def in_file(
+        self,
+        start: Buffer,
+        end: Buffer,
+        out_start: Buffer,
+        out_end: Buffer,
+        region: tuple[int, int, int, int],
+        /,
+    ) -> tuple[int, int]:
+        """Merged ranges of guest-physical bytes as ranges of a region's file: how many, bytes.
+
+        *region*: its first address and end, where it starts in the file, and the unit of which
+        only whole ones are wanted.
+        """
 
     def page_runs(
         self,
-        regions: Buffer,
-        spans: Buffer,
+        memory: Tables,
         addr: Buffer,
         words: Buffer,
         out_start: Buffer,
         out_end: Buffer,
         /,
     ) -> tuple[int, int] | None:
-        """Read page numbers and join neighbours: runs, and numbers outside guest memory.
+        """Read page numbers and merge them: ranges, and numbers outside guest memory.
 
-        *regions* (uint64[k, 3]): address, bytes, where mapped; *spans* (uint64[k, 2]): address,
-        bytes; *words* (int64[n]): page numbers at each of *addr*.  None: not possible this way.
+        *words* (int64[n]): page numbers at each *addr* (uint64[n]).  None: not possible this way.
         """
 
     def punch(self, fd: int, start: Buffer, end: Buffer, /) -> tuple[int, int]:
@@ -82,7 +131,7 @@ class Native(Protocol):
 
     def take_run(
         self,
-        memory: tuple[Buffer, Buffer],
+        memory: Tables,
         desc: Buffer,
         ring: Buffer | None,
         where: tuple[int, bool, bool],
@@ -94,7 +143,7 @@ class Native(Protocol):
     ) -> tuple[int, int, int]:
         """The leading good buffers of a ring, booked: buffers, elements, descriptors held now.
 
-        *memory*: regions and spans, as above; *ring*: the heads (None: a packed ring); *where*:
+        *ring*: the heads (None: a packed ring); *where*:
         position, wrap counter, INDIRECT_DESC negotiated; *out*: ids, slots, first, addr, len,
         writable.
         """
@@ -112,7 +161,7 @@ class Native(Protocol):
 
 
 def _load() -> Native | None:
-    if os.environ.get("VBALLOON_NATIVE") != "1":
+    if os.environ.get("VBALLOON_NATIVE") == "0":
         return None
     try:
         return cast("Native", importlib.import_module("vballoon.memory._native"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     U64 = NDArray[np.uint64]
 
-__all__ = ("clip", "coalesce", "expand", "inward", "whole_pages")
+__all__ = ("blocks", "clip", "coalesce", "expand", "inward", "whole_pages")
 
 _PAGE_MASK, _PAGE_SHIFT = np.uint64(4095), np.uint64(12)
 
@@ -31,9 +31,6 @@ def coalesce(start: U64, end: U64) -> tuple[U64, U64]:
     low, high = np.empty_like(start), np.empty_like(start)
     start, end = np.ascontiguousarray(start), np.ascontiguousarray(end)
     count = native.merge(start, end, low, high)
-    if count < 0:
-        start, end = _by_start(start, end)
-        count = native.merge(start, end, low, high)
     return low[:count], high[:count]
 
 
@@ -65,6 +62,23 @@ def _by_start(start: U64, end: U64) -> tuple[U64, U64]:
     return start[order], end[order]
 
 
+def blocks(
+    addr: U64, length: NDArray[np.uint32], wanted: NDArray[np.bool_]
+) -> tuple[U64, U64, int, int]:
+    """The pages of 4 KiB wholly inside those ``[addr, addr + length)`` (bytes) that are *wanted*.
+
+    Returns first and end page numbers, merged; how many pages they are; and how many of the
+    ranges were not wanted, or did not begin and end on a page boundary.
+    """
+    if native is not None:
+        start, end = np.empty_like(addr), np.empty_like(addr)
+        count, pages, bad = native.blocks(addr, length, wanted, start, end)
+        return start[:count], end[:count], pages, bad
+    start, end, odd = whole_pages(addr[wanted], length[wanted])
+    start, end = coalesce(start, end)
+    return start, end, int((end - start).sum()), odd + addr.size - int(np.count_nonzero(wanted))
+
+
 def whole_pages(addr: U64, length: NDArray[np.uint32]) -> tuple[U64, U64, int]:
     """The pages of 4 KiB wholly inside each ``[addr, addr + length)``, in bytes, both (n,).
 
@@ -73,7 +87,7 @@ def whole_pages(addr: U64, length: NDArray[np.uint32]) -> tuple[U64, U64, int]:
     """
     end = addr + length
     odd = int(np.count_nonzero((addr | end) & _PAGE_MASK))
-    first = (addr + _PAGE_MASK) >> _PAGE_SHIFT
+    first = (addr >> _PAGE_SHIFT) + ((addr & _PAGE_MASK) != 0)
     return first, np.maximum(end >> _PAGE_SHIFT, first), odd
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vballoon.memory.dirty_log import DirtyLog
+    from vballoon.memory.native import Tables
     from vballoon.memory.regions import MemoryRegion
 
     U32 = NDArray[np.uint32]
@@ -51,8 +52,8 @@ class GuestMemory:
         self._start_column = np.array(self._starts, np.uint64)
         self._size_column = np.array([r.size for r in self.regions], np.uint64)
         self._spans = _joined(self.regions)
-        self._tables: tuple[U64, U64] | None = None
-        self._in_tables: list[MemoryRegion] = []
+        self._extents = _rows((r.guest_phys_addr, r.size) for r in self.regions)
+        self._span_rows = _rows(self._spans)
 
     @property
     def mapped(self) -> bool:
@@ -65,16 +66,13 @@ class GuestMemory:
         return self._spans
 
     @property
-    def tables(self) -> tuple[U64, U64]:
-        """For compiled loops: regions (uint64[k, 3]: start, size, where it is mapped or 0), and
-        spans (uint64[j, 2]: start, size), all in bytes.
+    def tables(self) -> Tables:
+        """For compiled loops: regions and spans (uint64[k, 2]: start, size, in bytes), and what
+        each region is mapped at now.
 
-        To be used at once and not kept: the addresses are good until a region is closed.
+        To be used at once and not kept: it keeps the mappings.
         """
-        if self._tables is None or any(region.view is None for region in self._in_tables):
-            self._in_tables = [r for r in self.regions if r.view is not None]
-            self._tables = _tables(self.regions, self._spans)
-        return self._tables
+        return self._extents, self._span_rows, [region.view for region in self.regions]
 
     def contains(self, addr: U64, length: U64 | U32) -> NDArray[np.bool_]:
         """Which ranges lie wholly in guest memory (bool[n]); they may span adjacent regions.
@@ -194,13 +192,8 @@ class GuestMemory:
         return pieces
 
 
-def _tables(
-    regions: tuple[MemoryRegion, ...], spans: tuple[tuple[int, int], ...]
-) -> tuple[U64, U64]:
-    rows = [
-        (r.guest_phys_addr, r.size, 0 if r.view is None else r.view.ctypes.data) for r in regions
-    ]
-    return np.array(rows, np.uint64).reshape(-1, 3), np.array(spans, np.uint64).reshape(-1, 2)
+def _rows(pairs: Iterable[tuple[int, int]]) -> U64:
+    return np.array(list(pairs), np.uint64).reshape(-1, 2)
 
 
 def _joined(regions: tuple[MemoryRegion, ...]) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import UsageError
-from vballoon.memory.native import BYTES, COUNTED, PAGES, native
+from vballoon.memory.native import native
 from vballoon.memory.pages import whole_pages
 from vballoon.skipmap import bits
 from vballoon.skipmap.records import checked_ranges
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from vballoon.memory import GuestMemory
     from vballoon.skipmap.layout import BitmapLayout
 
 __all__ = ("PageBitmap",)
@@ -68,9 +69,7 @@ class PageBitmap:
         Returns pages, ranges that did not begin and end on a page border, and ranges clipped.
         """
         if native is not None:
-            done = native.mark(
-                self.words, self.layout.table, addr, length, (8, 4), addr.size, BYTES, True, 0
-            )
+            done = native.mark_bytes(self.words, self.layout.table, addr, length)
             if done is not None:
                 return done
         start, end, odd = whole_pages(addr, length)
@@ -82,26 +81,35 @@ class PageBitmap:
         Returns their pages, and how many records were left out: those outside, and those of
         fewer than *least* pages.
         """
-        if native is not None and records.size:
-            raw = records.view(np.uint8)
-            done = native.mark(
-                self.words, self.layout.table, raw, raw[8:], (16, 16), records.size, COUNTED,
-                True, least,
-            )  # fmt: skip
+        if native is not None:
+            done = native.mark_records(self.words, self.layout.table, records, least)
             if done is not None:
-                return done[:2]
+                return done
         start, end, bad = checked_ranges(self.layout, records, least)
         self._fill(start, end, True)
         return int((end - start).sum()), bad
 
+    def set_guest_records(
+        self, memory: GuestMemory, addr: NDArray[np.uint64], counts: NDArray[np.int64], least: int
+    ) -> tuple[int, int, int]:
+        """:meth:`set_records` of records in guest memory, where that can be done in one pass.
+
+        *counts* (int64[n]) records are at each *addr* (uint64[n], bytes).  Each field is read
+        once.  Returns how many of the *n* buffers were done, from the first on (perhaps none),
+        their pages, and records left out.
+        """
+        if native is None:
+            return 0, 0, 0
+        return native.mark_guest_records(
+            self.words, self.layout.table, memory.tables, addr, counts, least
+        )
+
     def _fill(self, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64], value: bool) -> int:
         if native is not None:
             start, end = np.ascontiguousarray(start_pfn), np.ascontiguousarray(end_pfn)
-            done = native.mark(
-                self.words, self.layout.table, start, end, (8, 8), start.size, PAGES, value, 0
-            )
+            done = native.mark_pages(self.words, self.layout.table, start, end, value)
             if done is not None:
-                return done[2]
+                return done
         start, end, clipped = self.layout.place(start_pfn, end_pfn)
         bits.fill(self.words, start, end, value)
         return clipped

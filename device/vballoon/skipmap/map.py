@@ -89,6 +89,21 @@ class SkipMap:
         """
         return self._bitmaps[provenance].set_records(records, least)
 
+    def set_guest_records(
+        self,
+        provenance: Provenance,
+        memory: GuestMemory,
+        addr: NDArray[np.uint64],
+        counts: NDArray[np.int64],
+        least: int,
+    ) -> tuple[int, int, int]:
+        """The same of records in *memory*, *counts* at each *addr*, in one pass where possible.
+
+        Returns how many of the buffers were done, from the first on, their pages, and records left
+        out; those that were not done are to be copied and given to :meth:`set_records`.
+        """
+        return self._bitmaps[provenance].set_guest_records(memory, addr, counts, least)
+
     def _dropped(self, clipped: int) -> int:
         self.dropped += clipped
         return clipped
