@@ -113,13 +113,15 @@ def suite(mutant: Mutant, device: Path, files: list[str], results: Path) -> Run:
     """One run over a patched copy, ended by its first failure."""
     serve = f"vballoon serve --{mutant.protocol} {{socket}} --control {{dir}}/control"
     command = [sys.executable, "-m", "vballoon_spec.conformance.run", "--first", "--keep"]
-    command += ["--spawn", f"env PYTHONPATH={device} {PURE} {serve} --features={FEATURES}"]
+    places = f"PYTHONPATH={device}:{ROOT / 'spec'}"
+    command += ["--spawn", f"env {places} {PURE} {serve} --features={FEATURES}"]
     command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M"]
     command += ["--answer-limit", "6", "--time-limit", "30"]  # a busy machine is no finding
     command += ["--protocol", mutant.protocol, "--device", "balloon", "--json", str(results)]
     for file in files:
         command += ["--only", file]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = str(ROOT / "spec")
     subprocess.run(command, stdout=subprocess.DEVNULL, env=environment)
     return Run.load(results)
 
