@@ -21,6 +21,7 @@ from vballoon.skipmap import (
     VoidReason,
     write_export,
 )
+from vballoon.skipmap.export import read_bitmap
 from vballoon_spec.skipmap import Manifest, ManifestError
 from vballoon_spec.virtio.balloon import BalloonFeature
 
@@ -221,9 +222,27 @@ def test_damage_is_found(filled, tmp_path, damage, says):
         SkipExport(tmp_path / "out").verify()
 
 
-def test_bits_behind_the_last_page_are_refused(tmp_path):
-    from vballoon.skipmap.export import read_bitmap
+def enlarge(manifest):
+    """The last region: an exabyte, for which nobody has a bitmap."""
+    region = manifest["regions"][-1]
+    region["size"] = 1 << 60
+    for bitmap in region["bitmaps"].values():
+        bitmap["bytes"] = region["size"] // 4096 // 8
 
+
+def test_guest_larger_than_all_memory_is_an_error_and_no_crash(filled, tmp_path):
+    write_export(filled, tmp_path / "out")
+    damage_manifest(tmp_path / "out", enlarge)
+    with pytest.raises(UsageError, match="larger than this machine"):
+        SkipExport(tmp_path / "out").verify()
+    huge = tmp_path / "huge.bitmap"
+    huge.touch()
+    os.truncate(huge, 1 << 43)
+    with pytest.raises(UsageError, match="larger than this machine"):
+        read_bitmap(huge, 1 << 46)
+
+
+def test_bits_behind_the_last_page_are_refused(tmp_path):
     np.array([2**63], dtype=np.uint64).tofile(tmp_path / "raw")
     assert read_bitmap(tmp_path / "raw", 64).size == 1
     with pytest.raises(UsageError, match="behind the last page"):

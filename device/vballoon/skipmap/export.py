@@ -229,7 +229,10 @@ class SkipExport:
 
     def raw_bitmap(self, provenance: Provenance) -> PageBitmap:
         """The same without the verdict on the round: for looking, not for skipping."""
-        result = PageBitmap(self.layout)
+        try:
+            result = PageBitmap(self.layout)
+        except MemoryError:
+            raise UsageError(f"{self.directory}: a bitmap larger than this machine") from None
         by_address = {r.guest_phys_addr: r for r in self.manifest.regions}
         for index, placed in enumerate(self.layout.regions):
             entry = by_address[placed.guest_phys_addr].bitmaps.get(provenance.value)
@@ -287,6 +290,8 @@ def read_bitmap(path: Path, pages: int, entry: BitmapFile | None = None) -> NDAr
         words = np.fromfile(path, dtype="<u8")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise UsageError(f"{path}: larger than this machine") from None
     if words.size * 8 != size:
         raise UsageError(f"{path}: changed while it was read")
     if entry is not None and hashlib.sha256(words.data).hexdigest() != entry.sha256:
