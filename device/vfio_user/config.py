@@ -247,6 +247,18 @@ class ConfigSpace:
         if self._reset_values is not None:
             self.data[:] = self._reset_values
 
+    def restore(self, image: bytes) -> None:
+        """Take the bits over that can be written, from *image* of the whole space.  No hook runs.
+
+        Raises :class:`RequestError` for an image of another size.
+        """
+        if len(image) != self.size:
+            raise RequestError(errno.EINVAL, f"{len(image)} bytes of configuration space")
+        if self._reset_values is None:
+            self.seal()
+        for at, (mask, value) in enumerate(zip(self._mask, image, strict=True)):
+            self.data[at] = self.data[at] & ~mask | value & mask
+
     def _check(self, offset: int, count: int) -> None:
         if offset < 0 or offset > self.size or count > self.size - offset:
             raise RequestError(errno.EINVAL, f"configuration space {offset:#x}+{count:#x}")

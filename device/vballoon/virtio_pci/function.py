@@ -18,7 +18,7 @@ from functools import partial
 from vballoon.errors import PeerError, QueueError
 from vballoon.memory import GuestMemory
 from vballoon.virtio import DeviceQueue, VirtioDevice
-from vballoon.virtio_pci import layout
+from vballoon.virtio_pci import layout, state
 from vballoon.virtio_pci.interrupts import Interrupts
 from vballoon.virtio_pci.memory import ClientMemory
 from vballoon.virtio_pci.msix import MsixBar
@@ -50,6 +50,8 @@ class VirtioPciFunction(PciDevice):
     that has MSI-X is unplugged.  *on_queue_broken(index, rule, detail)* is told when a queue has
     stopped for good.
     """
+
+    migratable = True
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class VirtioPciFunction(PciDevice):
         self._kicked: dict[int, None] = {}
         self._more: dict[int, None] = {}  # had more than one turn's work
         self._busy = self._scheduled = self._reset_due = False
+        self._stands_still = self._change_due = False
         self._wanted: set[int] = set()
         # ERR is never signalled; without it QEMU warns that error recovery cannot be enabled.
         irqs: dict[int, int] = {PciIrq.INTX: 1, PciIrq.MSIX: vectors.vectors, PciIrq.ERR: 1}
@@ -143,7 +146,9 @@ class VirtioPciFunction(PciDevice):
 
     def config_changed(self) -> None:
         """Send the guest a configuration change notification."""
-        if self.registers.running:
+        if self._stands_still:
+            self._change_due = True
+        elif self.registers.running:
             self.interrupts.config_change(self.registers.config_vector)
 
     # -- BAR 0 ------------------------------------------------------------------------------------
@@ -269,12 +274,8 @@ class VirtioPciFunction(PciDevice):
             self._busy = False
         if self._reset_due:
             self._reset_now()
-        if (
-            self._kicked
-            or self._more
-            or self._wanted
-            or any(q.resetting for q in self.registers.queues)
-        ):
+        due = self._kicked or self._more or (self._wanted and not self._stands_still)
+        if due or any(q.resetting for q in self.registers.queues):
             self._schedule()
 
     def _settle(self) -> None:
@@ -287,6 +288,8 @@ class VirtioPciFunction(PciDevice):
         self._start()
 
     def _start(self) -> None:
+        if self._stands_still:
+            return
         wanted, self._wanted = self._wanted, set()
         if not self.registers.running:
             return
@@ -427,3 +430,29 @@ class VirtioPciFunction(PciDevice):
         if self.device.transport is not None:
             self.device.memory_changed()
         self._wanted |= up
+
+    # -- migration --------------------------------------------------------------------------------
+
+    def set_running(self, running: bool) -> None:
+        """Stand still, with every buffer given back; or go on where the queues stood."""
+        if not running:
+            self._stop()
+        self._stands_still = not running
+        if running:
+            self._wanted.update(i for i, q in enumerate(self.registers.queues) if q.enable)
+            self._schedule()
+            if self._change_due:
+                self._change_due = False
+                self.config_changed()
+
+    def save_state(self) -> bytes:
+        """Registers, rings, and the device's own state."""
+        return state.save(self)
+
+    def load_state(self, data: bytes) -> None:
+        """Take a state over; raises :class:`~vfio_user.RequestError` EINVAL."""
+        state.load(self, data)
+
+    def forget_config(self, generation: int) -> None:
+        """The driver saw the configuration of another life: it is taken to be another one here."""
+        self._generation, self._shown = (generation + 1) & 0xFF, self.device.read_config()

@@ -59,6 +59,16 @@ class Interrupts:
         self._update()
         return value
 
+    @property
+    def isr(self) -> IsrStatus:
+        """The ISR status, looked at without clearing it."""
+        return self._isr
+
+    def restore(self, isr: IsrStatus) -> None:
+        """The ISR status of another life; configuration space has been restored before."""
+        self._isr = isr
+        self._changed(0, 0)
+
     def reset(self) -> None:
         """As after power-on."""
         self._isr = IsrStatus(0)

@@ -32,7 +32,20 @@ class MsixBar:
 
     def reset(self) -> None:
         """Every entry zero and masked."""
+        self.kept: set[int] = set()
+        """Vectors whose mask bit has been written: the client does not keep it to itself."""
         self._table[:] = MsixTableEntry(address=0, data=0, control=1).build() * self.layout.vectors
+
+    @property
+    def table(self) -> bytes:
+        """The entries as they are."""
+        return bytes(self._table)
+
+    def restore(self, table: bytes, kept: set[int]) -> None:
+        """Entries of another life, and which vectors they mask or not."""
+        self._table[:], self.kept = table, kept
+        for vector in kept:
+            self._apply(vector)
 
     def read(self, offset: int, count: int) -> bytes:
         """*count* bytes at *offset*; what is neither table nor pending bits reads as zero."""
@@ -60,6 +73,11 @@ class MsixBar:
         self._table[offset:end] = data[: end - offset]
         size = MsixTableEntry.SIZE
         for vector in range(offset // size, -(-end // size)):
-            control = vector * size + _CONTROL
-            if offset <= control < end and self.irqs is not None:
-                self.irqs.set_mask(PciIrq.MSIX, vector, bool(self._table[control] & 1))
+            if offset <= vector * size + _CONTROL < end:
+                self.kept.add(vector)
+                self._apply(vector)
+
+    def _apply(self, vector: int) -> None:
+        if self.irqs is not None:
+            control = self._table[vector * MsixTableEntry.SIZE + _CONTROL]
+            self.irqs.set_mask(PciIrq.MSIX, vector, bool(control & 1))

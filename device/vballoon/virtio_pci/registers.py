@@ -15,6 +15,7 @@ from typing import Protocol
 
 from vballoon_spec.virtio import features as f
 from vballoon_spec.virtio.pci import NO_VECTOR, CommonConfig
+from vballoon_spec.virtio.pci_state import FunctionState
 from vfio_user import RequestError
 
 __all__ = ("CommonRegisters", "Listener", "QueueRegisters", "Status")
@@ -104,6 +105,25 @@ class CommonRegisters:
         self._device_select = self._driver_select = self._queue_select = 0
         for queue in self.queues:
             queue.reset()
+
+    def selection(self) -> dict[str, int]:
+        """The registers of :class:`FunctionState` that are nobody else's."""
+        return {
+            "driver_features": self.driver_features,
+            "device_feature_select": self._device_select,
+            "driver_feature_select": self._driver_select,
+            "queue_select": self._queue_select,
+            "config_msix_vector": self.config_vector,
+        }
+
+    def restore(self, saved: FunctionState) -> None:
+        """Take the registers of another life over; the queues' are somebody else's business."""
+        self.status = Status(saved.device_status)
+        self.driver_features = saved.driver_features
+        self.config_vector = saved.config_msix_vector
+        self._device_select = saved.device_feature_select
+        self._driver_select = saved.driver_feature_select
+        self._queue_select = saved.queue_select
 
     @property
     def features(self) -> int:

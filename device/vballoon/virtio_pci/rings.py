@@ -43,7 +43,8 @@ class Rings:
     ) -> None:
         self.queues: dict[int, DeviceQueue] = {}
         self.broken: dict[int, QueueError] = {}
-        self._states: dict[int, RingState] = {}
+        self.states: dict[int, RingState] = {}
+        """Where the queues stand that were up and are not."""
         self._counters: dict[int, tuple[int, ...]] = {}
         self._engine = engine
         self._notify = notify
@@ -63,12 +64,12 @@ class Rings:
                 registers.size,
                 at,
                 features,
-                self._states.get(index),
+                self.states.get(index),
                 engine=self._engine,
                 dirty_ring=at.desc if packed else at.device,
             )
         except PeerError as error:
-            if index in self._states and error.rule in _ABSENT:
+            if index in self.states and error.rule in _ABSENT:
                 log.info("queue %d waits for its memory: %s", index, error)
                 return
             self._fail(index, QueueError(error.rule, error.detail))
@@ -90,19 +91,19 @@ class Rings:
     def take_down(self) -> None:
         """Stop every queue, and remember where it stands.  The device is stopped already."""
         for index, queue in self.queues.items():
-            self._states[index] = queue.ring.state()
+            self.states[index] = queue.ring.state()
             self._counters[index] = tuple(getattr(queue, name) for name in _COUNTERS)
         self.queues = {}
 
     def forget(self, index: int) -> None:
         """Queue *index* starts from nothing next time."""
         self.queues = {i: queue for i, queue in self.queues.items() if i != index}
-        for record in (self.broken, self._states, self._counters):
+        for record in (self.broken, self.states, self._counters):
             record.pop(index, None)
 
     def reset(self) -> None:
         """Forget all of them."""
         self.queues = {}
         self.broken.clear()
-        self._states.clear()
+        self.states.clear()
         self._counters.clear()
