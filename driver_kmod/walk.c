@@ -6,17 +6,24 @@
  * the lock is a "slice", bounded in time and in blocks; between slices the lock
  * is dropped and the CPU offered to others.
  *
- * Resuming a list. When a slice ends, the list is rotated so that the next
- * block comes first, as page reporting does it. Nobody reorders a free list but
- * by rotating it (page reporting, compaction); blocks come and go at either end
- * or are taken from the middle. So two blocks are enough to know where the walk
- * stands, whatever happened meanwhile: the one that is next (@resume) and the
- * one that was read first (@first). What stays in the list lies on the circle
- * either between @resume and @first, still to be read, or between @first and
- * @resume, read already. The walk of the list is over when, within one slice,
- * @first follows @resume, or when the slice has read the list to its end. If
- * one of the two has been allocated meanwhile, a lap is read twice; @limit
- * bounds that.
+ * Resuming a list. A list is read from its tail. When a slice ends, the list is
+ * rotated, as page reporting does it, so that the block that comes next is the
+ * tail: allocations take from the other end, where the blocks are that have
+ * been read. Nobody reorders a free list but by rotating it (page reporting,
+ * compaction); blocks come and go at either end or are taken from the middle. So
+ * two blocks are enough to know where the walk stands: the one that is next
+ * (@resume) and the one that was read first (@first). What stays in the list
+ * lies on the circle either between @resume and @first, still to be read, or
+ * between @first and @resume, read already. The walk of the list is over when,
+ * within one slice, @first follows @resume, or when the slice has read the list
+ * to its end.
+ *
+ * A slice that ends before it came to @resume has begun anywhere: somebody has
+ * rotated the list, or @resume is gone and much was added. All that is known to
+ * be read then is what this slice has read, so its beginning becomes @first.
+ * @limit bounds how often that can happen. (One case is left: @resume left the
+ * list and came back at its tail, and the list was rotated too, both between two
+ * slices. Then a part of the list can be passed over.)
  */
 #include <linux/export.h>
 #include <linux/list.h>
@@ -33,9 +40,15 @@
 /* Reading the clock costs as much as a block; so not at each. */
 #define BLOCKS_PER_CLOCK 8
 
+/*
+ * Most blocks in a slice, whatever the clock says: a clock that ticks with the
+ * timer's interrupt stands still while interrupts are off.
+ */
+#define SLICE_BLOCKS_MAX 2048
+
 /**
  * struct list_position - where the walk of one free list stands
- * @first: the first block that was read
+ * @first: the block that was read first
  * @resume: the block that comes next after a slice; NULL in the first slice
  * @passed: @resume has been seen in this slice
  * @seen: blocks read so far, repetitions included
@@ -60,7 +73,7 @@ static unsigned int slice_room(void *opaque, struct free_walk *walk, int *err)
 	else
 		cond_resched();
 	*err = min(room, 0);
-	return max(room, 1);
+	return clamp(room, 1, SLICE_BLOCKS_MAX);
 }
 
 /* True when @page closes the circle (see the top of this file). */
@@ -83,11 +96,24 @@ static bool slice_is_over(u64 started, unsigned int blocks, unsigned int room,
 	return local_clock() - started >= slice_ns;
 }
 
+/* Ends the slice before @page, which is where the next one begins. */
+static void stop_before(struct list_position *pos, struct list_head *list, struct page *page,
+			const struct page *begun_with)
+{
+	if (pos->resume && !pos->passed)
+		pos->first = begun_with;
+	if (!list_is_last(&page->buddy_list, list))
+		list_rotate_to_front(page->buddy_list.next, list);
+	pos->resume = page;
+	pos->more = true;
+}
+
 static void note_hold(struct free_walk *walk, u64 started)
 {
 	u64 held = local_clock() - started;
 
 	walk->slices++;
+	walk->overlong += held > 2ull * walk->slice_ns;
 	walk->longest_hold_ns = max_t(u64, walk->longest_hold_ns, min_t(u64, held, U32_MAX));
 }
 
@@ -111,6 +137,7 @@ static int walk_free_list_slice(void *opaque, struct zone *zone, int order, int 
 {
 	struct free_area *area = &zone->free_area[order];
 	struct list_head *list = &area->free_list[mt];
+	const struct page *begun_with = NULL;
 	unsigned int blocks = 0;
 	unsigned long flags;
 	struct page *page;
@@ -122,15 +149,15 @@ static int walk_free_list_slice(void *opaque, struct zone *zone, int order, int 
 	pos->more = false;
 	pos->passed = false;
 	pos->limit = max(pos->limit, 4 * area->nr_free + 1024);
-	list_for_each_entry(page, list, buddy_list) {
+	list_for_each_entry_reverse(page, list, buddy_list) {
 		if (list_is_read(pos, page))
 			break;
 		if (slice_is_over(started, blocks, room, walk->slice_ns)) {
-			list_rotate_to_front(&page->buddy_list, list);
-			pos->resume = page;
-			pos->more = true;
+			stop_before(pos, list, page, begun_with);
 			break;
 		}
+		if (!begun_with)
+			begun_with = page;
 		if (!pos->first)
 			pos->first = page;
 		blocks++;

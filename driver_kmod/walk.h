@@ -16,6 +16,7 @@
  * @slices: out: how often a zone's lock was taken
  * @longest_hold_ns: out: longest time for which a zone's lock was held
  * @zones: out: populated zones visited
+ * @overlong: out: of @slices, held for more than twice @slice_ns
  * @cut: out: a list was left before its end because it kept changing
  */
 struct free_walk {
@@ -27,6 +28,7 @@ struct free_walk {
 	u32 slices;
 	u32 longest_hold_ns;
 	u32 zones;
+	u32 overlong;
 	bool cut;
 };
 
