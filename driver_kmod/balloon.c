@@ -171,7 +171,8 @@ static void resize(struct work_struct *work)
 	struct vbw_device *vb = to_device(container_of(work, struct vbw_balloon, resize));
 	s64 diff = towards_target(vb);
 
-	if (!diff)
+	/* What a device that is gone reads as would be a target of 16 TiB. */
+	if (!diff || virtqueue_is_broken(vb->vqs[VBW_VQ_INFLATE]))
 		return;
 	if (diff > 0)
 		diff -= inflate(vb, min_t(s64, diff, U32_MAX));
@@ -195,9 +196,11 @@ static int out_of_memory_notify(struct notifier_block *nb, unsigned long dummy, 
 {
 	struct vbw_device *vb = to_device(container_of(nb, struct vbw_balloon, oom));
 	unsigned long *freed = parm;
+	u32 done = deflate(vb, OOM_PAGES);
 
-	*freed += deflate(vb, OOM_PAGES) / VBW_PFNS_PER_PAGE;
-	vbw_balloon_update_actual(vb);
+	*freed += done / VBW_PFNS_PER_PAGE;
+	if (done)
+		vbw_balloon_update_actual(vb);
 	return NOTIFY_OK;
 }
 
@@ -320,7 +323,9 @@ void vbw_balloon_stop(struct vbw_device *vb)
  */
 void vbw_balloon_deflate_all(struct vbw_device *vb)
 {
-	while (vb->balloon.num_pages && deflate(vb, vb->balloon.num_pages))
-		;
+	/* Compaction may have some in its hands, and is about to put them back. */
+	while (vb->balloon.num_pages)
+		if (!deflate(vb, vb->balloon.num_pages))
+			msleep(1);
 	vbw_balloon_update_actual(vb);
 }

@@ -107,16 +107,27 @@ static int init_vqs(struct vbw_device *vb)
 {
 	int err;
 
-	memset(vb->vqs, 0, sizeof(vb->vqs));
 	err = find_vqs(vb);
 	if (err)
-		return err;
+		goto err_forget;
 	if (!vb->vqs[VBW_VQ_STATS])
 		return 0;
 	err = vbw_stats_prime(vb);
 	if (err)
-		vb->vdev->config->del_vqs(vb->vdev);
+		goto err_vqs;
+	return 0;
+
+err_vqs:
+	vb->vdev->config->del_vqs(vb->vdev);
+err_forget:
+	memset(vb->vqs, 0, sizeof(vb->vqs));
 	return err;
+}
+
+static void del_vqs(struct vbw_device *vb)
+{
+	vb->vdev->config->del_vqs(vb->vdev);
+	memset(vb->vqs, 0, sizeof(vb->vqs));
 }
 
 /* The value that free pages are expected to keep, before DRIVER_OK. */
@@ -167,9 +178,9 @@ static void let_go(struct vbw_device *vb)
 	vbw_balloon_deflate_all(vb);
 	vbw_hinting_release(vb);
 	virtio_reset_device(vb->vdev);
-	if (vb->vqs[VBW_VQ_WALK])
+	if (vb->session.push.vq)
 		vbw_push_detach(&vb->session.push);
-	vb->vdev->config->del_vqs(vb->vdev);
+	del_vqs(vb);
 }
 
 static struct vbw_device *allocate(struct virtio_device *vdev)
@@ -231,7 +242,7 @@ err_balloon:
 err_hinting:
 	vbw_hinting_end(vb);
 err_vqs:
-	vdev->config->del_vqs(vdev);
+	del_vqs(vb);
 err_session:
 	vbw_session_free(vb);
 err_wq:
@@ -278,7 +289,7 @@ static int restore(struct virtio_device *vdev)
 	write_poison(vb);
 	err = vbw_reporting_start(vb);
 	if (err) {
-		vdev->config->del_vqs(vdev);
+		del_vqs(vb);
 		return err;
 	}
 	start(vb);

@@ -58,7 +58,7 @@ static u32 wanted_round(struct vbw_device *vb)
 {
 	u32 id;
 
-	WRITE_ONCE(vb->hinting.changed, false);
+	smp_store_mb(vb->hinting.changed, false);
 	virtio_cread_le(vb->vdev, struct vballoon_config, free_page_hint_cmd_id, &id);
 	return id;
 }
@@ -71,6 +71,13 @@ static bool aborted(struct vbw_device *vb, u32 round)
 		return false;
 	WRITE_ONCE(vb->hinting.changed, true);
 	return true;
+}
+
+/* Whether it may be aborted; for waits, where the command id must not be read. */
+static bool disturbed(struct vbw_device *vb)
+{
+	return READ_ONCE(vb->stop) || READ_ONCE(vb->hinting.changed) ||
+	       virtqueue_is_broken(hint_vq(vb));
 }
 
 static bool have_room(struct virtqueue *vq, unsigned int nr)
@@ -106,9 +113,11 @@ static int send_block(struct vbw_device *vb, u32 round)
 	int err;
 
 	/* One entry stays free for the id that ends the round. */
-	wait_event_idle(vb->acked, have_room(vq, 2) || aborted(vb, round));
-	if (aborted(vb, round))
-		return -ECANCELED;
+	do {
+		wait_event_idle(vb->acked, have_room(vq, 2) || disturbed(vb));
+		if (aborted(vb, round))
+			return -ECANCELED;
+	} while (!have_room(vq, 2));
 	page = alloc_pages(HINT_GFP, HINT_ORDER);
 	if (!page)
 		return -ENOMEM;
@@ -286,7 +295,7 @@ void vbw_hinting_release(struct vbw_device *vb)
  */
 void vbw_hinting_end(struct vbw_device *vb)
 {
-	if (hint_vq(vb))
+	if (vbw_has(vb, VBALLOON_F_FREE_PAGE_HINT))
 		remove_shrinker(&vb->hinting);
 	vbw_hinting_release(vb);
 }

@@ -30,12 +30,10 @@ static_assert(VBW_BUFFER_SIZE <= VBALLOON_WALK_BUFFER_MAX);
  * vbw_push_init - allocate the buffers
  * @push: to be filled in
  * @nr: how many buffers the walk may have under way
- * @aborted: see struct vbw_push
  *
  * Return: 0 or -ENOMEM.
  */
-int vbw_push_init(struct vbw_push *push, unsigned int nr,
-		  bool (*aborted)(struct vbw_push *push))
+int vbw_push_init(struct vbw_push *push, unsigned int nr)
 {
 	unsigned int i;
 
@@ -43,7 +41,6 @@ int vbw_push_init(struct vbw_push *push, unsigned int nr,
 	init_waitqueue_head(&push->wait);
 	INIT_LIST_HEAD(&push->free);
 	INIT_LIST_HEAD(&push->full);
-	push->aborted = aborted;
 	nr += RESERVED_BUFFERS;
 	push->buffers = kcalloc(nr, sizeof(*push->buffers), GFP_KERNEL);
 	if (!push->buffers)
@@ -166,11 +163,6 @@ static int submit_full(struct vbw_push *push)
 	return 0;
 }
 
-static bool gave_up(struct vbw_push *push)
-{
-	return virtqueue_is_broken(push->vq) || push->aborted(push);
-}
-
 static bool progress(struct vbw_push *push)
 {
 	struct vbw_buffer *before = list_first_entry_or_null(&push->free, struct vbw_buffer, node);
@@ -184,12 +176,17 @@ static bool progress(struct vbw_push *push)
 	return true;
 }
 
-/* Waits until the device has used a buffer. */
+/*
+ * Waits until the device has used a buffer. Whether it is worth while to wait
+ * on may have to be read from the configuration, which may sleep: not here, but
+ * as soon as there is a reason to ask.
+ */
 static int wait_for_device(struct vbw_push *push)
 {
 	vbw_push_kick(push);
 	push->waits++;
-	wait_event_idle(push->wait, progress(push) || gave_up(push));
+	wait_event_idle(push->wait, progress(push) || virtqueue_is_broken(push->vq) ||
+			push->disturbed(push));
 	if (virtqueue_is_broken(push->vq))
 		return -EIO;
 	return push->aborted(push) ? -ECANCELED : 0;
@@ -276,6 +273,19 @@ static int store_pending(struct vbw_push *push)
 	if (++buffer->num == RANGES_PER_BUFFER)
 		close_current(push);
 	return 0;
+}
+
+/**
+ * vbw_push_until - say what ends a wait for the device
+ * @push: the buffers
+ * @disturbed: see struct vbw_push
+ * @aborted: see struct vbw_push
+ */
+void vbw_push_until(struct vbw_push *push, bool (*disturbed)(struct vbw_push *push),
+		    bool (*aborted)(struct vbw_push *push))
+{
+	push->disturbed = disturbed;
+	push->aborted = aborted;
 }
 
 /**

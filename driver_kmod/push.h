@@ -44,7 +44,8 @@ struct vbw_buffer {
  * @sent_buffers: of this round, with ranges
  * @kicks: notifications since probe
  * @waits: since probe, for the device to use a buffer
- * @aborted: tells a wait that it is in vain; called with no lock held
+ * @disturbed: whether a wait should end for @aborted to be asked; must not sleep
+ * @aborted: whether what is being sent is not wanted any more; may sleep
  *
  * Used by one work item at a time, so it needs no lock. Only the callback of
  * the queue comes from elsewhere, and it does no more than wake @wait.
@@ -66,15 +67,17 @@ struct vbw_push {
 	u32 sent_buffers;
 	u64 kicks;
 	u64 waits;
+	bool (*disturbed)(struct vbw_push *push);
 	bool (*aborted)(struct vbw_push *push);
 };
 
-int vbw_push_init(struct vbw_push *push, unsigned int nr,
-		  bool (*aborted)(struct vbw_push *push));
+int vbw_push_init(struct vbw_push *push, unsigned int nr);
 void vbw_push_free(struct vbw_push *push);
 void vbw_push_attach(struct vbw_push *push, struct virtqueue *vq);
 void vbw_push_detach(struct vbw_push *push);
 
+void vbw_push_until(struct vbw_push *push, bool (*disturbed)(struct vbw_push *push),
+		    bool (*aborted)(struct vbw_push *push));
 void vbw_push_start(struct vbw_push *push, u32 round);
 int vbw_push_range(void *opaque, unsigned long pfn, unsigned long num);
 int vbw_push_room(struct vbw_push *push);

@@ -26,7 +26,8 @@ static u32 wanted_round(struct vbw_session *session)
 {
 	u32 id;
 
-	WRITE_ONCE(session->changed, false);
+	/* A change that comes after this must be seen again, one before be read now. */
+	smp_store_mb(session->changed, false);
 	virtio_cread_le(to_device(session)->vdev, struct vballoon_config,
 			free_page_walk_cmd_id, &id);
 	return id;
@@ -39,7 +40,7 @@ static bool round_aborted(struct vbw_push *push)
 
 	if (READ_ONCE(session->stopping))
 		return true;
-	if (!push->round || !READ_ONCE(session->changed))
+	if (!READ_ONCE(session->changed))
 		return false;
 	if (wanted_round(session) == push->round)
 		return false;
@@ -48,8 +49,15 @@ static bool round_aborted(struct vbw_push *push)
 	return true;
 }
 
+static bool round_disturbed(struct vbw_push *push)
+{
+	struct vbw_session *session = container_of(push, struct vbw_session, push);
+
+	return READ_ONCE(session->stopping) || READ_ONCE(session->changed);
+}
+
 /* END has to be sent for a round that is not wanted any more, too. */
-static bool end_aborted(struct vbw_push *push)
+static bool stopping(struct vbw_push *push)
 {
 	return READ_ONCE(container_of(push, struct vbw_session, push)->stopping);
 }
@@ -138,15 +146,16 @@ static void run_round(struct vbw_session *session, u32 round)
 	session->round = round;
 	session->rounds++;
 
-	push->aborted = round_aborted;
+	vbw_push_until(push, round_disturbed, round_aborted);
 	vbw_push_start(push, round);
 	started = ktime_get_ns();
 	err = walk_round(session, order);
 	session->aborted += err == -ECANCELED;
 	session->result = err;
 
-	push->aborted = end_aborted;
-	if (send_end(session, started, err))
+	/* Without a BEGIN there is no END either. */
+	vbw_push_until(push, stopping, stopping);
+	if (!push->seq || send_end(session, started, err))
 		return;
 	vbw_push_kick(push);
 	trace_vbw_walk(round, order, err, &session->walk, push, session->duration_ns);
@@ -155,7 +164,7 @@ static void run_round(struct vbw_session *session, u32 round)
 static void send_layout(struct vbw_session *session)
 {
 	WRITE_ONCE(session->send_layout, false);
-	session->push.aborted = end_aborted;
+	vbw_push_until(&session->push, stopping, stopping);
 	vbw_push_start(&session->push, 0);
 	if (!vbw_memmap_send(&session->push)) {
 		session->layouts++;
@@ -216,7 +225,7 @@ int vbw_session_setup(struct vbw_device *vb)
 	INIT_WORK(&vb->session.work, session_work);
 	if (!vbw_has(vb, VBALLOON_F_FREE_PAGE_WALK))
 		return 0;
-	return vbw_push_init(&vb->session.push, vbw_buffer_count(), end_aborted);
+	return vbw_push_init(&vb->session.push, vbw_buffer_count());
 }
 
 /**
