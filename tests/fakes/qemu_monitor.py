@@ -44,7 +44,7 @@ class FakeQemu:
         self.status = "running"
         self.device: dict[str, Any] | None = dict(BALLOON)
         self.chardevs = {"c0": "/run/balloon.sock"}
-        self.capability = False
+        self.capability = self.mapped_ram = False
         self.migration: dict[str, Any] = {}
         self.more_memory: list[dict[str, Any]] = []
         self.blocked: list[str] = []
@@ -243,7 +243,10 @@ class FakeQemu:
         return {}
 
     def do_query_migrate_capabilities(self, _: Any) -> Any:
-        return [{"capability": "x-ignore-shared", "state": self.capability}]
+        return [
+            {"capability": "x-ignore-shared", "state": self.capability},
+            {"capability": "mapped-ram", "state": self.mapped_ram},
+        ]
 
     def do_migrate_set_capabilities(self, arguments: Any) -> Any:
         self.capability = arguments["capabilities"][0]["state"]

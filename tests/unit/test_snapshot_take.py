@@ -198,6 +198,17 @@ def test_named_file_is_saved_by_migration(
     assert qemu.whole
 
 
+def test_capability_of_another_kind_of_migration_is_refused(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    name_the_backend(qemu, source)
+    qemu.mapped_ram = True
+    with pytest.raises(UsageError, match="mapped-ram"):
+        make(vm, source, tmp_path).take()
+    assert qemu.whole
+    assert "device_del" not in qemu.log
+
+
 def test_memfd_with_other_writable_ram_is_refused(
     qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import sys
@@ -139,9 +140,11 @@ def _print(
     device, _ = balloon_arguments(manifest, options.balloon_socket)
     print(shlex.join(words))
     print(
-        "instead of the memory backends of the VM's command line, and without its balloon; "
-        "then, on the monitor: cont, and device_add "
-        + ",".join(f"{k}={v}" for k, v in device.items()),
+        "instead of the memory backends of the VM's command line, and without its balloon "
+        "(its -chardev stays); then, on a QMP monitor:\n"
+        + json.dumps({"execute": "cont"})
+        + "\n"
+        + json.dumps({"execute": "device_add", "arguments": device}),
         file=sys.stderr,
     )
 

@@ -30,8 +30,9 @@ from vballoon.errors import UsageError
 from vballoon.skipmap import Provenance, SkipExport
 from vballoon.snapshot import extents as ext
 from vballoon.snapshot.device import unplug
+from vballoon.snapshot.plan import Copied, Plan, Taken
 from vballoon.snapshot.store import DirectoryStore, ram_name
-from vballoon.snapshot.take import Copied, Snapshot
+from vballoon.snapshot.take import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from vballoon.control.client import ControlClient
     from vballoon.snapshot.memmap import FreeMemory
     from vballoon.snapshot.recovery import Guardian, Note
-    from vballoon.snapshot.take import Plan
     from vballoon.snapshot.tracker import WriteTracker
     from vballoon_spec.snapshot import SnapshotManifest
 
@@ -84,14 +84,12 @@ class LiveSnapshot(Snapshot):
             ext.without(ext.data_extents(f.fd, f.size), ext.to_file(skip, f.regions))
             for _, f in plan.memory
         ]
+        state = self._prepare_state(plan, note, guardian)
         written = self._rounds(plan, note, guardian, tracker, wanted)
-        self._check_unchanged(plan)
         stopped_ns = time.time_ns()
-        self._save_state(plan, note, guardian)
-        self._begin("verify")
-        free, why = self._free()
+        free, why = self._save_state(state)
         copied = self._copy_rest(plan, free, written)
-        return self._resume(plan, note, guardian, copied, why, stopped_ns)
+        return self._resume(plan, note, guardian, state, Taken(copied, why, stopped_ns))
 
     def _tracker(self, plan: Plan) -> WriteTracker:
         if not isinstance(self.store, DirectoryStore) or self.make_tracker is None:

@@ -20,11 +20,19 @@ if TYPE_CHECKING:
 
     from vballoon.snapshot.qmp_vm import Memdev, QemuVm
 
-__all__ = ("CAPABILITY", "choose_kind", "migration_over", "save_state", "set_ignore_shared")
+__all__ = (
+    "CAPABILITY", "DeviceState", "choose_kind", "ignores_shared", "migration_over",
+    "set_ignore_shared",
+)  # fmt: skip
 
 CAPABILITY = "x-ignore-shared"
 MIGRATION_SECONDS = 60.0
 """Device state is a few hundred kilobytes; longer than this is a fault."""
+_FOREIGN = {
+    "background-snapshot", "mapped-ram", "multifd", "pause-before-switchover", "postcopy-ram",
+    "x-colo",
+}  # fmt: skip
+"""Capabilities that somebody may have set for a migration of another kind than this one."""
 _RUNNING = {"setup", "active", "device", "cancelling", "wait-unplug", "pre-switchover"}
 
 
@@ -34,6 +42,10 @@ def choose_kind(vm: QemuVm, memdevs: Sequence[Memdev]) -> StateKind:
     *memdevs* are the backends whose memory is copied by us.
     """
     if all(memdev.path for memdev in memdevs):
+        if strange := sorted(_capabilities(vm) & _FOREIGN):
+            raise UsageError(
+                f"restore could not read a state that QEMU writes with {strange[0]} on"
+            )
         return StateKind.IGNORE_SHARED
     ours = {memdev.id for memdev in memdevs}
     others = [b.name for b in vm.ram_blocks() if b.name not in ours and not b.read_only]
@@ -45,48 +57,69 @@ def choose_kind(vm: QemuVm, memdevs: Sequence[Memdev]) -> StateKind:
     return StateKind.DEVICES_ONLY
 
 
+def ignores_shared(vm: QemuVm) -> bool:
+    """Whether the capability is set."""
+    return CAPABILITY in _capabilities(vm)
+
+
+def _capabilities(vm: QemuVm) -> set[str]:
+    """Those that are on."""
+    entries = vm.execute("query-migrate-capabilities")
+    return {str(entry["capability"]) for entry in entries if entry["state"]}
+
+
 def set_ignore_shared(vm: QemuVm, on: bool) -> bool:
     """Set the capability; returns what it was."""
-    before = any(
-        entry["capability"] == CAPABILITY and entry["state"]
-        for entry in vm.execute("query-migrate-capabilities")
-    )
+    before = ignores_shared(vm)
     if before != on:
         capability = {"capability": CAPABILITY, "state": on}
         vm.execute("migrate-set-capabilities", capabilities=[capability])
     return before
 
 
-def save_state(vm: QemuVm, kind: StateKind, fd: int) -> None:
-    """Have the stopped machine's state written to *fd*, open for writing only."""
-    number = vm.send_fd(fd)
-    path = f"/dev/fdset/{number}"
-    try:
+class DeviceState:
+    """The machine's state on its way to *fd*, open for writing only.
+
+    Made while the guest runs, so that it stands still for no more than the writing: :meth:`begin`
+    it when the machine is stopped, :meth:`wait` for it before anything else is read or changed
+    but the guest's page structures, and :meth:`put_away` what it needed.
+    """
+
+    def __init__(self, vm: QemuVm, kind: StateKind, fd: int) -> None:
+        self._vm, self._kind = vm, kind
+        self._number = vm.send_fd(fd)
+        self._path = f"/dev/fdset/{self._number}"
+        self._before = kind is StateKind.IGNORE_SHARED and set_ignore_shared(vm, True)
         if kind is StateKind.DEVICES_ONLY:
-            _require_migratable(vm)  # this command does not ask
-            vm.execute("xen-save-devices-state", filename=path)
+            _require_migratable(vm)  # its command does not ask
+
+    def begin(self) -> None:
+        """Have QEMU write; of ``migrate`` it does not wait for the end."""
+        if self._kind is StateKind.DEVICES_ONLY:
+            self._vm.execute("xen-save-devices-state", filename=self._path)
         else:
-            _migrate(vm, path)
-    finally:
-        vm.execute("remove-fd", **{"fdset-id": number})
+            self._vm.execute("migrate", uri=f"file:{self._path}")
+
+    def wait(self) -> None:
+        """Until all is written; raises :class:`~vballoon.errors.UsageError` where it cannot be."""
+        if self._kind is StateKind.DEVICES_ONLY:
+            return
+        status = migration_over(self._vm, MIGRATION_SECONDS)
+        if status != "completed":
+            words = self._vm.execute("query-migrate").get("error-desc", status)
+            raise UsageError(f"QEMU could not save the device state: {words}")
+
+    def put_away(self) -> None:
+        """Leave QEMU as it was."""
+        if self._kind is StateKind.IGNORE_SHARED:
+            set_ignore_shared(self._vm, self._before)
+        self._vm.execute("remove-fd", **{"fdset-id": self._number})
 
 
 def _require_migratable(vm: QemuVm) -> None:
     reasons = vm.execute("query-migrate").get("blocked-reasons")
     if reasons:
         raise UsageError(f"QEMU cannot save this machine: {'; '.join(map(str, reasons))}")
-
-
-def _migrate(vm: QemuVm, path: str) -> None:
-    before = set_ignore_shared(vm, True)
-    try:
-        vm.execute("migrate", uri=f"file:{path}")
-        status = migration_over(vm, MIGRATION_SECONDS)
-    finally:
-        set_ignore_shared(vm, before)
-    if status != "completed":
-        words = vm.execute("query-migrate").get("error-desc", status)
-        raise UsageError(f"QEMU could not save the device state: {words}")
 
 
 def migration_over(vm: QemuVm, timeout: float) -> str:

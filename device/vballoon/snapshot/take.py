@@ -23,16 +23,17 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from vballoon.errors import UsageError
 from vballoon.snapshot import extents as ext
-from vballoon.snapshot.device import BalloonDevice, find_balloon, plug, require_balloon, unplug
+from vballoon.snapshot.device import find_balloon, plug, require_balloon, unplug
 from vballoon.snapshot.match import match_memory
 from vballoon.snapshot.memmap import VerificationRefused
+from vballoon.snapshot.plan import Copied, Observer, Plan, Taken
 from vballoon.snapshot.qmp_vm import QemuGone
 from vballoon.snapshot.recovery import Guardian, Note, go_back
-from vballoon.snapshot.state import choose_kind, save_state, set_ignore_shared
+from vballoon.snapshot.state import DeviceState, choose_kind, ignores_shared
 from vballoon.snapshot.store import ram_name
 from vballoon_spec.snapshot import MemoryFile, SnapshotManifest, StateFile, StateKind
 
@@ -40,47 +41,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vballoon.snapshot.memmap import FreeMemory
-    from vballoon.snapshot.qmp_vm import Memdev, QemuVm
-    from vballoon.snapshot.source import GuestSource, RamFile
+    from vballoon.snapshot.qmp_vm import QemuVm
+    from vballoon.snapshot.source import GuestSource
     from vballoon.snapshot.store import Store
 
 __all__ = ("Observer", "Snapshot")
 
 QUIT_SECONDS = 60.0
 """How long QEMU may take to end: its disks may have much to write."""
-
-
-class Observer:
-    """Is told how it goes; does nothing by itself.  A context manager, for whoever shows it."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def step(self, name: str) -> None:
-        """Step *name* begins."""
-
-    def size(self, total: int) -> None:
-        """*total* bytes will be copied."""
-
-    def copied(self, done: int) -> None:
-        """*done* more bytes are copied."""
-
-    def say(self, text: str) -> None:
-        """Something that the operator should know."""
-
-
-@dataclass(slots=True)
-class Plan:
-    """What is going to be copied, found out while everything still runs."""
-
-    kind: StateKind
-    memdevs: list[Memdev]
-    memory: list[tuple[Memdev, RamFile]]
-    device: BalloonDevice
-    qemu: dict[str, str]
 
 
 @dataclass(slots=True)
@@ -153,41 +121,42 @@ class Snapshot:
         guardian.note(note)
         unplug(vm, plan.device, self.unplug_seconds)
 
+        state = self._prepare_state(plan, note, guardian)
         self._begin("stop")
         note.stop = True
         guardian.note(note)
         vm.execute("stop")
-        self._check_unchanged(plan)
         stopped_ns = time.time_ns()
-        self._save_state(plan, note, guardian)
-        self._begin("verify")
-        free, why = self._free()
+        free, why = self._save_state(state)
         copied = self._copy(plan, free)
-        return self._resume(plan, note, guardian, copied, why, stopped_ns)
+        return self._resume(plan, note, guardian, state, Taken(copied, why, stopped_ns))
 
     def _resume(
         self,
         plan: Plan,
         note: Note,
         guardian: Guardian,
-        copied: Copied,
-        why: str,
-        stopped_ns: int,
+        state: DeviceState,
+        taken: Taken,
     ) -> SnapshotManifest:
         """Everything is copied: the guest runs on with its balloon, or ends."""
         vm = self.vm
         if self.quit:  # the machine ends only when there is a snapshot of it
-            manifest = self._manifest(plan, copied, why, stopped_ns)
+            self._check_unchanged(plan)
+            manifest = self._manifest(plan, taken)
             self._hand_over(manifest, note, guardian)
             return manifest
         self._begin("resume")
         vm.execute("cont")
         note.stop = False
         self._begin("plug")
+        state.put_away()
+        note.migrate = False
+        self._check_unchanged(plan)
         plug(vm, plan.device.arguments, plan.device.chardev)
         note.unplug = False
         guardian.note(note)
-        manifest = self._manifest(plan, copied, why, stopped_ns)
+        manifest = self._manifest(plan, taken)
         self.store.finish(manifest)
         self._begin("done")
         return manifest
@@ -210,24 +179,31 @@ class Snapshot:
         if not self.vm.wait_gone(QUIT_SECONDS):
             raise UsageError("the snapshot is whole, but QEMU does not end; it must not run on")
 
-    def _save_state(self, plan: Plan, note: Note, guardian: Guardian) -> None:
-        self._begin("state")
+    def _prepare_state(self, plan: Plan, note: Note, guardian: Guardian) -> DeviceState:
         if plan.kind is StateKind.IGNORE_SHARED:
-            note.ignore_shared = set_ignore_shared(self.vm, False)
-            set_ignore_shared(self.vm, note.ignore_shared)
+            note.ignore_shared = ignores_shared(self.vm)
         note.migrate = True
         guardian.note(note)
         fd = self.store.open_state()
         try:
-            save_state(self.vm, plan.kind, fd)
+            return DeviceState(self.vm, plan.kind, fd)
         finally:
             os.close(fd)
-        note.migrate = False
+
+    def _save_state(self, state: DeviceState) -> tuple[FreeMemory | None, str]:
+        """While QEMU writes, the guest's page structures are read, which it leaves alone."""
+        self._begin("state")
+        state.begin()
+        self._begin("verify")
+        found = self._free()
+        state.wait()
+        return found
 
     def _check_unchanged(self, plan: Plan) -> None:
         """Refuse a machine that got or lost memory since it was looked at: some would be missing.
 
-        (QEMU leaves a backend's memory to us, also that of one which the plan does not know.)
+        (QEMU leaves a backend's memory to us, also that of one which the plan does not know.)  It
+        is asked only when the guest runs again: what was there when it stopped is there still.
         """
         if self.vm.memdevs() != plan.memdevs:
             raise UsageError("the machine's memory backends changed meanwhile; try again")
@@ -268,21 +244,21 @@ class Snapshot:
             )
         return Copied(sizes, {"holes": holes, "verified": verified})
 
-    def _manifest(self, plan: Plan, copied: Copied, why: str, stopped_ns: int) -> SnapshotManifest:
+    def _manifest(self, plan: Plan, taken: Taken) -> SnapshotManifest:
         self._begin("finish")
         state_bytes, state_digest, digests = self.store.digests()
         return SnapshotManifest(
-            created_ns=stopped_ns,
+            created_ns=taken.stopped_ns,
             qemu=plan.qemu,
             state=StateFile(plan.kind, state_bytes, state_digest),
             memory=tuple(
                 MemoryFile(memdev.id, ram_name(memdev.id), file.size, size, digest)
                 for (memdev, file), size, digest in zip(
-                    plan.memory, copied.sizes, digests, strict=True
+                    plan.memory, taken.copied.sizes, digests, strict=True
                 )
             ),
-            left_out=copied.left_out,
-            verification=why,
+            left_out=taken.copied.left_out,
+            verification=taken.why,
             balloon={"device": plan.device.arguments, "chardev": plan.device.chardev},
             extra={"seconds": self.seconds()},
         )
@@ -294,11 +270,3 @@ class Snapshot:
         if "stop" in self.times and "plug" in self.times:
             took["stopped"] = round(self.times["plug"] - self.times["stop"], 6)
         return took
-
-
-@dataclass(slots=True)
-class Copied:
-    """Bytes copied of each file, and bytes left out by reason."""
-
-    sizes: list[int]
-    left_out: dict[str, int]
