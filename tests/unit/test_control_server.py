@@ -19,6 +19,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient
 from tests.unit.control_fakes import FakeBalloon, served
 from tests.unit.test_skipmap_map import put
 
+import fdsocket
 from vballoon.control import ControlClient
 from vballoon.errors import UsageError
 from vballoon.skipmap import Provenance, SkipExport
@@ -370,3 +371,12 @@ def test_the_socket_is_the_owner_s_alone_and_a_dead_one_is_replaced(path):
     stale.close()
     with served(path), ControlClient(path) as client:
         assert client.execute("query-balloon")
+
+
+def test_a_client_that_finds_no_server_says_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match="is 'vballoon serve --control' running"):
+        ControlClient(tmp_path / "none")
+    with fdsocket.listen(tmp_path / "device") as silent:
+        with pytest.raises(UsageError, match="is it the socket that"):
+            ControlClient(tmp_path / "device", timeout=0.05)
+        silent.close()

@@ -8,16 +8,19 @@ import time
 
 import pytest
 from tests.fakes.backends import backend_thread
+from tests.fakes.driver import Element
 from tests.fakes.echo_device import EchoDevice
 from tests.fakes.frontend import F_PROTOCOL, Frontend, R
 from tests.fakes.memory import make_memory
 
+from vballoon.balloon import Balloon
 from vballoon.errors import ProtocolError
 from vballoon.vhost_user import DEFAULT_RING_FEATURES
 from vballoon.vhost_user.vring import decode_base, encode_base
 from vballoon.virtqueue import RingState
 from vballoon_spec.vhost_user import ProtocolFeature as P
 from vballoon_spec.virtio import features as f
+from vballoon_spec.virtio.balloon import BalloonFeature
 
 PACKED = DEFAULT_RING_FEATURES | f.mask(f.VIRTIO_F_RING_PACKED)
 KINDS = {
@@ -377,3 +380,31 @@ def test_split_bases():
     assert encode_base(RingState(avail=65535, used=3), packed=False) == 65535
     with pytest.raises(ProtocolError):
         decode_base(65536, packed=False)
+
+
+def test_hints_that_wait_are_not_taken_for_reports(tmp_path):
+    """A guest that goes on in the middle of a hinting round, its rings enabled one by one: with
+    the standard's numbers and without statistics, 3 is what Linux would use for reports."""
+    features = F_PROTOCOL | f.mask(f.VIRTIO_F_VERSION_1)
+    features |= int(BalloonFeature.FREE_PAGE_HINT | BalloonFeature.PAGE_REPORTING)
+    with (
+        backend_thread(Balloon(), path=tmp_path / "s") as backend,
+        Frontend.connect(tmp_path / "s") as frontend,
+    ):
+        frontend.negotiate(wanted=features)
+        frontend.share_memory()
+        page = frontend.arena.take(4096, align=4096)
+        frontend.memory.window(page, 4096)[:] = 0x5A
+        hints = frontend.make_ring(3)
+        hints.driver.add(Element(page, 4096, True))
+        hints.driver.publish()
+        for index in (0, 1):
+            frontend.new_ring(index)
+        frontend.start_ring(hints)
+        frontend.get_u64(R.GET_FEATURES)
+        assert backend.status().queues[3].taken == 0
+        frontend.new_ring(4)
+        frontend.status_ok()
+        hints.collect(1)
+        assert frontend.memory.read(page, 4096) == b"\x5a" * 4096
+        assert backend.device.counters.hints_stale_pages == 1

@@ -88,6 +88,7 @@ class Balloon(VirtioDevice):
         self._inflate = InflateQueues(self.counters, self.discarder)
         self._report = ReportQueue(self.counters, self.discarder)
         self.roles: dict[int, Role] = {}
+        self._passed_over: set[int] = set()  # queues without a role yet
         self._settled_for: int | None = None  # the features for which all roles are known
         self._loaded: persist.SavedBalloon | None = None  # until its guest goes on
 
@@ -136,8 +137,15 @@ class Balloon(VirtioDevice):
         assert self.transport is not None  # a transport brought the queue
         dense, fixed = numberings(self.transport.features)
         if queue.index not in self.roles and queue.index in dense and queue.index in fixed:
+            self._passed_over.add(queue.index)
             return False
         return super().process(queue)
+
+    def overdue(self) -> Collection[int]:
+        """Rings that have a role now and had none when they were looked at."""
+        found = self._passed_over & self.roles.keys()
+        self._passed_over -= found
+        return found
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
         """Serve a batch according to the queue's role."""
@@ -188,6 +196,7 @@ class Balloon(VirtioDevice):
         self.walk_queue.reset()
         self.stats_queue.reset()
         self.roles, self._settled_for, self._loaded = {}, None, None
+        self._passed_over.clear()
 
     def memory_changed(self) -> None:
         """Another memory table: rounds are void, bits of regions that went are gone."""

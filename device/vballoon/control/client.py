@@ -48,7 +48,7 @@ class ControlClient:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise UsageError(f"{self._path}: {error.strerror or error}") from None
+                raise UsageError(f"{self._path}: {_why(error)}") from None
             raise
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
@@ -129,3 +129,12 @@ class ControlClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _why(error: OSError) -> str:
+    """Why there is no conversation, and what to do about it."""
+    if isinstance(error, TimeoutError):
+        return "no greeting; is it the socket that 'vballoon serve --control' names?"
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return f"{error.strerror}; is 'vballoon serve --control' running?"
+    return error.strerror or str(error)

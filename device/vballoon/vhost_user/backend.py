@@ -187,11 +187,12 @@ class VhostUserBackend:
             self._queues[i] is queue for i, queue in queues.items()
         ):
             return
+        new = [i for i, queue in queues.items() if self._queues.get(i) is not queue]
         if self._queues.keys() - queues.keys():
             self.pause()
         self._queues = queues
         if queues:
-            self._start()
+            self._start(new)
 
     def _bind(self, vring: Vring) -> None:
         try:
@@ -215,17 +216,15 @@ class VhostUserBackend:
             index, ring, notify=partial(self._notify, index), on_broken=self._on_broken
         )
 
-    def _start(self) -> None:
-        """Tell the device, and look at the rings: their kicks may have come long ago, and what
-        a ring is for may depend on one that came later.
-        """
+    def _start(self, new: list[int]) -> None:
+        """Tell the device, and look at the new rings: their kicks may have come long ago."""
         if self._standstill and all(v.is_initial for v in self.vrings if v.started):
             self.device.restart()
         self._standstill = False
         self.transfer.cancel("the rings were started")
         self.device.start()
         self._tell_config()
-        for index in self._queues:
+        for index in {*new, *self.device.overdue()}:
             self.io.soon(partial(self.process, index))
 
     def goes_on(self) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from vballoon.errors import MemoryFault, QueueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from numpy.typing import NDArray
 
@@ -192,6 +192,10 @@ class VirtioDevice(ABC):
             return False
         queue.ring.disable_kicks()
         return True
+
+    def overdue(self) -> Collection[int]:
+        """After ``start``: queues that were left alone so far and can be served from now on."""
+        return ()
 
     def stop(self) -> None:
         """The queues are about to go away: give back every buffer that is still held."""

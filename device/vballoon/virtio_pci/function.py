@@ -302,7 +302,7 @@ class VirtioPciFunction(PciDevice):
         if new:
             self.device.start()
             # What the driver made available before is announced by no doorbell that is to come.
-            self._kicked.update(dict.fromkeys(new))
+            self._kicked.update(dict.fromkeys([*new, *self.device.overdue()]))
 
     def _serve(self) -> None:
         """Serve each queue a bounded amount: those that were kicked before those that go on."""
