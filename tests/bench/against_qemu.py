@@ -75,7 +75,7 @@ class Bench:
         self.vm.guest.wait_for(f"[ -e {pci}/virtio*/features ]")
         node = self.vm.guest.sh(f"cd {pci} && echo virtio*").strip()
         self.vm.guest.sh(f"echo {node} >{DRIVER}/bind")
-        self.vm.guest.report_every_order()
+        self.vm.guest.report_everything()
         try:
             yield
         finally:

@@ -115,7 +115,7 @@ def test_statistics_reach_the_host(module: Any) -> None:
 def test_reporting_frees_host_memory(module: Any) -> None:
     with guest(module, ",free-page-reporting=on", memory=512) as vm:
         assert stats(vm)["reporting"] == 1
-        vm.guest.report_every_order()
+        vm.guest.report_everything()
         vm.guest.start("memhog 300", log="/run/hog.log", fifo="/run/hog")
         vm.guest.wait_for("grep -q filled /run/hog.log")
         full = vm.resident()

@@ -39,7 +39,7 @@ def test_reporting_makes_holes_in_the_ram_file(name: str) -> None:
     """QEMU's own balloon gives back what the guest frees, and the lab's figures show it."""
     with Machine(kernel=name, memory=512, extra=REPORTING) as vm:
         vm.guest.load("virtio_balloon")
-        vm.guest.report_every_order()
+        vm.guest.report_everything()
         vm.guest.start("memhog 300", log="/run/hog.log", fifo="/run/hog")
         vm.guest.wait_for("grep -q filled /run/hog.log")
         full = vm.resident()
