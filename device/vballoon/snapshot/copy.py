@@ -102,14 +102,23 @@ class SparseHash:
                 self._flush()
                 self._start = start
             part = view[: CHUNK - inside]
+            if len(part) == CHUNK:  # most are: no copy of those
+                self._take(start, part)
+                self._start = -1
+                at, view = at + CHUNK, view[CHUNK:]
+                continue
             self._chunk[inside : inside + len(part)] = part
             at, view = at + len(part), view[len(part) :]
 
     def _flush(self) -> None:
-        if self._start >= 0 and self._chunk != _ZEROES:
-            self._digest.update(self._start.to_bytes(8, "little"))
-            self._digest.update(memoryview(self._chunk)[: min(CHUNK, self._size - self._start)])
-        self._chunk = bytearray(CHUNK)
+        if self._start >= 0:
+            self._take(self._start, memoryview(self._chunk))
+            self._chunk = bytearray(CHUNK)
+
+    def _take(self, start: int, chunk: memoryview) -> None:
+        if chunk != _ZEROES:
+            self._digest.update(start.to_bytes(8, "little"))
+            self._digest.update(chunk[: min(CHUNK, self._size - start)])
 
     def hexdigest(self) -> str:
         """The checksum; nothing may be added after that."""

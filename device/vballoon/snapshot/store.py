@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -133,15 +135,19 @@ class DirectoryStore:
             os.close(fd)
 
     def digests(self) -> tuple[int, str, list[str]]:
-        """Read everything back from the files, and have it on the disk."""
+        """Read everything back from the files, while they are written to the disk."""
         memory, state = [], (0, "")
-        for path in self._files:
-            with path.open("rb") as file:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(path.open("rb")) for path in self._files]
+            pool = stack.enter_context(ThreadPoolExecutor(max(len(files), 1)))
+            on_disk = [pool.submit(os.fsync, file.fileno()) for file in files]
+            for path, file in zip(self._files, files, strict=True):
                 if path.name == STATE_FILE:
                     state = (path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
                 else:
                     memory.append(sparse_digest(file.fileno()))
-                os.fsync(file.fileno())
+            for each in on_disk:
+                each.result()
         return *state, memory
 
     def finish(self, manifest: SnapshotManifest) -> None:
