@@ -34,6 +34,7 @@ def written() -> bytes:
     fd = store.open_state()
     os.write(fd, b"device state")
     os.close(fd)
+    store.expect(20 * PAGE)
     assert store.copy(0, "mem.ram", ram, 64 * PAGE, WANTED, lambda done: None) == 20 * PAGE
     manifest = manifest_of(store)  # type: ignore[arg-type]
     store.finish(replace(manifest, memory=(replace(manifest.memory[0], data=20 * PAGE),)))
@@ -101,6 +102,7 @@ HOSTILE = [
     Frame(kind=1, length=1 << 40),
     Frame(kind=2, length=1 << 40),
     Frame(kind=3, length=1 << 40),
+    Frame(kind=4, length=4),
     Frame(kind=9, length=4),
 ]
 
@@ -109,6 +111,13 @@ HOSTILE = [
 def test_absurd_frames_are_refused(frame: Frame, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         unpacked(STREAM[:8] + frame.build() + b"data", tmp_path)
+
+
+def test_reader_without_room_says_so_before_anything_has_come(tmp_path: Path) -> None:
+    size = Frame(kind=FrameKind.SIZE, offset=1 << 50, length=0).build()
+    with pytest.raises(UsageError, match="will come"):
+        unpacked(STREAM[:8] + size + STREAM[8:], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_stream_that_goes_on_is_refused(tmp_path: Path) -> None:

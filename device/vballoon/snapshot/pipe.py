@@ -34,6 +34,8 @@ PIECE = 16 * CHUNK
 """Bytes of memory in one frame, at most."""
 FILES_MAX = 1024
 STATE_MAX = 1 << 30
+STATE_ROOM = 16 << 20
+"""Room for the device state, more than it takes."""
 MANIFEST_MAX = 16 << 20
 """What a reader takes: more memory backends, or more device state, no machine has."""
 
@@ -57,6 +59,10 @@ class StreamStore:
     def _frame(self, kind: FrameKind, data: bytes, file: int = 0, offset: int = 0) -> None:
         self._write(Frame(kind=kind, file=file, offset=offset, length=len(data)).build())
         self._write(data)
+
+    def expect(self, size: int) -> None:
+        """Tell the other side how much will come."""
+        self._frame(FrameKind.SIZE, b"", offset=size)
 
     def open_state(self) -> int:
         """A descriptor for QEMU to write the device state to."""
@@ -159,10 +165,18 @@ class _Unpacker:
             self._state += frame.length
             with (self.directory / STATE_FILE).open("ab") as file:
                 file.write(self._body(fd, frame))
+        elif frame.kind == FrameKind.SIZE and not frame.length:
+            self._require_room(frame.offset)
         elif frame.kind == FrameKind.MANIFEST and frame.length <= MANIFEST_MAX:
             self.manifest = self._body(fd, frame)
         else:
             raise UsageError(f"the stream has a frame {frame.kind} of {frame.length} bytes")
+
+    def _require_room(self, size: int) -> None:
+        status = os.statvfs(self.directory)
+        free = status.f_bavail * status.f_frsize
+        if free < size + STATE_ROOM:
+            raise UsageError(f"{self.directory}: {size >> 20} MiB will come, {free >> 20} are free")
 
     @staticmethod
     def _body(fd: int, frame: Frame) -> bytes:

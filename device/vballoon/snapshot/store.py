@@ -47,6 +47,9 @@ class Store(Protocol):
     def open_state(self) -> int:
         """A descriptor for QEMU to write the device state to; the caller closes it."""
 
+    def expect(self, size: int) -> None:
+        """*size* bytes of guest memory will be copied in all."""
+
     def copy(
         self,
         index: int,
@@ -103,6 +106,9 @@ class DirectoryStore:
     def open_state(self) -> int:
         """A descriptor for QEMU to write the device state to."""
         return self._create(STATE_FILE, os.O_WRONLY)
+
+    def expect(self, size: int) -> None:
+        """Nothing: where the file system can share blocks, no room is needed for them."""
 
     def copy(
         self,

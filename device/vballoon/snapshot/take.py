@@ -234,7 +234,9 @@ class Snapshot:
             holes += file.size - ext.length(data)
             verified += ext.length(data) - ext.length(wanted)
             todo.append(wanted)
-        self.observer.size(sum(ext.length(wanted) for wanted in todo))
+        total = sum(ext.length(wanted) for wanted in todo)
+        self.observer.size(total)
+        self.store.expect(total)
         sizes = []
         for index, ((memdev, file), wanted) in enumerate(zip(plan.memory, todo, strict=True)):
             sizes.append(

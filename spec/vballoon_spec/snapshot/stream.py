@@ -3,7 +3,9 @@
 
 Each frame is a header and ``length`` bytes.  DATA goes to ``offset`` of the file of guest memory
 whose place in the manifest is ``file``; STATE is the next piece of the device state; MANIFEST is
-``manifest.json`` and ends the stream.  A stream that ends without it is no snapshot.
+``manifest.json`` and ends the stream.  A stream that ends without it is no snapshot.  SIZE comes
+before the first DATA and has no body: ``offset`` is how many bytes of memory will follow, so that
+a reader without room for them says so while the machine is still where it was.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class FrameKind(IntEnum):
     DATA = 1
     STATE = 2
     MANIFEST = 3
+    SIZE = 4
 
 
 class Frame(WireStruct):
