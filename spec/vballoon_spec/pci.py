@@ -150,12 +150,16 @@ class ExtendedCapabilityHeader(WireStruct):
 
 
 class PowerManagementCapability(WireStruct):
-    """Power management, 8 bytes; *pmc* 3 says version 1.2 and no power states between D0 and D3."""
+    """Power management, 8 bytes; *pmc* 3 says version 1.2 and no power states between D0 and D3.
+
+    No_Soft_Reset (bit 3 of *pmcsr*) stays clear: Linux takes it for the promise that a suspended
+    device keeps its state, and a machine that wakes up from S3 has reset its devices.
+    """
 
     id: int = CapId.PM
     next: int = 0
     pmc: int = 0x0003
-    pmcsr: int = 0x0008  # No_Soft_Reset: going back to D0 loses nothing
+    pmcsr: int = 0
     bridge: int = 0
     data: int = 0
 

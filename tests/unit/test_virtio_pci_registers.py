@@ -76,7 +76,7 @@ class TestPciDeviceDiscovery:
         power = dict(guest.function.config.capabilities())[CapId.PM]
         guest.client.set_config(power + 2, 0xFFFFFFFF, 4)
         guest.client.set_config(power + 4, 0xFFFFFFFF, 4)
-        assert guest.client.read(PciRegion.CONFIG, power + 2, 6) == b"\3\0\x0b\0\0\0"
+        assert guest.client.read(PciRegion.CONFIG, power + 2, 6) == b"\3\0\3\0\0\0"
 
     def test_standard_capabilities(self, guest: Guest) -> None:
         ids = [cap for cap, _ in guest.function.config.capabilities()]
@@ -245,12 +245,17 @@ class TestDeviceStatus:
         assert not guest.function.queues
 
     def test_resets_by_other_means(self, echo: Echo, guest: Guest) -> None:
-        for reset in ("message", "flr"):
+        power = dict(guest.function.config.capabilities())[CapId.PM] + 4
+        for reset in ("message", "flr", "power", "message"):
             guest.rings.clear()
             guest.start(V1)
             guest.client.set_config(0x04, 0x0406, 2)
             if reset == "message":
                 guest.client.call(Message.DEVICE_RESET)
+            elif reset == "power":
+                guest.client.set_config(power, 3, 2)
+                assert guest.function.queues, "going to sleep loses nothing yet"
+                guest.client.set_config(power, 0, 2)
             else:
                 guest.client.set_config(guest.express + 8, 0x8000, 2)
                 assert guest.client.config(guest.express + 8, 2) == 0

@@ -96,6 +96,8 @@ class VirtioPciFunction(PciDevice):
         self.interrupts = Interrupts(config, self.irqs, self.intx, self._caps.msix)
         self._add_window()
         config.on_write(self._caps.express + 8, 2, self._flr)
+        self._power_state = 0
+        config.on_write(self._caps.power + 4, 1, self._power)
 
     def close(self) -> None:
         """Let go of the function's own descriptors; it cannot be served any more."""
@@ -226,10 +228,19 @@ class VirtioPciFunction(PciDevice):
         high = self._caps.express + 9
         if self.config.data[high] & 0x80:
             self.config.data[high] &= 0x7F
-            if self._busy:
-                self._reset_due = True
-            else:
-                self.full_reset()
+            self._reset_function()
+
+    def _power(self, _offset: int, _size: int) -> None:
+        """PowerState of PMCSR: from D3hot to D0 is a reset, as No_Soft_Reset is clear."""
+        before, self._power_state = self._power_state, self.config.data[self._caps.power + 4] & 3
+        if before == 3 and not self._power_state:
+            self._reset_function()
+
+    def _reset_function(self) -> None:
+        if self._busy:
+            self._reset_due = True
+        else:
+            self.full_reset()
 
     # -- what the driver asks for through the registers -------------------------------------------
 
@@ -361,6 +372,7 @@ class VirtioPciFunction(PciDevice):
     def _reset_now(self) -> None:
         """*Device Reset*.  No message may wait for a client that waits for us."""
         self._reset_due = False
+        self.rings.give_up(self.registers.queues, self.memory)
         self._stop(quiet=True)
         self._kicked.clear()
         self._more.clear()
@@ -397,6 +409,7 @@ class VirtioPciFunction(PciDevice):
 
     def reset(self) -> None:
         """DEVICE_RESET."""
+        self._power_state = 0
         self.msix.reset()
         self._reset_now()
 

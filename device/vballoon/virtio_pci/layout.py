@@ -86,6 +86,7 @@ class Capabilities:
     msix: int
     """0 where there is none."""
     pci_cfg: int
+    power: int
     express: int
 
 
@@ -112,11 +113,11 @@ def build_config(
         # bar, offset, length and the data window can be written
         b"\0\0\0\0\xff\0\0\0" + b"\xff" * 12,
     )
-    # The power state can be written (D0 and D3hot); it is remembered and changes nothing.
-    space.add_capability(PowerManagementCapability().build(), b"\0\0\0\0\x03\0\0\0")
+    # The power state can be written (D0 and D3hot).
+    power = space.add_capability(PowerManagementCapability().build(), b"\0\0\0\0\x03\0\0\0")
     express = space.add_capability(ExpressCapability().build(), _express_mask())
     space.seal()
-    return space, Capabilities(msix=msix_at, pci_cfg=pci_cfg, express=express)
+    return space, Capabilities(msix=msix_at, pci_cfg=pci_cfg, power=power, express=express)
 
 
 def _add_msix(space: ConfigSpace, msix: MsixLayout) -> int:
