@@ -147,6 +147,20 @@ def test_a_file_that_cannot_be_punched_is_reported_once(
     memory.close()
 
 
+def test_what_the_guest_can_only_read_is_not_freed_for_it() -> None:
+    """A ROM whose file happens to be open for writing: it is the host's data."""
+    fd = memfd(MIB)
+    os.pwrite(fd, b"rom", 0)
+    rom = MemoryRegion.map(
+        guest_phys_addr=0, size=MIB, file_offset=0, fd=os.dup(fd), writable=False
+    )
+    memory = GuestMemory([rom])
+    assert Discarder().discard(memory, column([0]), column([MIB])) == 0
+    assert os.pread(fd, 3, 0) == b"rom"
+    memory.close()
+    os.close(fd)
+
+
 # huge pages: the rules are the same whatever holds the memory, so an ordinary file stands in
 
 

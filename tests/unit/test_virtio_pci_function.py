@@ -288,6 +288,25 @@ class TestReset:
         assert guest.client.session.requests.sent == sent
         end(guest)
 
+    def test_a_buffer_held_in_memory_reached_by_messages_is_no_fault(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It cannot be given back in a reset, and need not be."""
+        told: list[str] = []
+        _echo, guest = make(
+            "messages", on_queue_broken=lambda index, rule, detail: told.append(rule)
+        )
+        guest.start(V1, (0, 1))
+        send(guest, 1, b"held")
+        guest.set("device_status", 0)
+        guest.client.call(Command.DEVICE_RESET)
+        assert not told
+        assert not caplog.text
+        guest.start(V1, (0, 1))
+        send(guest, 0, b"x")
+        assert len(guest.rings[0].collect()) == 1
+        end(guest)
+
 
 class TestVirtqueueReset:
     FEATURES = V1 | f.mask(f.VIRTIO_F_RING_RESET)

@@ -152,6 +152,26 @@ class TestMemory:
         guest.function.stop_logging()
         assert guest.function.memory.dirty_log is None
 
+    def test_dma_logging_of_a_packed_ring(self) -> None:
+        """Used descriptors go into the descriptor ring, and the event flags are elsewhere."""
+        packed = V1 | f.mask(f.VIRTIO_F_RING_PACKED)
+        _, guest = make(ring_features=packed)
+        guest.size = 64
+        guest.arena.next = RAM_BASE + 4096 - 16 * guest.size  # the ring ends where its page does
+        guest.start(packed)
+        guest.function.dma.log.start(4096, [])
+        guest.function.dma_logging(True)
+        guest.arena.next += 4096  # what is written into buffers is in another page
+        send(guest, 0, b"dirty")
+        at = guest.rings[0].addresses
+        marked = {
+            addr: int.from_bytes(guest.function.dma.log.report(addr & -4096, 4096, 4096, 64))
+            for addr in (at.desc, at.device)
+        }
+        assert at.desc >> 12 != at.device >> 12
+        assert all(marked.values())
+        end(guest)
+
 
 class TestClients:
     def test_a_second_client_finds_the_device_as_it_was(self) -> None:

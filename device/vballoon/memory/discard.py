@@ -152,7 +152,12 @@ class Discarder:
     def _punch(self, region: MemoryRegion, first: U64, last: U64, size: int) -> int:
         """Free ranges of *size* bytes in all; how many bytes were freed."""
         assert region.fd is not None
-        done, error = punch_holes(region.fd, first, last)
+        if not first.size:
+            return 0
+        if region.view is not None and not region.view.flags.writeable:
+            done, error = 0, errno.EROFS  # the guest must not change it by way of us either
+        else:
+            done, error = punch_holes(region.fd, first, last)
         if not error:
             return size
         self._unpunchable.add(region)

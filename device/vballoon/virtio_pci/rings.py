@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from vballoon.errors import PeerError, QueueError
+from vballoon.errors import MemoryFault, PeerError, QueueError
 from vballoon.virtio import DeviceQueue
 from vballoon.virtqueue import Engine, RingAddresses, RingState, make_virtqueue
-from vballoon_spec.virtio import features as f
 
 if TYPE_CHECKING:
     from vballoon.memory import GuestMemory
@@ -57,7 +56,6 @@ class Rings:
         if index in self.queues or index in self.broken:
             return
         at = RingAddresses(registers.desc, registers.driver, registers.device)
-        packed = f.has(features, f.VIRTIO_F_RING_PACKED)
         try:
             ring = make_virtqueue(
                 memory,
@@ -66,7 +64,7 @@ class Rings:
                 features,
                 self.states.get(index),
                 engine=self._engine,
-                dirty_ring=at.desc if packed else at.device,
+                dirty_ring=at.device,
             )
         except PeerError as error:
             if index in self.states and error.rule in _ABSENT:
@@ -87,6 +85,14 @@ class Rings:
     def _fail(self, index: int, error: QueueError) -> None:
         self.broken[index] = error
         self._on_broken(index, error)
+
+    def give_up(self, registers: Sequence[QueueRegisters], memory: GuestMemory) -> None:
+        """A reset is under way: rings that only messages reach get nothing back any more."""
+        for index, queue in self.queues.items():
+            try:
+                memory.window(registers[index].device, 4)
+            except MemoryFault:
+                queue.broken = queue.broken or QueueError("device-reset")
 
     def take_down(self) -> None:
         """Stop every queue, and remember where it stands.  The device is stopped already."""
