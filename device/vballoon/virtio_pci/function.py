@@ -466,6 +466,7 @@ class VirtioPciFunction(PciDevice):
         """Take a state over; raises :class:`~vfio_user.RequestError` EINVAL."""
         state.load(self, data)
 
-    def forget_config(self, generation: int) -> None:
-        """The driver saw the configuration of another life: it is taken to be another one here."""
+    def restored(self, generation: int) -> None:
+        """What follows from a state: its configuration is taken to be another one here."""
+        self._power_state = self.config.data[self._caps.power + 4] & 3
         self._generation, self._shown = (generation + 1) & 0xFF, self.device.read_config()

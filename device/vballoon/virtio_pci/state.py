@@ -106,7 +106,7 @@ def load(function: VirtioPciFunction, state: bytes) -> None:
     function.rings.reset()
     for index, queue in enumerate(parts.queues):
         _restore_queue(function, index, queue)
-    function.forget_config(parts.head.config_generation)
+    function.restored(parts.head.config_generation)
 
 
 def _restore_queue(function: VirtioPciFunction, index: int, saved: QueueState) -> None:
