@@ -85,7 +85,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         metavar="LIST",
         default="",
         help="what to offer: names with + or - change the default, names without replace the "
-        "balloon's; for example -FREE_PAGE_WALK,+RING_PACKED or STATS_VQ,PAGE_REPORTING",
+        "balloon's; for example -FREE_PAGE_WALK,+RING_PACKED or MUST_TELL_HOST,PAGE_REPORTING",
     )
     command.add_argument(
         "--no-msix",
