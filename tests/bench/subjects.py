@@ -53,7 +53,7 @@ class Role:
     """A queue: feature, index, what is in a buffer, where its bits go."""
 
     name: str
-    feature: BalloonFeature | None
+    feature: BalloonFeature
     index: int
     work: int
     provenance: Provenance
@@ -69,7 +69,9 @@ ROLES = {
     "report": Role(
         "report", BalloonFeature.PAGE_REPORTING, 2, Work.RANGES, Provenance.REPORTED, REPORT, REPORT
     ),
-    "inflate": Role("inflate", None, 0, Work.PFNS, Provenance.BALLOONED, 1, PFNS),
+    "inflate": Role(
+        "inflate", BalloonFeature.MUST_TELL_HOST, 0, Work.PFNS, Provenance.BALLOONED, 1, PFNS
+    ),
     "walk": Role(
         "walk", BalloonFeature.FREE_PAGE_WALK, 2, Work.WALK, Provenance.WALKED, 1, WALK_RECORDS
     ),
@@ -247,7 +249,7 @@ class OurSubject(Subject):
         ring = make_virtqueue(
             memory, case.size, self.load.addresses, case.features, engine=engine  # type: ignore[arg-type]
         )  # fmt: skip
-        self.features = case.features | int(self.role.feature or 0)
+        self.features = case.features | int(self.role.feature)
         self.notified = 0
         self.queues = {
             self.role.index: DeviceQueue(

@@ -28,10 +28,10 @@ from tests.fakes.memory import Arena, make_memory
 from vballoon.errors import MemoryFault, QueueError
 from vballoon.memory import MemoryRegion, discard, gather, pages
 from vballoon.memory.native import Native, native
-from vballoon.skipmap import Provenance, SkipMap, bits
+from vballoon.skipmap import Provenance, SkipMap, bitmap, bits
 from vballoon.skipmap.bitmap import PageBitmap
 from vballoon.skipmap.layout import BitmapLayout
-from vballoon.virtqueue import make_virtqueue
+from vballoon.virtqueue import Engine, make_virtqueue
 from vballoon_spec.virtio import features as f
 from vballoon_spec.walk.formats import WalkRange
 
@@ -132,11 +132,12 @@ def test_setting_bits(pairs: list[tuple[int, int]]) -> None:
 
 
 BYTES = st.tuples(st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 32) - 1), st.booleans())
+TOP = st.tuples(st.integers((1 << 64) - 9000, (1 << 64) - 1), st.integers(0, 9000), st.booleans())
 NEAR = st.tuples(st.integers(0, 90_000), st.integers(0, 90_000), st.booleans())
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.one_of(NEAR, BYTES), max_size=60))
+@given(st.lists(st.one_of(NEAR, TOP, BYTES), max_size=60))
 def test_blocks(ranges: list[tuple[int, int, bool]]) -> None:
     """The whole pages of byte ranges, merged, whatever their order; also next to 2^64."""
     addr = u64(*(a for a, _, _ in ranges))
@@ -184,7 +185,7 @@ RECORDS = st.lists(st.tuples(EDGES, st.one_of(st.integers(0, 900), U64)), max_si
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(RECORDS, min_size=1, max_size=6), st.integers(1, 4))
+@given(st.lists(RECORDS, min_size=1, max_size=6), st.sampled_from([1, 2, 4]))
 def test_records_are_read_where_they_are(buffers: list[list[tuple[int, int]]], least: int) -> None:
     """At any alignment, in two regions; a buffer that is too much is left, and so are the rest."""
     memory = make_memory((0, 1 << 20), (1 << 20, 1 << 20))
@@ -209,7 +210,24 @@ def test_records_are_read_where_they_are(buffers: list[list[tuple[int, int]]], l
     memory.close()
 
 
+@pytest.mark.parametrize("inputs", [1, 2, 4])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 1003])
+@pytest.mark.parametrize("skew", [0, 1])
+def test_uniting(inputs: int, size: int, skew: int) -> None:
+    """At any size, also where the result is not aligned to 16 bytes; nothing beside it changes."""
+    rng = np.random.default_rng(size)
+    room = np.full(size + 4, 7, np.uint64)
+    out = room[1 + skew : 1 + skew + size]
+    words = [rng.integers(0, 1 << 64, size, dtype=np.uint64) for _ in range(inputs)]
+    bitmap._unite(out, [(0, w) for w in words], clear=True)
+    assert out.tolist() == np.bitwise_or.reduce(words).tolist()
+    assert (np.delete(room, range(1 + skew, 1 + skew + size)) == 7).all()
+
+
 def test_counting() -> None:
+    for size in (0, 1, 3, 4, 7):
+        words = np.full(size, 3, np.uint64)
+        assert bits.count(words) == 2 * size
     words = np.random.default_rng(1).integers(0, 1 << 64, 100_003, dtype=np.uint64)
     expected = sum(int(w).bit_count() for w in words.tolist())
     assert bits.count(words) == expected
@@ -219,13 +237,13 @@ def test_counting() -> None:
 
 def test_ranges_larger_than_the_bitmap_are_merged_first() -> None:
     """A hostile guest that names all of its memory a thousand times costs one pass."""
-    bitmap = PageBitmap(layout())
+    filled = PageBitmap(layout())
     start, end = np.zeros(1000, np.uint64), np.full(1000, 7048, np.uint64)
-    table = bitmap.layout.table
+    table = filled.layout.table
     if native is not None:
-        assert native.mark_pages(bitmap.words, table, start, end, True) is None
-    bitmap.set_ranges(start, end)
-    assert bitmap.count() == 6000
+        assert native.mark_pages(filled.words, table, start, end, True) is None
+    filled.set_ranges(start, end)
+    assert filled.count() == 6000
 
 
 def test_misuse_is_an_error_and_no_access() -> None:
@@ -246,6 +264,7 @@ def test_misuse_is_an_error_and_no_access() -> None:
         lambda: compiled.mark_records(words, table, u64(0, 1), 0),
         lambda: compiled.mark_guest_records(words, table, memory.tables, a, u64(1, 1), 1),
         lambda: compiled.mark_guest_records(words, table, (extents, spans, []), a, b, 1),
+        lambda: compiled.unite(words, a),
         lambda: compiled.merge(a, u64(1, 2), a, b),
         lambda: compiled.blocks(a, np.zeros(1, np.uint32), np.zeros(2, np.bool_), a, b),
         lambda: compiled.in_file(a, b, a, b, (0, 4096, 0, 4095)),
@@ -319,6 +338,28 @@ def test_a_mapping_stays_for_as_long_as_its_tables_are_in_hand() -> None:
     del tables
     gc.collect()
     assert mappings("memfd:guest") == before - 1
+
+
+def test_whole_pages_next_to_the_end_are_not_the_first_ones() -> None:
+    """Rounding up there must not wrap to page 0, from where on everything would be named."""
+    addr, length = u64((1 << 64) - 100), np.array([50], np.uint32)
+    first, last, _ = pages.whole_pages(addr, length)
+    assert first[0] >= last[0]
+    filled = PageBitmap(layout())
+    filled.set_bytes(addr, length)
+    assert filled.count() == 0
+    assert pages.blocks(addr, length, np.ones(1, np.bool_))[0].size == 0
+
+
+@pytest.mark.parametrize("engine", ["scalar", "numpy", "batch"])
+def test_an_empty_element_at_zero_needs_memory_there_too(engine: Engine) -> None:
+    memory = make_memory((1 << 20, 1 << 20))
+    driver = make_driver(memory, 8, 0, arena=Arena(1 << 20, 0x8000))
+    queue = make_virtqueue(memory, 8, driver.addresses, driver.features, engine=engine)
+    driver.add(Element(0, 0))
+    driver.publish()
+    with pytest.raises(QueueError):
+        queue.take()
 
 
 def test_a_ring_whose_region_goes_away_is_served_from_what_it_has() -> None:

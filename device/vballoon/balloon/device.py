@@ -51,6 +51,9 @@ ALL_FEATURES = (
 """Everything that the device can do; MUST_TELL_HOST is among it because a page whose deflation
 is announced first can leave the skip bitmap in time."""
 
+# As plain numbers: these are asked for with every batch, and an enumeration's operators are slow.
+_MUST_TELL_HOST, _PAGE_POISON = int(BalloonFeature.MUST_TELL_HOST), int(BalloonFeature.PAGE_POISON)
+
 
 class Balloon(VirtioDevice):
     """The memory balloon device (*Memory Balloon Device*, device ID 5).
@@ -135,10 +138,11 @@ class Balloon(VirtioDevice):
     def process(self, queue: DeviceQueue) -> bool:
         """Leave a ring alone whose role depends on rings that are still to be set up."""
         assert self.transport is not None  # a transport brought the queue
-        dense, fixed = numberings(self.transport.features)
-        if queue.index not in self.roles and queue.index in dense and queue.index in fixed:
-            self._passed_over.add(queue.index)
-            return False
+        if queue.index not in self.roles:
+            dense, fixed = numberings(self.transport.features)
+            if queue.index in dense and queue.index in fixed:
+                self._passed_over.add(queue.index)
+                return False
         return super().process(queue)
 
     def overdue(self) -> Collection[int]:
@@ -170,7 +174,7 @@ class Balloon(VirtioDevice):
     def _driver_tells(self) -> bool:
         """Whether the driver uses no ballooned page before the host has acknowledged it."""
         assert self.transport is not None  # a transport brought the queue
-        return bool(self.transport.features & BalloonFeature.MUST_TELL_HOST)
+        return bool(self.transport.features & _MUST_TELL_HOST)
 
     def stop(self) -> None:
         """Give the statistics buffer back while its ring is still there."""
@@ -235,10 +239,8 @@ class Balloon(VirtioDevice):
     @property
     def poisoned(self) -> bool:
         """Free pages must keep a value that is not what a hole reads as (PAGE_POISON)."""
-        negotiated = self.transport is not None and bool(
-            self.transport.features & BalloonFeature.PAGE_POISON
-        )
-        return negotiated and self.config.fields.poison_val != 0
+        negotiated = self.transport is not None and self.transport.features & _PAGE_POISON
+        return bool(negotiated) and self.config.fields.poison_val != 0
 
     def set_target(self, value: int) -> None:
         """Ask the guest to have *value* bytes (as QEMU's ``balloon``): the rest goes in."""

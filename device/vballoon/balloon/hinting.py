@@ -38,7 +38,9 @@ class HintQueue:
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
         """Follow the command ids, record the pages that belong to the round, give all back."""
-        if batch.writable.all():  # the usual batch: no command id among them
+        if (
+            np.count_nonzero(batch.writable) == batch.writable.size
+        ):  # the usual batch: no command id among them
             self._record(batch.addr, batch.len, skipmap)
         else:
             done = 0

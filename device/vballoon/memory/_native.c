@@ -135,9 +135,9 @@ const uint8_t *guest_bytes(struct guest *g, uint64_t addr, uint64_t len)
 
 static PyMethodDef methods[] = {
 	METHOD(mark_pages), METHOD(mark_bytes), METHOD(mark_records), METHOD(mark_guest_records),
-	METHOD(count),      METHOD(merge),      METHOD(blocks),       METHOD(in_file),
-	METHOD(page_runs),  METHOD(punch),      METHOD(take_run),     METHOD(book_given),
-	METHOD(used_split), METHOD(used_packed),
+	METHOD(count),      METHOD(unite),      METHOD(merge),        METHOD(blocks),
+	METHOD(in_file),    METHOD(page_runs),  METHOD(punch),        METHOD(take_run),
+	METHOD(book_given), METHOD(used_split), METHOD(used_packed),
 	{ NULL, NULL, 0, NULL },
 };
 

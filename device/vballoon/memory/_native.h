@@ -91,6 +91,7 @@ CALLED(native_mark_bytes);
 CALLED(native_mark_records);
 CALLED(native_mark_guest_records);
 CALLED(native_count);
+CALLED(native_unite);
 CALLED(native_merge);
 CALLED(native_blocks);
 CALLED(native_in_file);

@@ -1,12 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Bits: filling those of page ranges, whatever the ranges are given as, and counting. */
+/* Bits: filling those of page ranges, whatever the ranges are given as. */
 #include "_native.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
-#define FASTEST __attribute__((target_clones("arch=icelake-server", "popcnt", "default"), optimize("O3")))
-#else
-#define FASTEST
-#endif
 
 static const uint64_t PAGE_NUMBERS = 1ULL << 51; /* more than any address has, and sums fit */
 
@@ -104,6 +98,39 @@ static inline bool mark(struct marking *m, uint64_t first, uint64_t last)
 	return true;
 }
 
+/*
+ * What the loops look at for every range, in registers: a store to the bitmap could be one to a
+ * struct in memory for all that the compiler knows.
+ */
+struct hot {
+	uint64_t *words;
+	uint64_t low, size, add, left;
+};
+
+static inline struct hot heat(const struct marking *m)
+{
+	return (struct hot){ m->words, m->low, m->high - m->low, m->add, m->left };
+}
+
+static inline void cool(struct marking *m, const struct hot *h)
+{
+	m->pages += m->left - h->left;
+	m->left = h->left;
+}
+
+/* Fills a range that is in the row of last time; false, and nothing is done, where it is not. */
+static inline __attribute__((always_inline)) bool mark_hot(struct hot *h, uint64_t first,
+							   uint64_t pages, bool value)
+{
+	uint64_t offset = first - h->low;
+
+	if (offset >= h->size || pages > h->size - offset || pages > h->left)
+		return false;
+	h->left -= pages;
+	fill(h->words, first + h->add, first + pages + h->add, value);
+	return true;
+}
+
 /* None: only some were filled, for the ranges together are larger than the bitmap. */
 static PyObject *too_much(struct args *a)
 {
@@ -126,10 +153,18 @@ CALLED(native_mark_pages)
 	if (value < 0 || in[2].n != in[3].n || !begin_marking(&m, &in[0], &in[1]))
 		return failed(&a, "columns or a table that do not fit");
 	m.value = value;
+	struct hot h = heat(&m);
 	for (Py_ssize_t i = 0; i < in[2].n; i++) {
-		if (start[i] < end[i] ? !mark(&m, start[i], end[i]) : false)
-			return too_much(&a);
-		m.clipped += start[i] > end[i];
+		uint64_t first = start[i], last = end[i];
+
+		if (first >= last) {
+			m.clipped += first > last;
+		} else if (!mark_hot(&h, first, last - first, value)) {
+			cool(&m, &h);
+			if (!mark(&m, first, last))
+				return too_much(&a);
+			h = heat(&m);
+		}
 	}
 	release(&a);
 	return PyLong_FromUnsignedLongLong(m.clipped);
@@ -150,13 +185,20 @@ CALLED(native_mark_bytes)
 	const uint32_t *len = in[3].data;
 	if (in[2].n != in[3].n || !begin_marking(&m, &in[0], &in[1]))
 		return failed(&a, "columns or a table that do not fit");
+	struct hot h = heat(&m);
 	for (Py_ssize_t i = 0; i < in[2].n; i++) {
-		uint64_t end = addr[i] + len[i], first = (addr[i] >> 12) + !!(addr[i] & 4095);
+		uint64_t begin = addr[i], end = begin + len[i];
+		uint64_t first = (begin >> 12) + !!(begin & 4095), last = end >> 12;
 
-		odd += !!((addr[i] | end) & 4095);
-		if (end >> 12 > first && !mark(&m, first, end >> 12))
-			return too_much(&a);
+		odd += !!((begin | end) & 4095);
+		if (first < last && !mark_hot(&h, first, last - first, true)) {
+			cool(&m, &h);
+			if (!mark(&m, first, last))
+				return too_much(&a);
+			h = heat(&m);
+		}
 	}
+	cool(&m, &h);
 	release(&a);
 	return Py_BuildValue("KKK", (unsigned long long)m.pages, (unsigned long long)odd,
 			     (unsigned long long)m.clipped);
@@ -165,7 +207,7 @@ CALLED(native_mark_bytes)
 /* A record that is not plainly in the row of last time; false where it is too much. */
 static bool mark_odd(struct marking *m, uint64_t first, uint64_t pages, uint64_t least, uint64_t *bad)
 {
-	if (pages < least || pages >= PAGE_NUMBERS || first >= PAGE_NUMBERS ||
+	if (!pages || (first | pages) & (least - 1) || pages >= PAGE_NUMBERS || first >= PAGE_NUMBERS ||
 	    in_rows(m, first, first + pages, false) != pages) {
 		++*bad;
 		return true;
@@ -175,13 +217,13 @@ static bool mark_odd(struct marking *m, uint64_t first, uint64_t pages, uint64_t
 
 /*
  * Records {le64 first page, le64 pages} that may be in guest memory, each field loaded once.
- * Those of fewer than *least* pages, or not wholly in rows, are left out and counted in *bad.
+ * Those that are not made of aligned blocks of *least* pages (a power of two), or not wholly in
+ * rows, are left out and counted in *bad.
  */
 static bool mark_loaded(struct marking *m, const uint8_t *at, uint64_t n, uint64_t least,
 			uint64_t *bad)
 {
-	/* in registers: no store to the bitmap can change them */
-	uint64_t *words = m->words, low = m->low, size = m->high - low, add = m->add, plain = 0;
+	struct hot h = heat(m);
 	const uint8_t *end = at + 16 * n;
 
 	for (; at < end; at += 16) {
@@ -191,25 +233,14 @@ static bool mark_loaded(struct marking *m, const uint8_t *at, uint64_t n, uint64
 		memcpy(&pages, at + 8, 8);
 		FETCHED(first);
 		FETCHED(pages);
-		uint64_t offset = first - low;
-
-		if (offset < size && pages <= size - offset && pages >= least &&
-		    plain + pages <= m->left) {
-			plain += pages;
-			fill(words, first + add, first + pages + add, true);
+		if (pages && !((first | pages) & (least - 1)) && mark_hot(&h, first, pages, true))
 			continue;
-		}
-		m->left -= plain;
-		m->pages += plain;
-		plain = 0;
+		cool(m, &h);
 		if (!mark_odd(m, first, pages, least, bad))
 			return false;
-		low = m->low;
-		size = m->high - low;
-		add = m->add;
+		h = heat(m);
 	}
-	m->left -= plain;
-	m->pages += plain;
+	cool(m, &h);
 	return true;
 }
 
@@ -270,30 +301,4 @@ CALLED(native_mark_guest_records)
 	close_guest(&g);
 	release(&a);
 	return Py_BuildValue("nKK", i, (unsigned long long)pages, (unsigned long long)bad);
-}
-
-FASTEST static uint64_t ones(const uint64_t *words, size_t n)
-{
-	uint64_t total = 0;
-
-	for (size_t i = 0; i < n; i++)
-		total += (uint64_t)__builtin_popcountll(words[i]);
-	return total;
-}
-
-/* count(words) -> bits that are set */
-CALLED(native_count)
-{
-	struct args a = { .count = 0 };
-	struct array words;
-	uint64_t found;
-
-	(void)module;
-	if (nargs != 1 || !take_arrays(&a, args, "q", &words))
-		return failed(&a, "count takes one argument");
-	Py_BEGIN_ALLOW_THREADS
-	found = ones(words.data, (size_t)words.n);
-	Py_END_ALLOW_THREADS
-	release(&a);
-	return PyLong_FromUnsignedLongLong(found);
 }

@@ -6,7 +6,7 @@
 #include <fcntl.h>
 
 static const uint64_t FILE_MAX = 1ULL << 62; /* a sum of two of them fits */
-enum { FEW = 24, DIGIT = 8, BUCKETS = 1 << DIGIT };
+enum { FEW = 24, DIGIT = 11, BUCKETS = 1 << DIGIT };
 
 static void sort_few(uint64_t *start, uint64_t *end, Py_ssize_t n)
 {
@@ -27,18 +27,18 @@ static void sort_few(uint64_t *start, uint64_t *end, Py_ssize_t n)
 static void sort_digit(const uint64_t *s, const uint64_t *e, uint64_t *to_s, uint64_t *to_e,
 		       Py_ssize_t n, int shift)
 {
-	size_t place[BUCKETS] = { 0 }, sum = 0;
+	uint32_t place[BUCKETS] = { 0 }, sum = 0;
 
 	for (Py_ssize_t i = 0; i < n; i++)
 		place[s[i] >> shift & (BUCKETS - 1)]++;
 	for (int d = 0; d < BUCKETS; d++) {
-		size_t count = place[d];
+		uint32_t count = place[d];
 
 		place[d] = sum;
 		sum += count;
 	}
 	for (Py_ssize_t i = 0; i < n; i++) {
-		size_t at = place[s[i] >> shift & (BUCKETS - 1)]++;
+		uint32_t at = place[s[i] >> shift & (BUCKETS - 1)]++;
 
 		to_s[at] = s[i];
 		to_e[at] = e[i];
@@ -54,7 +54,7 @@ static bool sort_ranges(uint64_t *start, uint64_t *end, Py_ssize_t n)
 		sort_few(start, end, n);
 		return true;
 	}
-	uint64_t *room = PyMem_Malloc((size_t)n * 16);
+	uint64_t *room = n < UINT32_MAX ? PyMem_Malloc((size_t)n * 16) : NULL;
 	if (!room)
 		return false;
 	to[0] = room;
@@ -88,15 +88,21 @@ Py_ssize_t merge_ranges(uint64_t *start, uint64_t *end, Py_ssize_t n)
 		;
 	if (i < n && !sort_ranges(start, end, n))
 		return -1;
-	for (i = 0; i < n; i++) {
-		if (found && start[i] <= end[found - 1]) {
-			if (end[i] > end[found - 1])
-				end[found - 1] = end[i];
-		} else {
-			start[found] = start[i];
-			end[found++] = end[i];
+	if (!n)
+		return 0;
+	uint64_t low = start[0], high = end[0];
+	for (i = 1; i < n; i++) {
+		if (start[i] <= high) {
+			high = end[i] > high ? end[i] : high;
+			continue;
 		}
+		start[found] = low;
+		end[found++] = high;
+		low = start[i];
+		high = end[i];
 	}
+	start[found] = low;
+	end[found++] = high;
 	return found;
 }
 
@@ -123,9 +129,11 @@ CALLED(native_merge)
 	const uint64_t *from_start = in[0].data, *from_end = in[1].data;
 	uint64_t *start = in[2].data, *end = in[3].data;
 	for (Py_ssize_t i = 0; i < in[0].n; i++) {
-		start[n] = from_start[i];
-		end[n] = from_end[i];
-		n += start[n] < end[n];
+		uint64_t s = from_start[i], e = from_end[i];
+
+		start[n] = s;
+		end[n] = e;
+		n += s < e;
 	}
 	return merged(&a, &in[2], n);
 }
@@ -154,12 +162,13 @@ CALLED(native_blocks)
 	const uint8_t *wanted = in[2].data;
 	uint64_t *start = in[3].data, *end = in[4].data;
 	for (Py_ssize_t i = 0; i < in[0].n; i++) {
-		uint64_t after = addr[i] + len[i];
+		uint64_t begin = addr[i], after = begin + len[i];
+		uint64_t first = (begin >> 12) + !!(begin & 4095), last = after >> 12;
 
-		bad += !wanted[i] || (addr[i] | after) & 4095;
-		start[n] = (addr[i] >> 12) + !!(addr[i] & 4095);
-		end[n] = after >> 12;
-		n += wanted[i] && start[n] < end[n];
+		bad += !wanted[i] || (begin | after) & 4095;
+		start[n] = first;
+		end[n] = last;
+		n += wanted[i] && first < last;
 	}
 	n = merge_ranges(start, end, n);
 	for (Py_ssize_t i = 0; i < n; i++)

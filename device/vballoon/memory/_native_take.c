@@ -26,7 +26,7 @@ struct taking {
 	int64_t *first;
 	uint64_t *addr;
 	uint32_t *len;
-	uint8_t *writable;
+	bool *writable;
 	Py_ssize_t room, used;    /* elements */
 	/* of the chain that is being followed */
 	uint64_t total;

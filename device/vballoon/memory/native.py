@@ -57,8 +57,8 @@ class Native(Protocol):
     ) -> tuple[int, int] | None:
         """Set the bits of records of first page and pages (uint64[n, 2]).
 
-        Returns pages, and how many records were left out: those of fewer than *least* pages, and
-        those not wholly in the table.
+        Returns pages, and how many records were left out: those that are not made of aligned
+        blocks of *least* pages (a power of two), and those not wholly in the table.
         """
 
     def mark_guest_records(
@@ -79,6 +79,9 @@ class Native(Protocol):
 
     def count(self, words: Buffer, /) -> int:
         """Bits set."""
+
+    def unite(self, out: Buffer, /, *words: Buffer) -> None:
+        """The union of one or more bitmaps of the size of *out* (uint64[n]), eleven at most."""
 
     def merge(self, start: Buffer, end: Buffer, out_start: Buffer, out_end: Buffer, /) -> int:
         """Sort and merge ranges (uint64[n]); how many there are then."""

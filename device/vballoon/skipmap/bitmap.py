@@ -28,6 +28,8 @@ __all__ = ("PageBitmap",)
 Spans = list[tuple[int, int]]
 CHUNK = 1 << 15
 """Words combined at a time: 256 KiB, which stay in the cache from one bitmap to the next."""
+COMPILED_CHUNK = 1 << 20
+"""The same where one pass reads all bitmaps, past the caches: the fewer the better."""
 
 
 class PageBitmap:
@@ -78,8 +80,8 @@ class PageBitmap:
     def set_records(self, records: NDArray[Any], least: int) -> tuple[int, int]:
         """Set the bits of *records* (``WalkRange``) that are wholly guest memory.
 
-        Returns their pages, and how many records were left out: those outside, and those of
-        fewer than *least* pages.
+        Returns their pages, and how many records were left out: those outside, and those that are
+        not made of aligned blocks of *least* pages (a power of two).
         """
         if native is not None:
             done = native.mark_records(self.words, self.layout.table, records, least)
@@ -185,7 +187,7 @@ def combine(bitmaps: Iterable[PageBitmap], into: PageBitmap | None = None) -> Pa
         for bitmap, each in zip((first, *others), spans, strict=True)
         if each
     ]
-    for a, b in _chunks(merged):
+    for a, b in _chunks(merged, CHUNK if native is None else COMPILED_CHUNK):
         # all bitmaps a chunk at a time: the result is still in the cache when the next one comes
         _unite(
             result.words[a:b],
@@ -201,7 +203,9 @@ def _unite(
     """The union of *pieces* (where they start in *out*, and their words) into *out*."""
     whole = [words for _, words in pieces if words.size == out.size]
     parts = [(start, words) for start, words in pieces if words.size != out.size]
-    if len(whole) > 1:
+    if whole and native is not None:
+        native.unite(out, *whole)
+    elif len(whole) > 1:
         np.bitwise_or(whole[0], whole[1], out=out)
         for words in whole[2:]:
             np.bitwise_or(out, words, out=out)
@@ -225,11 +229,11 @@ def _result(like: PageBitmap, spans: Spans, into: PageBitmap | None) -> PageBitm
     return PageBitmap(like.layout, into.words, spans=lambda: spans)
 
 
-def _chunks(spans: Spans) -> Iterator[tuple[int, int]]:
-    """*spans* cut into pieces of at most :data:`CHUNK` words."""
+def _chunks(spans: Spans, size: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """*spans* cut into pieces of at most *size* words."""
     for low, high in spans:
-        for at in range(low, high, CHUNK):
-            yield at, min(at + CHUNK, high)
+        for at in range(low, high, size):
+            yield at, min(at + size, high)
 
 
 def _pieces(

@@ -84,8 +84,8 @@ class SkipMap:
     ) -> tuple[int, int]:
         """Set the bits of ``WalkRange`` records that are wholly guest memory.
 
-        Returns their pages, and how many records were left out: those outside, and those of
-        fewer than *least* pages.
+        Returns their pages, and how many records were left out: those outside, and those that are
+        not made of aligned blocks of *least* pages (a power of two).
         """
         return self._bitmaps[provenance].set_records(records, least)
 

@@ -27,10 +27,13 @@ def checked_ranges(
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
     """Ranges of *records* (``WalkRange``) that lie in guest memory: start, end, how many do not.
 
-    *least* is the smallest block that was asked for; a shorter range breaks the order rule.
+    *least* is the smallest block that was asked for, a power of two; a range that is not made of
+    such blocks, each at a multiple of its size, breaks the order rule.
     """
     pfn, num = records["pfn"], records["num"]
-    fits = (num >= np.uint64(least)) & (num < _PFN_LIMIT) & (pfn < _PFN_LIMIT)
+    fits = (num > 0) & (num < _PFN_LIMIT) & (pfn < _PFN_LIMIT)
+    if least > 1:
+        fits &= ((pfn | num) & np.uint64(least - 1)) == 0
     if not fits.all():
         pfn, num = pfn[fits], num[fits]
     end = pfn + num
