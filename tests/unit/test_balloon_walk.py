@@ -138,6 +138,17 @@ def test_ranges_below_the_order_are_dropped(rig: Rig) -> None:
     assert walked(rig) == [[FIRST + 16, FIRST + 32]]
 
 
+@pytest.mark.parametrize("bad", [(FIRST + 1, 16), (FIRST + 64, 24)], ids=["place", "length"])
+def test_ranges_that_are_not_made_of_whole_blocks_are_dropped(
+    rig: Rig, bad: tuple[int, int]
+) -> None:
+    walker = Walker(rig, min_order=4)
+    walker.send(walker.begin(min_order=4), walker.send_ranges(bad, (FIRST + 32, 32)), walker.end())
+    assert walked(rig) == [[FIRST + 32, FIRST + 64]]
+    done = rig.event("ROUND_COMPLETED")
+    assert (done["complete"], done["bad-records"]) == (False, 1)
+
+
 def test_ranges_of_another_round_are_ignored(rig: Rig) -> None:
     walker = Walker(rig)
     walker.send(walker.begin(), walker.send_ranges((FIRST, 4), round=walker.round + 1))
