@@ -16,6 +16,7 @@
 #define OOM_PAGES 256		/* of 4096 bytes, given back at a time */
 #define OOM_PRIORITY 80		/* before the killing starts */
 #define RETRY_MS 200		/* after an allocation failed */
+#define PUT_BACK_MS 20		/* until compaction has put pages back */
 
 static struct vbw_device *to_device(struct vbw_balloon *balloon)
 {
@@ -326,6 +327,6 @@ void vbw_balloon_deflate_all(struct vbw_device *vb)
 	/* Compaction may have some in its hands, and is about to put them back. */
 	while (vb->balloon.num_pages)
 		if (!deflate(vb, vb->balloon.num_pages))
-			msleep(1);
+			msleep(PUT_BACK_MS);
 	vbw_balloon_update_actual(vb);
 }

@@ -58,6 +58,7 @@ static u32 wanted_round(struct vbw_device *vb)
 {
 	u32 id;
 
+	/* A change that comes after this must be seen again, one before be read now. */
 	smp_store_mb(vb->hinting.changed, false);
 	virtio_cread_le(vb->vdev, struct vballoon_config, free_page_hint_cmd_id, &id);
 	return id;

@@ -36,7 +36,7 @@ def guest(
     files: dict[str, bytes | Path] = {f"lab/{module.name}": module for module in modules}
     with Machine(kernel=request.param, memory=1024, smp=2, nodes=2, files=files) as vm:
         vm.guest.load("virtio_pci")
-        vm.guest.sh("insmod /lab/vballoon_walk.ko")
+        vm.guest.sh("dmesg -c >/dev/null; insmod /lab/vballoon_walk.ko")
         yield vm
         assert not re.findall(r"BUG|WARNING|Oops|Call Trace|scheduling while", vm.guest.sh("dmesg"))
 

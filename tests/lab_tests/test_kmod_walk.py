@@ -226,8 +226,9 @@ def test_trace_event_and_counters_tell_of_each_round(module: Any) -> None:
         assert {"rounds 2", "aborted 0", f"blocks {end.blocks}", "result 0"} <= set(stats)
 
 
-def test_suspend_to_ram_starts_anew(module: Any) -> None:
-    with attached(module, memory=512, machine="pc", transport="vhost-user") as (vm, device):
+@pytest.mark.parametrize("transport", ["vhost-user", "vfio-user"])
+def test_suspend_to_ram_starts_anew(module: Any, transport: str) -> None:
+    with attached(module, memory=512, machine="pc", transport=transport) as (vm, device):
         check_round(device, device.walk())
         vm.guest.start("sh -c 'sleep 1; echo mem >/sys/power/state; echo awake'", log="/run/s.log")
         vm.monitor.wait_event("SUSPEND", timeout=30)

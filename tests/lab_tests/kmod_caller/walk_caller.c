@@ -5,6 +5,8 @@
  * With holds=N it says instead what the machine does to N stretches of hold_us microseconds
  * with interrupts off in which nothing is done: what comes on top is not the walk's doing.
  */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <linux/irqflags.h>
 #include <linux/kernel.h>
 #include <linux/mm.h>
