@@ -78,8 +78,8 @@ class GuestRam:
         fd = os.memfd_create("conformance-ram", os.MFD_CLOEXEC)
         file_size = offset + size + GUARD
         os.ftruncate(fd, file_size)
+        os.pwrite(fd, _pattern(file_size), 0)  # not by the mapping: that faults page by page
         view = mmap.mmap(fd, file_size)
-        view[:] = _pattern(file_size).tobytes()
         user = 0x7E00_0000_0000 + (len(self.regions) << 36) + offset
         return Region(guest, size, user, offset, fd, file_size, view)
 
@@ -181,13 +181,15 @@ class GuestRam:
 
 
 @cache
-def _pattern(size: int) -> Bytes:
+def _pattern(size: int) -> bytes:
     """Bytes that are never zero and differ from page to page."""
     index = np.arange(size, dtype=np.uint64)
-    return (((index * 2654435761) >> 13) % 255 + 1).astype(np.uint8)
+    return (((index * 2654435761) >> 13) % 255 + 1).astype(np.uint8).tobytes()
 
 
 def _runs(differs: NDArray[np.bool_]) -> list[Span]:
+    if not differs.any():
+        return []
     edges = np.flatnonzero(np.diff(np.concatenate(([False], differs, [False]))))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 

@@ -27,7 +27,7 @@ _DEATH_CRIES = re.compile(
     r"Traceback \(most recent call last\)|panicked at|AddressSanitizer|Assertion .* failed"
     r"|Segmentation fault|Exception ignored in|Task exception was never retrieved"
 )
-STAYS = 4
+STAYS = 3
 """So many connections a program has to outlive before it is believed to outlive them all."""
 _STAYED: Counter[str] = Counter()
 
@@ -157,7 +157,7 @@ class Target:
         """Whether the process ended by itself without an error (serves one connection only)."""
         return self.popen is not None and self.popen.poll() == 0
 
-    def ends_after_a_connection(self, limit: float = 0.15) -> bool:
+    def ends_after_a_connection(self, limit: float = 1.0) -> bool:
         """Whether this backend ends by itself, without an error, once its front-end has left.
 
         A program that has stayed several times is not waited for any more.

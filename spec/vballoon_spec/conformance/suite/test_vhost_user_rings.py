@@ -146,19 +146,20 @@ def test_call_descriptor_replaced(rig: VhostUserRig) -> None:
     old.close()
 
 
-@pytest.mark.requirement("vu.ring.enable-kept", "vu.robust.nofd-kick")
-def test_kick_descriptor_replaced(rig: VhostUserRig) -> None:
-    """A new kick descriptor takes over; the ring stays enabled and the old one is let go of."""
+@pytest.mark.requirement("vu.base.resume", "vu.robust.nofd-kick")
+def test_kick_descriptor_of_the_last_start(rig: VhostUserRig) -> None:
+    """A ring started again listens to its new kick descriptor; the old one means nothing."""
     rig.bring_up()
     index = rig.profile.main
-    rig.run([rig.profile.exchange(rig, 0)])
-    for serial in range(1, 4):
-        old, rig.kicks[index] = rig.kicks[index], EventFd()
-        rig.fe.vring_fd(Request.SET_VRING_KICK, index, rig.kicks[index].fd)
-        rig.fe.barrier()
-        old.signal()
+    for serial in range(4):
         rig.run([rig.profile.exchange(rig, serial)])
+        rig.stop_ring(index)
+        old, rig.kicks[index] = rig.kicks[index], EventFd()
+        rig.start_ring(index, rig.main)
+        old.signal()
+        rig.fe.barrier()
         old.close()
+    rig.run([rig.profile.exchange(rig, 4)])
     if not rig.target.options.polls:
         require(rig.process.settles(), "the backend uses a whole processor")
 
