@@ -245,9 +245,22 @@ def test_malformed_buffers_set_nothing_and_come_back(rig: Rig, name: str) -> Non
     assert walked(rig) == []
     assert rig.balloon.counters.bad_walk == 1
     walker.seq = 1
-    walker.send(walker.end())
+    walker.send(walker.end(ranges=0, pages=0, buffers=0))  # all else of the round is in order
     assert rig.event("ROUND_COMPLETED")["complete"] is False
     assert not rig.broken
+
+
+def test_a_buffer_without_records_among_good_ones_spoils_the_round(rig: Rig) -> None:
+    walker = Walker(rig)
+    begin = walker.begin()
+    buffers = [walker.send_ranges((FIRST + 8 * i, 4)) for i in range(6)]
+    buffers.insert(3, walker.header(WalkType.RANGES, 0, seq=4))
+    for i in range(4, 7):  # one further
+        buffers[i] = (
+            WalkHeader(type=2, round=walker.round, seq=i + 1, num=1).build() + buffers[i][16:]
+        )
+    walker.send(begin, *buffers, walker.end(buffers=7))
+    assert rig.event("ROUND_COMPLETED")["complete"] is False
 
 
 def test_an_endless_buffer_is_read_to_the_limit_only(rig: Rig) -> None:
@@ -274,7 +287,8 @@ def test_ten_million_ranges_take_no_more_memory_than_the_map() -> None:
 
 class TestMemmap:
     def buffers(self, walker: Walker, parts: int = 2, **over: int) -> list[bytes]:
-        body = zeros(WalkMemmap, layout_id=1, nr_buffers=parts, nr_runs=parts, size=64, **over)
+        values = {"layout_id": 1, "nr_buffers": parts, "nr_runs": parts, "size": 64} | over
+        body = zeros(WalkMemmap, **values)
         run = zeros(WalkMemmapRun, num=512).build()
         return [
             walker.header(WalkType.MEMMAP, 1, round=0, seq=i) + body.build() + run
@@ -313,6 +327,13 @@ class TestMemmap:
         walker.send(*self.buffers(walker, 2, witness_pfn=1)[:1], *self.buffers(walker, 2)[1:])
         assert rig.balloon.walk_queue.memmap.layout is None
         assert rig.balloon.counters.bad_walk == 1
+
+    @pytest.mark.parametrize("said", [1, 3])
+    def test_runs_that_are_not_as_many_as_said(self, rig: Rig, said: int) -> None:
+        walker = Walker(rig)
+        walker.send(*self.buffers(walker, 2, nr_runs=said))
+        assert rig.balloon.walk_queue.memmap.layout is None
+        assert rig.balloon.counters.bad_walk >= 1
 
     def test_it_belongs_to_one_boot(self, rig: Rig) -> None:
         walker = Walker(rig)

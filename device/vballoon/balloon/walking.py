@@ -115,7 +115,7 @@ class WalkQueue:
         self._flush(skipmap)
         head = heads[first:]
         counts = head["num"].astype(np.int64)
-        due = (head["type"] == WalkType.RANGES) & (head["round"] == walk.id)
+        due = (head["type"] == WalkType.RANGES) & (head["round"] == walk.id) & (counts > 0)
         due &= head["seq"] == self._seq + np.arange(head.size)
         due &= batch.len[first:] == WalkHeader.SIZE + WalkRange.SIZE * counts
         due &= batch.len[first:] <= BUFFER_MAX
