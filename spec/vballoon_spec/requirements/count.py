@@ -2,7 +2,7 @@
 """Counts the statements in the specifications' sources and writes (or checks) ``index.json``.
 
 Run it on a checkout of the virtio specification and on QEMU's interop manual (Debian's
-``qemu-system-common`` has it)::
+``qemu-system-data`` has it)::
 
     python -m vballoon_spec.requirements.count --virtio virtio-spec \\
         --interop /usr/share/doc/qemu-system-common/interop [--check]
