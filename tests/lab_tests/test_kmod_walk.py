@@ -78,8 +78,17 @@ def check_round(device: LocalDevice, done: dict[str, Any]) -> None:
     assert begin is not None
     assert end is not None
     assert (end.result, begin.page_shift) == (0, 12)
-    # The walk takes nothing: free memory is what it was, less what others did meanwhile.
-    assert abs(end.free_pages - begin.free_pages) < 256
+
+
+def took_nothing(device: LocalDevice) -> bool:
+    """Free memory is after the walk what it was before, but for what others did meanwhile.
+
+    Page reporting, which the module does too, takes and gives 128 MiB at a time.
+    """
+    begin, end = device.balloon.walk_queue.begin, device.balloon.walk_queue.end
+    assert begin is not None
+    assert end is not None
+    return abs(end.free_pages - begin.free_pages) < 256
 
 
 def compare_with_kpageflags(vm: Machine, device: LocalDevice) -> None:
@@ -93,7 +102,7 @@ def compare_with_kpageflags(vm: Machine, device: LocalDevice) -> None:
         wrong = int((walked & ~before & ~after).sum())
         assert wrong < 1024, f"{wrong} pushed pages were not free"
         seen.append(int((before & after & ~walked).sum()))
-        if not seen[-1]:
+        if not seen[-1] and took_nothing(device):
             return
     raise AssertionError(f"free pages that were not pushed: {seen}")
 
@@ -107,7 +116,7 @@ def compare_with_memmap(vm: Machine, device: LocalDevice, attempts: int = 12) ->
         walked, free = same_length(device.walked(), as_bools(found.ranges))
         differ = int((walked != free).sum())
         seen.append(differ)
-        if not differ:
+        if not differ and took_nothing(device):
             end = device.balloon.walk_queue.end
             assert end is not None
             # Also no block twice: a list that kept still was read once, in however many slices.
@@ -169,18 +178,29 @@ def test_reports_no_smaller_block_than_asked_for(module: Any, order: int) -> Non
 def test_churn_outdates_a_part_of_what_was_pushed(module: Any) -> None:
     """Measured and printed: it is the reason for the safety rule, not a fault."""
     with attached(module, memory=1024, smp=2) as (vm, device):
-        vm.guest.start("churn 500 120", log="/run/churn.log")
-        vm.guest.sh("sleep 1")
-        shares = []
-        for _ in range(5):
-            done = device.walk()
-            assert done["bad-records"] == 0
-            free = device.free_now(vm)
-            walked, now = same_length(device.walked(), as_bools(free.ranges))
-            shares.append(float((walked & ~now).sum() / walked.sum()))
-        print(f"\n{module[0]}: no longer free a moment later: {[f'{s:.2%}' for s in shares]}")
-        assert max(shares) > 0
+        vm.guest.start("churn 500 300", log="/run/churn.log")
+        vm.guest.wait_for("test $(awk '/MemFree/ {print $2}' /proc/meminfo) -lt 600000")
+        shares = {after: stale_shares(vm, device, after) for after in (0, 0.01, 0.1, 1)}
+        for after, found in shares.items():
+            print(
+                f"\n{module[0]}, churn: of the pages pushed, no longer free {after} s after END: "
+                f"{[f'{share:.3%}' for share in found]}"
+            )
+        assert min(shares[1]) > 0
         assert "bad" not in vm.guest.sh("cat /run/churn.log").replace(", 0 bad", "")
+
+
+def stale_shares(vm: Machine, device: LocalDevice, after: float) -> list[float]:
+    """Of three rounds each: the share of what was pushed that is not free *after* seconds."""
+    shares = []
+    for _ in range(3):
+        done = device.walk()
+        time.sleep(after)
+        free = device.free_now(vm)
+        assert done["bad-records"] == 0
+        walked, now = same_length(device.walked(), as_bools(free.ranges))
+        shares.append(float((walked & ~now).sum() / walked.sum()))
+    return shares
 
 
 def test_new_round_ends_the_old_and_stop_ends_it_too(module: Any) -> None:
@@ -307,6 +327,8 @@ def test_memory_that_comes_and_goes_makes_a_new_layout(module: Any) -> None:
         vm.qmp("cont")
         vm.qmp("device_del", id="d1")
         vm.monitor.wait_event("DEVICE_DELETED", device="d1")
+        # The unmapping voids a layout that came before it; a round brings it again.
+        device.walk()
         wait_for_layout(device, second)
         compare_with_memmap(vm, device)
         assert device.walked().sum() < 131_072
