@@ -25,6 +25,9 @@ __all__ = ("run",)
 
 MIB = 1 << 20
 IN_PROCESS = "in-process"
+FLOOR = "nothing freed"
+AGAIN = "hint after use"
+"""Rounds in a guest most of whose memory has been used since it was booted."""
 DRIVER = "/sys/bus/virtio/drivers/virtio_balloon"
 
 
@@ -84,13 +87,11 @@ class Bench:
     def plug(self, device: Device) -> None:
         """Put one of ours in, to stay."""
         assert device.backend is not None
-        if device.backend.transport == "vhost-user":
+        properties = device.backend.properties("pc", "", f"ours-{device.slot}")
+        if "chardev" in properties:
             address = {"type": "unix", "data": {"path": str(device.backend.socket)}}
             backend = {"type": "socket", "data": {"addr": address, "server": False}}
-            self.vm.qmp("chardev-add", id="c-vhost", backend=backend)
-        properties = device.backend.properties("pc", "", "ours-" + device.name)
-        if "chardev" in properties:
-            properties["chardev"] = "c-vhost"
+            self.vm.qmp("chardev-add", id=properties["chardev"], backend=backend)
         self.vm.monitor.execute("device_add", properties | {"addr": hex(device.slot)})
 
     def cpu(self, device: Device) -> dict[str, float]:
@@ -150,11 +151,11 @@ class Bench:
         device.found.setdefault("resident after report", []).append(self.vm.resident() / MIB)
         guest.sh("kill %1 2>/dev/null; killall memhog; rm -f /run/hog /run/hog.log; true")
 
-    def hint(self, device: Device) -> None:
+    def hint(self, device: Device, what: str) -> None:
         """A hinting round of ours."""
         assert device.backend is not None
         backend = device.backend
-        with self.timed(device, "hint"):
+        with self.timed(device, what):
             backend.ctl("start-hinting")
             backend.events.wait_event("ROUND_COMPLETED", timeout=120)
         pages = backend.ctl("query-skip-bitmap")["pages"]["hinted"]
@@ -168,14 +169,18 @@ def run(options: Options) -> Part:
     part = Part("qemu", "Beside QEMU's own balloon, in the same guest")
     with (
         Backend("vhost-user", "--features=-FREE_PAGE_WALK", config_size=16) as vhost,
+        Backend("vhost-user", "--features=-FREE_PAGE_WALK", "--no-discard", config_size=16) as idle,
         Backend("vfio-user", "--features=-FREE_PAGE_WALK") as vfio,
         Machine(kernel="6.12", machine="pc", memory=size.memory, smp=1, extra=_own_device()) as vm,
     ):
         bench = Bench(vm, _contenders(vm, vhost, vfio), size)
         own, ours, other = bench.devices
+        floor = _ours(FLOOR, 0x13, idle)
         own.found["hint"] = _hint_in_process(bench)
         bench.plug(ours)
-        counters = _interleave(bench, own, ours)
+        _hint_fresh(bench, ours)
+        bench.plug(floor)
+        counters = _interleave(bench, own, ours, floor)
         # A vfio-user device keeps QEMU's own balloon from discarding for as long as it is there,
         # so it comes last, and has its turns beside our other transport.
         bench.plug(other)
@@ -183,13 +188,28 @@ def run(options: Options) -> Part:
         ours.found.clear()
         counters |= _interleave(bench, ours, other)
         second, ours.found = ours.found, first
+        for found in (second, other.found):  # the two are compared in the state they are in
+            found["hint"] = found[AGAIN]
         version = vm.qmp("query-version")["qemu"]
     _write(part, bench, second, counters, version)
+    _write_floor(part, own, ours, floor)
     return part
 
 
-def _interleave(bench: Bench, one: Device, two: Device) -> dict[str, dict[str, Any]]:
-    """Turns of two devices; the queue counters of the last one of each."""
+def _hint_fresh(bench: Bench, device: Device) -> None:
+    """Rounds in a guest that has hardly used its memory, as those in-process are."""
+    with bench.bound(device):
+        for _ in range(bench.size.turns):
+            bench.hint(device, "hint")
+
+
+def _interleave(
+    bench: Bench, one: Device, two: Device, floor: Device | None = None
+) -> dict[str, dict[str, Any]]:
+    """Turns of two devices; the queue counters of the last one of each.
+
+    *floor* only inflates and deflates, between them.
+    """
     kept = [dict(d.found) for d in (one, two)]
     _turns(bench, two)  # the first time memory is given back and taken again: not kept
     one.found, two.found = kept
@@ -197,6 +217,9 @@ def _interleave(bench: Bench, one: Device, two: Device) -> dict[str, dict[str, A
     for turn in range(bench.size.turns):
         for device in (one, two) if turn % 2 else (two, one):
             counters[device.name] = _turns(bench, device)
+            if floor is not None and device is one:
+                with bench.bound(floor):
+                    bench.inflate_and_deflate(floor)
     return counters
 
 
@@ -206,7 +229,7 @@ def _turns(bench: Bench, device: Device) -> dict[str, Any]:
         bench.inflate_and_deflate(device)
         bench.report(device)
         if device.backend is not None:
-            bench.hint(device)
+            bench.hint(device, AGAIN)
         return {
             name: {k: after[k] - before.get(name, {}).get(k, 0) for k in COUNTED}
             for name, after in _queues(device).items()
@@ -234,22 +257,19 @@ def _own_device() -> list[str]:
     ]  # fmt: skip
 
 
+def _ours(name: str, slot: int, backend: Backend) -> Device:
+    return Device(
+        name, slot, lambda value: backend.ctl("balloon", value=value) and None,
+        lambda: int(backend.ctl("query-balloon")["actual"]), backend,
+    )  # fmt: skip
+
+
 def _contenders(vm: Machine, vhost: Backend, vfio: Backend) -> list[Device]:
-    def command(backend: Backend) -> Callable[[int], None]:
-        return lambda value: backend.ctl("balloon", value=value) and None
-
-    def actual(backend: Backend) -> Callable[[], int]:
-        return lambda: int(backend.ctl("query-balloon")["actual"])
-
     own = Device(
         IN_PROCESS, 0x10, lambda value: vm.qmp("balloon", value=value) and None,
         lambda: int(vm.qmp("query-balloon")["actual"]),
     )  # fmt: skip
-    return [
-        own,
-        Device("vhost-user", 0x11, command(vhost), actual(vhost), vhost),
-        Device("vfio-user", 0x12, command(vfio), actual(vfio), vfio),
-    ]
+    return [own, _ours("vhost-user", 0x11, vhost), _ours("vfio-user", 0x12, vfio)]
 
 
 def _hint_in_process(bench: Bench) -> list[float]:
@@ -318,7 +338,7 @@ def _write(
             "left the host's memory (some tens of MiB stay in lists of the processor that freed "
             "them; the driver waits two seconds before it reports). Hint: ours from the command "
             "to ROUND_COMPLETED; QEMU's from the migration's start to the last buffer of its burst "
-            "(traced)."
+            "(traced); both in the freshly booted guest, ours after QEMU's."
         ),
         (
             "Device CPU: of QEMU without its virtual processors, and of our server. That is where "
@@ -350,6 +370,23 @@ def _write(
     for name, queues in counters.items():
         for queue, q in queues.items():
             economy.rows.append([name, queue, q["taken"], q["kicked"], q["notified"]])
+
+
+def _write_floor(part: Part, own: Device, ours: Device, floor: Device) -> None:
+    """What is left of inflating where no page is freed: the guest's work and the round trips."""
+    table = part.table(
+        "The floor: vhost-user with `--no-discard`, in the same turns", "what", "in-process",
+        "vhost-user", FLOOR, f"{FLOOR} / in-process", f"vhost-user / {FLOOR}",
+        note="No device can be faster than the guest hands pages over; where the floor is above "
+        "half of in-process, half cannot be reached.",
+    )  # fmt: skip
+    for what in ("inflate", "deflate"):
+        times = [Samples(what, "s", d.found[what]) for d in (own, ours, floor)]
+        part.keep(times[2], device=FLOOR)
+        table.rows.append(
+            [what + ", s", *(t.median for t in times), ratio(times[2], times[0]),
+             ratio(times[1], times[2])]
+        )  # fmt: skip
 
 
 def _ratios(

@@ -102,22 +102,24 @@ def timed(work: object) -> Turn:
 def test_whole_bitmaps_go_at_the_speed_of_memory() -> None:
     """Counting and uniting against copying the same bitmap (32 MiB) to where memory is warm."""
     skipmap = SkipMap(huge(TIB))
+    both = (Provenance.REPORTED, Provenance.WALKED)
     blocks = np.arange(0, TIB >> 22, 2, dtype=np.uint64) << np.uint64(10)
-    for provenance in (Provenance.REPORTED, Provenance.WALKED):
+    for provenance in both:
         skipmap.set_ranges(provenance, blocks, blocks + np.uint64(1024))
-    words = skipmap.bitmap(Provenance.WALKED).words
+    words, earlier = skipmap.bitmap(Provenance.WALKED).words, skipmap.combined(*both)
     copy = np.empty_like(words)
     found = interleaved(
         {
             "copy": timed(lambda: np.copyto(copy, words)),
             "count": timed(lambda: skipmap.count(Provenance.WALKED)),
-            "combine": timed(lambda: skipmap.combined(Provenance.REPORTED, Provenance.WALKED)),
+            "combine": timed(lambda: skipmap.combined(*both, into=earlier)),
         },
         7,
     )
     skipmap.close()
-    assert least(found["count"]) <= 8 * least(found["copy"])
-    assert least(found["combine"]) <= 16 * least(found["copy"])
+    limits = {"count": 2.5, "combine": 6} if native else {"count": 8, "combine": 16}
+    for name, limit in limits.items():
+        assert least(found[name]) <= limit * least(found["copy"]), name
 
 
 def test_a_huge_guest_costs_nothing_until_bits_are_set() -> None:
