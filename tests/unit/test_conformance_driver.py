@@ -13,11 +13,13 @@ from vballoon_spec.conformance.memory import PAGE, GuestRam
 from vballoon_spec.conformance.options import OPTIONS
 from vballoon_spec.conformance.page import render
 from vballoon_spec.conformance.plugin import repeat_command
+from vballoon_spec.conformance.profiles import Profile
 from vballoon_spec.conformance.record import Record, Run
+from vballoon_spec.conformance.rig_vhost_user import VhostUserRig
 from vballoon_spec.conformance.ring import DriverRing, Segment
 from vballoon_spec.conformance.ring_packed import PackedRing
 from vballoon_spec.conformance.ring_split import SplitRing
-from vballoon_spec.conformance.target import Options
+from vballoon_spec.conformance.target import Options, Target
 from vballoon_spec.conformance.verdict import FAILED, PASSED, WARNED, verdicts
 
 
@@ -129,6 +131,20 @@ def test_looking_at_memory_fills_no_hole(ram: GuestRam) -> None:
     ram.picture()
     ram.read(0x4000_0000, 16 * PAGE)
     assert ram.is_hole(0x4000_0000, 16 * PAGE)
+
+
+def test_a_device_that_is_no_good_for_a_test_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of one connection would wait for it, and the next test for the server."""
+    left: list[str] = []
+
+    def connect(rig: VhostUserRig) -> None:
+        rig._offered = 0
+
+    monkeypatch.setattr(VhostUserRig, "connect", connect)
+    monkeypatch.setattr(VhostUserRig, "leave", lambda rig: left.append("left"))
+    with pytest.raises(pytest.skip.Exception):
+        VhostUserRig(Target(Options()), Profile(), packed=True)
+    assert left == ["left"]
 
 
 def a_run() -> Run:

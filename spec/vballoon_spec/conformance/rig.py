@@ -57,9 +57,13 @@ class Rig(ABC):
         self.calls: dict[int, EventFd] = {}
         self.notes: dict[str, Any] = {}
         self.features = 0
-        self.connect()
-        if packed:
-            self.need(f.VIRTIO_F_RING_PACKED, "RING_PACKED")
+        try:
+            self.connect()
+            if packed:
+                self.need(f.VIRTIO_F_RING_PACKED, "RING_PACKED")
+        except BaseException:  # nobody has this device yet: a server may wait for its leaving
+            self.close()
+            raise
 
     # -- transport ---------------------------------------------------------------------------
 
@@ -296,7 +300,7 @@ class Rig(ABC):
 
     def close(self) -> None:
         """Leave and free everything."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # it may not have come far
             self.leave()
         for event in (*self.kicks.values(), *self.calls.values()):
             event.close()
