@@ -98,6 +98,18 @@ def test_page_numbers_become_ranges(numbers: list[int], cuts: list[int]) -> None
     memory.close()
 
 
+def test_page_numbers_that_make_many_runs() -> None:
+    """More of them than there is room for at first."""
+    memory = make_memory((0, 1 << 30))
+    count = gather.FEW_RUNS + 1000
+    memory.write(4096, np.arange(0, 2 * count, 2, dtype="<u4").tobytes())
+    addr, words = u64(4096), np.array([count], np.int64)
+    start, end, bad = gather.page_ranges(memory, addr, words)
+    assert (start == np.arange(0, 2 * count, 2, dtype=np.uint64)).all()
+    assert ((end - start == 1).all(), bad) == (True, 0)
+    memory.close()
+
+
 def layout() -> BitmapLayout:
     regions = [(0, 700), (700, 300), (2048, 5000)]
     return BitmapLayout(

@@ -36,27 +36,42 @@ static bool in_a_span(struct runs *r, const struct guest *g, uint64_t page)
 	return false;
 }
 
+/* A page that is not the next one of the run; false where there is no room for a new one. */
+static bool other_page(struct runs *r, const struct guest *g, uint64_t page)
+{
+	if ((page < r->span_low || page >= r->span_high) && !in_a_span(r, g, page)) {
+		r->bad++;
+		return true;
+	}
+	if (page + 1 == r->low && r->low < r->high) {
+		r->low--;
+		return true;
+	}
+	return (page >= r->low && page < r->high) || begin_run(r, page);
+}
+
 /* The *n* le32 page numbers *at*, each read once; neighbours going up or down make one run. */
 static bool join(struct runs *r, const struct guest *g, const uint8_t *at, int64_t n)
 {
-	for (const uint8_t *end = at + 4 * n; at < end; at += 4) {
-		uint32_t number;
+	const uint8_t *end = at + 4 * n;
 
-		memcpy(&number, at, 4);
-		FETCHED(number);
-		uint64_t page = number;
-		if (page == r->high && page < r->span_high && r->low < r->high) {
-			r->high++;
-			continue;
+	while (at < end) {
+		/* the next page of the run, where there is one that is guest memory: in a register */
+		uint64_t next = r->high, limit = r->low < r->high ? r->span_high : 0;
+		uint32_t number = 0;
+
+		for (; at < end; at += 4, next++) {
+			memcpy(&number, at, 4);
+			FETCHED(number);
+			if (number != next || next >= limit)
+				break;
 		}
-		if ((page < r->span_low || page >= r->span_high) && !in_a_span(r, g, page)) {
-			r->bad++;
-			continue;
-		}
-		if (page + 1 == r->low && r->low < r->high)
-			r->low--;
-		else if ((page < r->low || page >= r->high) && !begin_run(r, page))
+		r->high = next;
+		if (at == end)
+			break;
+		if (!other_page(r, g, number))
 			return false;
+		at += 4;
 	}
 	return true;
 }

@@ -181,7 +181,7 @@ def _units_in_file(region: MemoryRegion, start: U64, end: U64) -> tuple[U64, U64
     Returns the bytes of all as well.
     """
     if native is not None:
-        first, last = np.empty_like(start), np.empty_like(end)
+        first, last = np.empty(start.size, np.uint64), np.empty(end.size, np.uint64)
         where = (region.guest_phys_addr, region.end, region.file_offset, region.page_size)
         count, size = native.in_file(start, end, first, last, where)
         return first[:count], last[:count], size

@@ -20,6 +20,10 @@ __all__ = ("gather_u32", "page_ranges", "ranges_of")
 
 _SHIFT, _ONE_PAGE = np.uint64(12), np.uint64(1)
 
+FEW_RUNS = 1 << 15
+"""Runs that room is made for at first: room for a run of each page number is so much that finding
+the memory can take longer than reading the numbers."""
+
 SLICE_WORDS = 128
 """From this many words on, copying a slice costs less than indexing its words one by one."""
 
@@ -34,11 +38,14 @@ def page_ranges(
     Raises :class:`~vballoon.errors.MemoryFault` for an address outside guest memory.
     """
     if native is not None:
-        room = int(words.sum())
-        start, end = np.empty(room, np.uint64), np.empty(room, np.uint64)
-        found = native.page_runs(memory.tables, addr, words, start, end)
-        if found is not None:
-            return start[: found[0]], end[: found[0]], found[1]
+        total = int(words.sum())
+        for room in (min(total, FEW_RUNS), total):
+            start, end = np.empty(room, np.uint64), np.empty(room, np.uint64)
+            found = native.page_runs(memory.tables, addr, words, start, end)
+            if found is not None:
+                return start[: found[0]], end[: found[0]], found[1]
+            if room == total:
+                break
     return ranges_of(memory, gather_u32(memory, addr, words))
 
 

@@ -28,7 +28,7 @@ def coalesce(start: U64, end: U64) -> tuple[U64, U64]:
     """The same set of numbers, merged.  Empty ranges vanish; order and overlaps do not matter."""
     if native is None or start.size < 2:
         return _coalesce(start, end)
-    low, high = np.empty_like(start), np.empty_like(start)
+    low, high = np.empty(start.size, np.uint64), np.empty(start.size, np.uint64)
     start, end = np.ascontiguousarray(start), np.ascontiguousarray(end)
     count = native.merge(start, end, low, high)
     return low[:count], high[:count]
@@ -71,7 +71,7 @@ def blocks(
     ranges were not wanted, or did not begin and end on a page boundary.
     """
     if native is not None:
-        start, end = np.empty_like(addr), np.empty_like(addr)
+        start, end = np.empty(addr.size, np.uint64), np.empty(addr.size, np.uint64)
         count, pages, bad = native.blocks(addr, length, wanted, start, end)
         return start[:count], end[:count], pages, bad
     start, end, odd = whole_pages(addr[wanted], length[wanted])
