@@ -93,7 +93,7 @@ class SparseHash:
         self._chunk = bytearray(CHUNK)
         self._start = -1
 
-    def add(self, at: int, data: bytes) -> None:
+    def add(self, at: int, data: bytes | memoryview) -> None:
         """*data* is at offset *at*; whatever was skipped since the last call is zero."""
         view = memoryview(data)
         while view:
@@ -130,8 +130,13 @@ class SparseHash:
 def sparse_digest(fd: int) -> str:
     """:class:`SparseHash` of the file behind *fd*."""
     size = os.fstat(fd).st_size
-    digest = SparseHash(size)
+    digest, buffer = SparseHash(size), memoryview(bytearray(16 * CHUNK))
     for start, end in data_extents(fd, size).tolist():
-        for at in range(start, end, 16 * CHUNK):
-            digest.add(at, os.pread(fd, min(16 * CHUNK, end - at), at))
+        at = start
+        while at < end:
+            got = os.preadv(fd, [buffer[: end - at]], at)
+            if not got:
+                break  # shorter than it was: the checksum will not fit
+            digest.add(at, buffer[:got])
+            at += got
     return digest.hexdigest()
