@@ -12,15 +12,19 @@ import random
 import socket
 import time
 
+import numpy as np
 import pytest
 from tests.fakes.backends import KillableBackend, backend_thread
-from tests.fakes.driver import Element
+from tests.fakes.driver import Element, make_driver
 from tests.fakes.echo_device import EchoDevice
 from tests.fakes.frontend import Closed, Frontend, R
 from tests.fakes.memory import Arena, make_memory
 
 import vballoon_spec.vhost_user as vu
 from vballoon.vhost_user import DEFAULT_RING_FEATURES
+from vballoon.vhost_user.inflight import InflightArea
+from vballoon.vhost_user.vring import Vring
+from vballoon.virtio import DeviceQueue
 from vballoon_spec.virtio import features as f
 
 KILLS = 20
@@ -231,3 +235,58 @@ def test_a_connection_that_is_lost_in_good_order_needs_no_area(tmp_path):
         with pytest.raises((Closed, OSError)):
             frontend.send(R.GET_FEATURES)
         frontend.close()
+
+
+@pytest.mark.parametrize("engine", ["batch", "scalar"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_rest_of_a_batch_that_was_never_published_is_not_seen(engine, recorded):
+    """A packed batch is written from its second descriptor on, and its first one last."""
+
+    class Killed(Exception):
+        pass
+
+    memory = make_memory((0, 1 << 20))
+    driver = make_driver(memory, 8, PACKED, arena=Arena(0x1000, 0x8000))
+    area = InflightArea.create(1, 8)
+    at, user = driver.addresses, memory.regions[0].userspace_addr
+
+    def start(base):
+        vring = Vring(0)
+        vring.num, vring.base, vring.started = 8, base, True
+        vring.addr = vu.VhostVringAddr(
+            index=0, flags=0, descriptor=user + at.desc, used=user + at.device,
+            available=user + at.driver, log=0,
+        )  # fmt: skip
+        vring.bind(
+            memory, PACKED, area, engine=engine,
+            make_queue=lambda index, ring: DeviceQueue(
+                index, ring, notify=lambda: None, on_broken=lambda queue, error: None
+            ),
+        )  # fmt: skip
+        return vring, vring.queue.ring
+
+    for turn in range(8):  # all around the ring
+        first, ring = start(0x80008000 if not turn else 0)
+        made = [driver.add(driver.buffer(4)) for _ in range(3)]
+        driver.publish()
+        taken = ring.take().ids
+        assert taken.tolist() == made
+        before = first._log.before_give
+
+        def die(ids, before=before):
+            if recorded:
+                before(ids)
+            raise Killed
+
+        first._log.before_give = die
+        with pytest.raises(Killed):
+            ring.give(taken, np.zeros(3, np.uint32))
+        assert driver.collect() == []
+        _, ring = start(0)
+        again = ring.take().ids
+        assert again.tolist() == made
+        for ident in made[1:] + made[:1]:
+            ring.give(np.array([ident], np.uint16), np.zeros(1, np.uint32))
+            assert driver.collect() == [(ident, 0)]
+    area.close()
+    memory.close()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ("Vring", "decode_base", "encode_base")
 
 _INDEX15 = 0x7FFF
+_FLAGS = packed_ring.PvirtqDesc.SIZE - 2
 
 
 def decode_base(num: int, *, packed: bool) -> RingState:
@@ -202,10 +203,31 @@ class Vring:
 
         self._log = record
         if record.valid:
-            return record.recover(flags_at)
+            state, again = record.recover(flags_at)
+            held = 0 if again.slots is None else int(again.slots.sum())
+            self._hide_used(memory, at.desc, state, held)
+            return state, again
         self._checked(state)
         record.begin(state.used, state.used_wrap)
         return state, None
+
+    def _hide_used(self, memory: GuestMemory, ring: int, state: RingState, held: int) -> None:
+        """Make the slots of what is in flight look available to the driver.
+
+        A batch is seen by its first used descriptor, which is written last.  Where the backend
+        died before that, the others are there already, and the driver would find them behind
+        whatever is given next.
+        """
+        both = packed_ring.VIRTQ_DESC_F_AVAIL | packed_ring.VIRTQ_DESC_F_USED
+        for position in range(state.used, state.used + held):
+            turned = position >= self.num
+            wrap = state.used_wrap ^ turned
+            at = ring + packed_ring.PvirtqDesc.SIZE * (position - self.num * turned)
+            raw = memory.read(at, packed_ring.PvirtqDesc.SIZE)
+            flags = packed_ring.PvirtqDesc.parse(raw).flags
+            shown = packed_ring.VIRTQ_DESC_F_AVAIL if wrap else packed_ring.VIRTQ_DESC_F_USED
+            if flags & both != shown:
+                memory.write(at + _FLAGS, (flags & ~both | shown).to_bytes(2, "little"))
 
     def base_state(self, *, packed: bool) -> RingState:
         """The state that SET_VRING_BASE told; a ring that was never told starts from nothing."""
