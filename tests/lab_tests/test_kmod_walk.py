@@ -188,7 +188,8 @@ def test_churn_outdates_a_part_of_what_was_pushed(module: Any) -> None:
                 f"{[f'{share:.3%}' for share in found]}"
             )
         assert max(shares[1]) > 0
-        vm.guest.sh("killall churn; sleep 1")
+        vm.guest.sh("killall churn")
+        vm.guest.wait_for("! pidof churn >/dev/null")
         assert vm.guest.sh("cat /run/churn*.log").count(", 0 bad") == 2
 
 
