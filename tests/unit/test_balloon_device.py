@@ -14,6 +14,7 @@ from vballoon.balloon import Balloon, Role, settle_roles
 from vballoon.balloon.config import ConfigSpace
 from vballoon.errors import ProtocolError, UsageError
 from vballoon.skipmap import Provenance
+from vballoon.virtio import device
 from vballoon.virtqueue import make_virtqueue
 from vballoon_spec.virtio.balloon import (
     CMD_ID_DONE,
@@ -284,3 +285,21 @@ def test_memory_that_goes_away_under_a_ring_stops_that_queue() -> None:
     peer.refuse = set(range(driver.addresses.device, driver.addresses.device + 1024))
     assert not rig.balloon.process(rig.queues[0])
     assert rig.broken[0].rule == "dma-refused"
+
+
+def test_a_turn_of_a_queue_ends_in_time_and_tells_that_more_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A guest that makes more and more available does not hold up the other queues."""
+    rig = Rig()
+    monkeypatch.setattr(device, "SECONDS_PER_KICK", 0)
+    for _ in range(2):
+        rig.drivers[0].add(*rig.pfns(4096))
+    rig.drivers[0].publish()
+    take = rig.queues[0].ring.take
+    monkeypatch.setattr(rig.queues[0].ring, "take", lambda limit: take(1))
+    assert rig.balloon.process(rig.queues[0])
+    assert rig.queues[0].given == 1
+    while rig.balloon.process(rig.queues[0]):
+        pass
+    assert rig.queues[0].given == 2

@@ -188,10 +188,7 @@ class VirtioDevice(ABC):
                 return False
             if time.monotonic() > end:
                 break
-        if queue.broken is not None or not queue.ring.enable_kicks():
-            return False
-        queue.ring.disable_kicks()
-        return True
+        return queue.broken is None
 
     def overdue(self) -> Collection[int]:
         """After ``start``: queues that were left alone so far and can be served from now on."""
