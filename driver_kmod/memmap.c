@@ -7,7 +7,8 @@
  * unplugged, so a layout has to be recognisable as void by reading guest memory
  * alone. That is what the witness is for: a page of ours whose structure
  * carries a random number. It lives as long as the module and changes its number
- * before memory goes offline.
+ * before memory goes offline, and before another kernel follows this one: a
+ * reset or kexec leaves memory as it is, our page structures with it.
  */
 #include <linux/gfp.h>
 #include <linux/jump_label.h>
@@ -16,6 +17,7 @@
 #include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/random.h>
+#include <linux/reboot.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
 
@@ -43,7 +45,7 @@
  * @witness: our page
  * @id: of this layout, 0 when there is none
  * @last_id: of the last layout there was
- * @offlining: memory is going offline; no layout can be made
+ * @offlining: memory is going offline, or this kernel; no layout can be made
  * @partial: some memory is not in @runs
  * @runs: the runs
  * @nr: how many
@@ -417,6 +419,20 @@ static struct notifier_block memory_notifier = {
 	.notifier_call = memory_changed,
 };
 
+/* No layout may outlive this kernel. There is no way back from here. */
+static int kernel_ends(struct notifier_block *nb, unsigned long action, void *arg)
+{
+	mutex_lock(&layout_lock);
+	layout.offlining++;
+	drop_layout();
+	mutex_unlock(&layout_lock);
+	return NOTIFY_OK;
+}
+
+static struct notifier_block reboot_notifier = {
+	.notifier_call = kernel_ends,
+};
+
 /**
  * vbw_memmap_init - make the witness; once, when the module is loaded
  *
@@ -432,7 +448,16 @@ int vbw_memmap_init(void)
 	set_witness();
 	err = register_memory_notifier(&memory_notifier);
 	if (err)
-		__free_page(layout.witness);
+		goto free;
+	err = register_reboot_notifier(&reboot_notifier);
+	if (err)
+		goto unregister;
+	return 0;
+
+unregister:
+	unregister_memory_notifier(&memory_notifier);
+free:
+	__free_page(layout.witness);
 	return err;
 }
 
@@ -441,6 +466,7 @@ int vbw_memmap_init(void)
  */
 void vbw_memmap_exit(void)
 {
+	unregister_reboot_notifier(&reboot_notifier);
 	unregister_memory_notifier(&memory_notifier);
 	set_page_private(layout.witness, 0);
 	__free_page(layout.witness);

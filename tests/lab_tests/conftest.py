@@ -20,7 +20,9 @@ EVERY_KERNEL = re.compile(
 LONG = re.compile(r"test_kmod_(stock|walk|versus_hinting)\.py|test_snapshot\w*\.py")
 HEARTS = re.compile(
     r"test_inflates_and_deflates\[|test_pushes_what_is_free\[\S*-4096-1-1|"
-    r"test_saved_and_restored\[6\.12-q35-file-module"
+    r"test_saved_and_restored\[6\.12-q35-file-module|test_moved_through_a_pipe|"
+    r"test_killed_at_any_step\[|test_full_disk|test_interrupted|"
+    r"test_snapshot_reboot\.py::\w+\[6\.12"
 )
 
 
