@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vballoon_spec.conformance.profiles import PROFILES
+from vballoon_spec.conformance.profiles import PROFILES, profile_named
 
 __all__ = ("OPTIONS",)
 
@@ -32,9 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "shell command that makes the device change its configuration; {dir}, {n}",
     },
     "--device": {
-        "choices": sorted(PROFILES),
+        "type": profile_named,
         "default": "none",
-        "help": "device profile, which knows a valid request (default: control plane only)",
+        "metavar": "TYPE",
+        "help": f"device profile, which knows a valid request: {', '.join(sorted(PROFILES))},"
+        " or FILE.py:CLASS (default: control plane only)",
     },
     "--time-limit": {
         "type": float,

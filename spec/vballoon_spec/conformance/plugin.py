@@ -70,12 +70,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Recorder(run, Path(get("conformance_json"))))
 
 
-def _profiles() -> dict[str, Any]:
-    from vballoon_spec.conformance.profiles import PROFILES
-
-    return dict(PROFILES)
-
-
 def repeat_command(options: Options, nodeid: str) -> str:
     """The line that runs one test again."""
     words = ["vballoon", "conform"]
@@ -220,7 +214,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture
 def profile(options: Options) -> Any:
     """What a valid request is."""
-    return _profiles()[options.device]()
+    from vballoon_spec.conformance.profiles import find_profile
+
+    return find_profile(options.device)()
 
 
 @pytest.fixture

@@ -2,15 +2,18 @@
 """Device profiles: what one valid request is, for each device type that the suite knows.
 
 A profile is all that the ring tests need to know about a device.  To add one, subclass
-:class:`Profile`, say which queues to start and what a request looks like, and put it into
-:data:`PROFILES`; ``docs/conformance.md`` walks through it.
+:class:`Profile` and say which queues to start and what a request looks like;
+``docs/conformance.md`` walks through it.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vballoon_spec.conformance.memory import PAGE
@@ -19,7 +22,7 @@ from vballoon_spec.virtio.balloon import BalloonPfn
 if TYPE_CHECKING:
     from vballoon_spec.conformance.rig import Rig
 
-__all__ = ("PROFILES", "Exchange", "Profile")
+__all__ = ("PROFILES", "Exchange", "Profile", "find_profile", "no_bytes", "profile_named")
 
 FILL = 0xA5
 """What device-writable memory holds before the device writes to it."""
@@ -92,10 +95,11 @@ class Balloon(Profile):
             return "" if freed else f"the page at {page:#x} was inflated and is still there"
 
         pfn = BalloonPfn(pfn=page // PAGE).build()
-        return Exchange(pfn, verify=_no_bytes, effect=effect, may_change=((page, page + PAGE),))
+        return Exchange(pfn, verify=no_bytes, effect=effect, may_change=((page, page + PAGE),))
 
 
-def _no_bytes(used: int, data: bytes) -> str:
+def no_bytes(used: int, data: bytes) -> str:
+    """For requests without a device-writable part."""
     return "" if used == 0 else f"used length {used} for a buffer that nothing is written to"
 
 
@@ -197,7 +201,7 @@ class Vsock(Profile):
         packet = struct.pack(
             "<QQIIIHHIII", cid, 2, 1024 + serial % 60000, 4242, 0, 1, 1, 0, 65536, 0
         )
-        return Exchange(packet, verify=_no_bytes)
+        return Exchange(packet, verify=no_bytes)
 
 
 class Net(Profile):
@@ -212,9 +216,40 @@ class Net(Profile):
     def exchange(self, rig: Rig, serial: int) -> Exchange:
         """A valid request."""
         frame = bytes.fromhex("020000000001020000000002 88b5") + struct.pack("<I", serial)
-        return Exchange(bytes(12) + frame.ljust(60, b"\x5a"), verify=_no_bytes)
+        return Exchange(bytes(12) + frame.ljust(60, b"\x5a"), verify=no_bytes)
 
 
 PROFILES: dict[str, type[Profile]] = {
     profile.name: profile for profile in (Profile, Balloon, Rng, Blk, Fs, Vsock, Net)
 }
+
+
+def profile_named(name: str) -> str:
+    """*name* itself, if :func:`find_profile` finds it; for the command line's parser."""
+    try:
+        find_profile(name)
+    except (ImportError, AttributeError, OSError, TypeError) as error:
+        known = ", ".join(sorted(PROFILES))
+        raise argparse.ArgumentTypeError(f"{error}, known are {known}") from None
+    return name
+
+
+def find_profile(name: str) -> type[Profile]:
+    """A profile of this module, or ``FILE.py:CLASS`` or ``MODULE:CLASS`` of anybody."""
+    if name in PROFILES:
+        return PROFILES[name]
+    place, _, attribute = name.rpartition(":")
+    if not place:
+        raise TypeError(f"no device profile {name!r}")
+    if place.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(place).stem, Path(place).absolute())
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    found = getattr(module, attribute)
+    if not (isinstance(found, type) and issubclass(found, Profile)):
+        raise TypeError(f"{name} is no profile")
+    return found

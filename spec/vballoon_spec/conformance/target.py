@@ -12,7 +12,6 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,8 @@ _DEATH_CRIES = re.compile(
     r"Traceback \(most recent call last\)|panicked at|AddressSanitizer|Assertion .* failed"
     r"|Segmentation fault|Exception ignored in|Task exception was never retrieved"
 )
-STAYS = 3
-"""So many connections a program has to outlive before it is believed to outlive them all."""
-_STAYED: Counter[str] = Counter()
+_SERVES_ONCE: dict[str, bool] = {}
+"""Command → whether the program serves one connection and ends, once that has been tried."""
 
 
 @dataclass(frozen=True)
@@ -157,20 +155,35 @@ class Target:
         """Whether the process ended by itself without an error (serves one connection only)."""
         return self.popen is not None and self.popen.poll() == 0
 
-    def ends_after_a_connection(self, limit: float = 1.0) -> bool:
-        """Whether this backend ends by itself, without an error, once its front-end has left.
-
-        A program that has stayed several times is not waited for any more.
-        """
+    def serves_once(self, limit: float = 1.0) -> bool:
+        """Whether the program ends by itself once a front-end, any front-end, has left."""
         command = self.options.command
-        deadline = time.monotonic() + (limit if _STAYED[command] < STAYS else 0.0)
-        while self.popen is not None and time.monotonic() < deadline:
-            if self.left_in_peace:
-                _STAYED[command] = -1_000_000
-                return True
+        if command and command not in _SERVES_ONCE:
+            fresh = Target(self.options)
+            try:
+                fresh.connect().close()
+                _SERVES_ONCE[command] = fresh.ends_within(limit)
+            except Finding:
+                _SERVES_ONCE[command] = False
+            finally:
+                fresh.stop()
+        return _SERVES_ONCE.get(command, False)
+
+    def ends_within(self, limit: float) -> bool:
+        """Whether the program ends within *limit* seconds."""
+        deadline = time.monotonic() + limit
+        while not self.gone and time.monotonic() < deadline:
             time.sleep(0.01)
-        _STAYED[command] += 1
-        return self.left_in_peace
+        return self.gone
+
+    def ends_after_a_connection(self, limit: float = 3.0) -> bool:
+        """Whether no other connection is to be expected, because the program serves one and ends.
+
+        A signal that ended it is another matter, and shows with the next connection.
+        """
+        if self.popen is None or not self.serves_once():
+            return False
+        return self.ends_within(limit) and self.popen.returncode >= 0
 
     def expect_healthy(self) -> None:
         """Raise :class:`Finding` for a crash, or for a traceback in the output."""

@@ -151,7 +151,9 @@ def test_refusals_are_not_zero(split_rig: VhostUserRig) -> None:
 
 
 @pytest.mark.requirement("vu.reply-ack.value")
-@pytest.mark.parametrize("request_type", [Request.SET_VRING_NUM, Request.SET_VRING_ENABLE])
+@pytest.mark.parametrize(
+    "request_type", [Request.SET_VRING_NUM, Request.SET_VRING_ENABLE], ids=lambda r: r.name
+)
 def test_bad_queue_index_is_not_acknowledged(
     split_rig: VhostUserRig, request_type: Request
 ) -> None:
