@@ -9,7 +9,6 @@ and device_status keeps its value until the work has ended (the driver must wait
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from vballoon.virtio_pci.memory import ClientMemory
 from vballoon.virtio_pci.msix import MsixBar
 from vballoon.virtio_pci.registers import CommonRegisters, QueueRegisters, Status
 from vballoon.virtio_pci.rings import Rings
+from vballoon.virtio_pci.structures import DeviceConfig, Structures
 from vballoon.virtqueue import Engine
 from vballoon_spec.pci import BarFlags
 from vballoon_spec.vfio_user import PciIrq
@@ -81,8 +81,7 @@ class VirtioPciFunction(PciDevice):
         )
         self.msix = MsixBar(vectors)
         self.rings = Rings(engine=engine, notify=self._notify, on_broken=self._broken)
-        self._generation = 0
-        self._shown = device.read_config()
+        self.device_config = DeviceConfig(device)
         self._kicked: dict[int, None] = {}
         self._more: dict[int, None] = {}  # had more than one turn's work
         self._busy = self._scheduled = self._reset_due = False
@@ -94,6 +93,9 @@ class VirtioPciFunction(PciDevice):
         self.client_memory = ClientMemory(self.dma)
         self.msix.irqs = self.irqs
         self.interrupts = Interrupts(config, self.irqs, self.intx, self._caps.msix)
+        self._structures = Structures(
+            self.registers, self.interrupts, self.device_config, self._kick
+        )
         self._add_window()
         config.on_write(self._caps.express + 8, 2, self._flr)
         self._power_state = 0
@@ -118,8 +120,8 @@ class VirtioPciFunction(PciDevice):
         regions: dict[int, Region] = {
             layout.STRUCTURES_BAR: Region(
                 layout.STRUCTURES_SIZE,
-                read=self._read_structures,
-                write=self._write_structures,
+                read=lambda offset, count: self._structures.read(offset, count),
+                write=lambda offset, data: self._structures.write(offset, data),
                 bar=BarFlags.MEMORY_64,
                 io_events=self._bells,
             ),
@@ -153,54 +155,15 @@ class VirtioPciFunction(PciDevice):
         elif self.registers.running:
             self.interrupts.config_change(self.registers.config_vector)
 
-    # -- BAR 0 ------------------------------------------------------------------------------------
-
-    def _read_structures(self, offset: int, count: int) -> bytes:
-        page, within = offset & -layout.PAGE, offset % layout.PAGE
-        if page == layout.COMMON_PAGE:
-            return self.registers.read(within, count)
-        if page == layout.ISR_PAGE:
-            # The status is one byte; what is read behind it is nothing, and clears nothing.
-            return (b"\0" if within else bytes([self.interrupts.read_isr()])).ljust(count, b"\0")
-        if page == layout.DEVICE_PAGE:
-            return self._read_config(within, count)
-        return bytes(count)
-
-    def _write_structures(self, offset: int, data: bytes) -> None:
-        page, within = offset & -layout.PAGE, offset % layout.PAGE
-        if page == layout.NOTIFY_PAGE:
-            self._doorbell(within)
-        elif page == layout.COMMON_PAGE:
-            self.registers.write(within, data)
-        elif page == layout.DEVICE_PAGE:
-            data = data[: max(len(self._shown) - within, 0)]
-            if data:
-                self.device.write_config(within, data)
-
-    def _doorbell(self, within: int) -> None:
-        index, rest = divmod(within, layout.NOTIFY_MULTIPLIER)
-        if rest or index >= len(self.registers.queues):
-            raise RequestError(errno.EINVAL, f"no doorbell at {within:#x}")
-        self._kick(index)
+    # -- what the driver does outside of the registers --------------------------------------------
 
     def _kick(self, index: int) -> None:
         self._kicked[index] = None
         self._schedule()
 
-    def _read_config(self, within: int, count: int) -> bytes:
-        self._refresh_config()
-        return self._shown[within : within + count].ljust(count, b"\0")
-
     def generation(self) -> int:
-        """config_generation: another one when the configuration has changed since the last look."""
-        self._refresh_config()
-        return self._generation
-
-    def _refresh_config(self) -> None:
-        now = self.device.read_config()
-        if now != self._shown:
-            self._shown = now
-            self._generation = (self._generation + 1) & 0xFF
+        """config_generation."""
+        return self.device_config.generation()
 
     def _add_window(self) -> None:
         """*PCI configuration access capability*: BARs through configuration space."""
@@ -467,6 +430,6 @@ class VirtioPciFunction(PciDevice):
         state.load(self, data)
 
     def restored(self, generation: int) -> None:
-        """What follows from a state: its configuration is taken to be another one here."""
+        """A state was taken over: so is what follows from it."""
         self._power_state = self.config.data[self._caps.power + 4] & 3
-        self._generation, self._shown = (generation + 1) & 0xFF, self.device.read_config()
+        self.device_config.restore(generation)
