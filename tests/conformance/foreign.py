@@ -111,7 +111,7 @@ BACKENDS = (
         "-d {root}/usr/lib/x86_64-linux-gnu/dpdk/pmds-23.0"
         " -l 0-1 --no-huge -m 256 --no-pci --no-telemetry --no-shconf --file-prefix=conf"
         " --vdev net_vhost0,iface={socket},queues=1 -- --forward-mode=io --port-topology=loop"
-        " --auto-start --total-num-mbufs=4096", "net",
+        " --auto-start --total-num-mbufs=4096 --stats-period=3600", "net",  # not ended by its input
         options=("--polls", "--keep", "--start-limit", "30"),
     ),
 )  # fmt: skip
