@@ -189,7 +189,10 @@ def run(options: Options) -> Part:
         counters |= _interleave(bench, ours, other)
         second, ours.found = ours.found, first
         for found in (second, other.found):  # the two are compared in the state they are in
-            found["hint"] = found[AGAIN]
+            found |= {
+                "hint" + what.removeprefix(AGAIN): values
+                for what, values in found.items() if what.startswith(AGAIN)
+            }  # fmt: skip
         version = vm.qmp("query-version")["qemu"]
     _write(part, bench, second, counters, version)
     _write_floor(part, own, ours, floor)
@@ -210,7 +213,7 @@ def _interleave(
 
     *floor* only inflates and deflates, between them.
     """
-    kept = [dict(d.found) for d in (one, two)]
+    kept = [{what: list(values) for what, values in d.found.items()} for d in (one, two)]
     _turns(bench, two)  # the first time memory is given back and taken again: not kept
     one.found, two.found = kept
     counters = {}

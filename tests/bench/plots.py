@@ -125,8 +125,8 @@ def _latency(part: dict[str, Any]) -> Any:
 
 def _qemu(part: dict[str, Any]) -> Any:
     figure, axes = _figure(3)
-    devices = ["in-process", "vhost-user", "vfio-user"]
-    colours = ["#8b949e", "#1f6feb", "#d29922"]
+    devices = ["in-process", "vhost-user", "vfio-user", "nothing freed"]
+    colours = ["#8b949e", "#1f6feb", "#d29922", "#d0d7de"]
     pictures = (
         ("inflate", "deflate", "report", "hint"),
         ("inflate, device CPU", "deflate, device CPU", "report, device CPU"),
@@ -139,9 +139,9 @@ def _qemu(part: dict[str, Any]) -> Any:
                 for s in part["samples"]
                 if s["params"].get("device") == device and "beside" not in s["params"]
             }
-            places = [i + 0.27 * (number - 1) for i in range(len(whats))]
+            places = [i + 0.2 * (number - 1.5) for i in range(len(whats))]
             heights = [found.get(what, 0) for what in whats]
-            axis.bar(places, heights, 0.27, label=device, color=colours[number])
+            axis.bar(places, heights, 0.2, label=device, color=colours[number])
         names = [what.replace(", device CPU", "").replace("resident ", "") for what in whats]
         axis.set_xticks(range(len(whats)), names)
     for axis, title in zip(

@@ -125,7 +125,8 @@ class CompiledSplit(_Compiled, BatchSplit):
         batch, slots = self._run(limit, self._heads, self._avail & (self.size - 1), False)
         if batch.ids.size:
             self._consume(batch.ids.size, slots)
-            self._log_take(batch, self._taken[: batch.ids.size].copy(), None)
+            if not isinstance(self._inflight, NullInflight):
+                self._log_take(batch, self._taken[: batch.ids.size].copy(), None)
             self._count(batch, slots)
         return batch
 
