@@ -15,7 +15,7 @@ from tests.lab_tests.kmod_device import LocalDevice
 
 from vballoon.skipmap import Provenance
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 DRIVER = Path(__file__).resolve().parents[2] / "driver_kmod"
 MIB = 1 << 20
 ROUNDS = 3
@@ -105,9 +105,9 @@ def test_walk_beside_hinting(name: str, fragment: bool, tmp_path: Path) -> None:
     ):
         if fragment:
             vm.guest.start("memhog 3000", log="/run/hog.log", fifo="/run/hog")
-            vm.guest.wait_for("grep -q filled /run/hog.log", timeout=120)
+            vm.guest.wait_for("grep -q filled /run/hog.log", timeout=300)
             vm.guest.sh("echo fragment >/run/hog")
-            vm.guest.wait_for("tail -1 /run/hog.log | grep -q fragment", timeout=120)
+            vm.guest.wait_for("tail -1 /run/hog.log | grep -q fragment", timeout=300)
         vm.guest.load("virtio_balloon")
         drain(device.ended)
         hinted = best([hint(vm, device) for _ in range(ROUNDS)])
@@ -119,9 +119,11 @@ def test_walk_beside_hinting(name: str, fragment: bool, tmp_path: Path) -> None:
         show(label, "walk", walked)
         assert 0.99 < walked.share < 1.01
         assert walked.taken_mib < 1
+        print(f"{label:24} hinting takes {hinted.seconds / walked.seconds:.0f} times as long")
         if fragment:
-            # Large blocks are few: hinting sees little, and so has little to do.
-            assert hinted.share < 0.6
+            # Hinting sees the large blocks, and what the kernel compacts into some meanwhile.
+            assert hinted.share < walked.share - 0.1
+            assert hinted.seconds > walked.seconds
         else:
             assert hinted.seconds / walked.seconds > 20
             assert hinted.taken_mib > 2000
