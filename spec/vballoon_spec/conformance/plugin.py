@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from vballoon_spec.conformance.findings import Finding, Hang
-from vballoon_spec.conformance.target import Options, Target
+from vballoon_spec.conformance.target import Options, Target, serves_once
 
 SUITE = Path(__file__).parent / "suite"
 OPTIONS = pytest.StashKey[Options]()
@@ -108,6 +108,13 @@ def _ours(item: pytest.Item) -> bool:
 
 
 # -- running ---------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Learn what many tests need to know of the program, so that it is no test's time."""
+    if any(map(_ours, session.items)) and not session.config.option.collectonly:
+        serves_once(session.config.stash[OPTIONS])
 
 
 @pytest.hookimpl(wrapper=True)

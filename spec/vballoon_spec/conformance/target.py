@@ -20,7 +20,7 @@ from vballoon_spec.conformance.findings import Finding, Hang
 from vballoon_spec.conformance.observe import Process
 from vballoon_spec.conformance.wiretap import Tap, connect, peer_pid
 
-__all__ = ("Options", "Target")
+__all__ = ("Options", "Target", "serves_once")
 
 _DEATH_CRIES = re.compile(
     r"Traceback \(most recent call last\)|panicked at|AddressSanitizer|Assertion .* failed"
@@ -155,20 +155,6 @@ class Target:
         """Whether the process ended by itself without an error (serves one connection only)."""
         return self.popen is not None and self.popen.poll() == 0
 
-    def serves_once(self, limit: float = 1.0) -> bool:
-        """Whether the program ends by itself once a front-end, any front-end, has left."""
-        command = self.options.command
-        if command and command not in _SERVES_ONCE:
-            fresh = Target(self.options)
-            try:
-                fresh.connect().close()
-                _SERVES_ONCE[command] = fresh.ends_within(limit)
-            except Finding:
-                _SERVES_ONCE[command] = False
-            finally:
-                fresh.stop()
-        return _SERVES_ONCE.get(command, False)
-
     def ends_within(self, limit: float) -> bool:
         """Whether the program ends within *limit* seconds."""
         deadline = time.monotonic() + limit
@@ -181,7 +167,7 @@ class Target:
 
         A signal that ended it is another matter, and shows with the next connection.
         """
-        if self.popen is None or not self.serves_once():
+        if self.popen is None or not serves_once(self.options):
             return False
         return self.ends_within(limit) and self.popen.returncode >= 0
 
@@ -211,3 +197,21 @@ class Target:
                 self.popen.wait(5)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def serves_once(options: Options, limit: float = 1.0) -> bool:
+    """Whether a spawned program ends by itself once a front-end, any front-end, has left.
+
+    It is tried once, with a program of its own.
+    """
+    command = options.command
+    if command and command not in _SERVES_ONCE:
+        fresh = Target(options)
+        try:
+            fresh.connect().close()
+            _SERVES_ONCE[command] = fresh.ends_within(limit)
+        except Finding:
+            _SERVES_ONCE[command] = False
+        finally:
+            fresh.stop()
+    return _SERVES_ONCE.get(command, False)
