@@ -4,14 +4,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from vballoon_spec.conformance.page import render
+from vballoon_spec.conformance.plugin import _requirements
 from vballoon_spec.conformance.record import Record, Run
 from vballoon_spec.conformance.target import Options, Target
 from vballoon_spec.conformance.transcript import Transcript, shortened
 from vballoon_spec.conformance.verdict import verdicts
+
+
+@pytest.mark.parametrize(
+    ("params", "rows"),
+    [({"packed": "split"}, ["split.a", "ring.c"]), ({"packed": "packed"}, ["packed.b", "ring.c"]),
+     ({}, ["split.a", "packed.b", "ring.c"])],
+)  # fmt: skip
+def test_a_test_on_one_ring_layout_says_nothing_of_the_other(
+    params: dict[str, str], rows: list[str]
+) -> None:
+    mark = SimpleNamespace(args=("split.a", "packed.b", "ring.c"))
+    item = SimpleNamespace(callspec=SimpleNamespace(params=params), iter_markers=lambda _: [mark])
+    assert _requirements(cast("pytest.Item", item)) == rows
+
 
 ROWS = ["split.used.id", "split.used.len-first"]
 

@@ -97,7 +97,7 @@ def _tests(verdict: Verdict, shown: set[str]) -> str:
         return "".join(_failure(alike, shown) for alike in _alike(failed))
     reasons = sorted({r.observed for r in verdict.records if r.outcome == "n/a"})
     count = sum(r.outcome == "passed" for r in verdict.records)
-    told = f"<br><span class=id>{count} tests</span>" if count else ""
+    told = f"<br><span class=id>{count} test{'s' * (count > 1)}</span>" if count else ""
     if not count and reasons:
         told = f"<br><span class=id>{e('; '.join(reasons))}</span>"
     return told
