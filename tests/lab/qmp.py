@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import EventListener, ExecuteError, Message, QMPClient
+from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient
 
 __all__ = ["ExecuteError", "Qmp"]
+
+CONNECT_SECONDS = 10.0
 
 
 class Qmp:
@@ -24,7 +26,19 @@ class Qmp:
         self._listener = EventListener()
         self._client.register_listener(self._listener)
         self._seen: list[Message] = []
-        self._loop.run_until_complete(self._client.connect(str(path)))
+        self._loop.run_until_complete(self._connect(str(path)))
+
+    async def _connect(self, path: str) -> None:
+        """A socket has its name a moment before it listens; on a busy host that is seen."""
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while True:
+            try:
+                return await self._client.connect(path)
+            except ConnectError as error:
+                refused = isinstance(error.exc, ConnectionRefusedError)
+                if not refused or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.02)
 
     def command(self, name: str, **arguments: Any) -> Any:
         """Run a command; its return value. :class:`ExecuteError` is QEMU's refusal.

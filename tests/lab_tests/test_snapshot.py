@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,7 @@ def test_moved_through_a_pipe(tmp_path: Path) -> None:
     with (
         Backend("vhost-user") as backend,
         Backend("vhost-user") as elsewhere,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as place,
         balloon_guest(backend, kernel="6.12", memory=512) as vm,
     ):
         fill(vm, 100)
@@ -146,7 +148,8 @@ def test_moved_through_a_pipe(tmp_path: Path) -> None:
         ]  # fmt: skip
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
-        moved = RestoredMachine(vm, Path("-"), "--balloon-socket", str(elsewhere.socket))
+        socket = ["--balloon-socket", str(elsewhere.socket)]
+        moved = RestoredMachine(vm, Path("-"), "--ram", place, *socket)
         moved.standard_input(pipe)
         into_pipe = ["sh", "-c", 'exec "$@" >"$0"', str(pipe), *command]
         with subprocess.Popen(into_pipe) as sender, moved as other:
@@ -154,7 +157,8 @@ def test_moved_through_a_pipe(tmp_path: Path) -> None:
             assert vm.process.wait(20) == 0
             unharmed(other)
             balloon_works(other, elsewhere, 512)
-        assert not list(Path("/dev/shm").glob("vballoon-*"))
+            assert not list(Path(place).rglob("*.ram"))
+        wait_until(lambda: not list(Path(place).iterdir()))
 
 
 def test_inflated_balloon_comes_back_as_large(tmp_path: Path) -> None:
