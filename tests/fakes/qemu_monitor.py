@@ -252,21 +252,21 @@ class FakeQemu:
         self.capability = arguments["capabilities"][0]["state"]
         return {}
 
-    def _save(self, path: str) -> None:
+    def _save(self, path: str, content: bytes) -> None:
         if self.status == "running":
             raise Refused("the guest runs")
         if self.device is not None:
             raise Refused("State blocked by non-migratable device")
-        os.write(self._fds[int(path.rpartition("/")[2])], b"device state")
+        os.write(self._fds[int(path.rpartition("/")[2])], content)
 
     def do_xen_save_devices_state(self, arguments: Any) -> Any:
-        self._save(arguments["filename"])
+        self._save(arguments["filename"], b"QEVM\0\0\0\3device state")
         return {}
 
     def do_migrate(self, arguments: Any) -> Any:
         if not self.capability:
             raise Refused("all RAM would be saved")
-        self._save(arguments["uri"])
+        self._save(arguments["uri"], b"device state")
         self.status = "postmigrate"
         self.migration = {"status": "completed"}
         return {}

@@ -38,6 +38,7 @@ def numbers(array: np.ndarray) -> set[int]:
     return {n for start, end in array.tolist() for n in range(start, end)}
 
 
+@settings(deadline=None)
 @given(extents, extents)
 def test_without_is_set_difference(data: np.ndarray, left_out: np.ndarray) -> None:
     result = without(data, left_out)
@@ -46,6 +47,7 @@ def test_without_is_set_difference(data: np.ndarray, left_out: np.ndarray) -> No
     assert (result[1:, 0] > result[:-1, 1]).all()
 
 
+@settings(deadline=None)
 @given(extents)
 def test_guest_pages_are_found_in_their_file(pages: np.ndarray) -> None:
     """Two regions of one file, in the other order there, with a gap between them in the guest."""

@@ -236,11 +236,13 @@ def test_command_line_of_another_machine_is_refused(
         rewritten(whole, command)
 
 
-def test_devices_only_state_needs_another_switch(tmp_path: Path) -> None:
+def test_devices_only_state_needs_no_switch(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "snap")
     parts(store)
     store.finish(manifest_of(store, StateKind.DEVICES_ONLY))
-    assert "migration.send-configuration=off" in rewritten(tmp_path / "snap", COMMAND)
+    words = rewritten(tmp_path / "snap", COMMAND)
+    assert words[-2:] == ["-incoming", f"file:{tmp_path / 'snap' / 'state'}"]
+    assert not any(word.startswith("migration.") for word in words)
 
 
 def test_balloon_may_be_elsewhere(whole: Path) -> None:

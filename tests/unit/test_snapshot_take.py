@@ -18,6 +18,7 @@ from vballoon.snapshot.memmap import FreeMemory, VerificationRefused
 from vballoon.snapshot.qmp_vm import QemuVm
 from vballoon.snapshot.recovery import MOVED, Note, go_back
 from vballoon.snapshot.source import GuestSource, RamFile
+from vballoon.snapshot.state import as_migration
 from vballoon.snapshot.store import DirectoryStore, open_snapshot
 from vballoon.snapshot.take import Observer, Snapshot
 from vballoon_spec.snapshot import SnapshotManifest, StateKind
@@ -207,6 +208,19 @@ def test_capability_of_another_kind_of_migration_is_refused(
         make(vm, source, tmp_path).take()
     assert qemu.whole
     assert "device_del" not in qemu.log
+
+
+def test_state_of_a_memfds_machine_becomes_a_migrations_stream(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    manifest = make(vm, source, tmp_path).take()
+    assert manifest.state.kind is StateKind.DEVICES_ONLY
+    assert (tmp_path / "snap" / "state").read_bytes() == (
+        b"QEVM\0\0\0\3\7\0\0\0\x0bpc-q35-11.1device state\6\0\0\0\2{}"
+    )
+    for strange in (b"", b"device state", b"QEVM\0\0\0\3\7"):
+        with pytest.raises(UsageError, match="not known"):
+            as_migration(strange, "pc")
 
 
 def test_memfd_with_other_writable_ram_is_refused(

@@ -134,17 +134,16 @@ def _restore(options: argparse.Namespace, snapshot: Path, *, in_place: bool) -> 
 def _print(
     options: argparse.Namespace, snapshot: Path, manifest: SnapshotManifest, place: RamPlace
 ) -> None:
-    from vballoon.snapshot.restore import balloon_arguments, printed_arguments
+    from vballoon.snapshot.restore import balloon_arguments, printed_arguments, printed_commands
 
     words = printed_arguments(snapshot, manifest, place.files)
     device, _ = balloon_arguments(manifest, options.balloon_socket)
     print(shlex.join(words))
     print(
         "instead of the memory backends of the VM's command line, and without its balloon "
-        "(its -chardev stays); then, on a QMP monitor:\n"
-        + json.dumps({"execute": "cont"})
-        + "\n"
-        + json.dumps({"execute": "device_add", "arguments": device}),
+        "(its -chardev stays); then, on a QMP monitor:",
+        *map(json.dumps, printed_commands(device)),
+        sep="\n",
         file=sys.stderr,
     )
 

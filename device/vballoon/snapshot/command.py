@@ -46,11 +46,10 @@ def memory_words(
 
 def incoming_words(manifest: SnapshotManifest, state: Path) -> list[str]:
     """What makes QEMU load the state."""
+    words = ["-incoming", f"file:{state}"]
     if manifest.state.kind is StateKind.IGNORE_SHARED:
-        how = "migration.x-ignore-shared=on"
-    else:
-        how = "migration.send-configuration=off"
-    return ["-global", how, "-incoming", f"file:{state}"]
+        return ["-global", "migration.x-ignore-shared=on", *words]
+    return words
 
 
 def rewrite(

@@ -19,13 +19,21 @@ from vballoon.snapshot.copy import copy_extents
 from vballoon.snapshot.device import require_balloon
 from vballoon.snapshot.extents import data_extents
 from vballoon.snapshot.qmp_vm import QemuVm
+from vballoon.snapshot.state import CAPABILITY, set_ignore_shared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vballoon_spec.snapshot import SnapshotManifest
 
-__all__ = ("RamPlace", "Restored", "balloon_arguments", "printed_arguments", "start")
+__all__ = (
+    "RamPlace",
+    "Restored",
+    "balloon_arguments",
+    "printed_arguments",
+    "printed_commands",
+    "start",
+)
 
 START_SECONDS = 30.0
 LOAD_SECONDS = 60.0
@@ -108,6 +116,16 @@ def printed_arguments(
     return words + incoming_words(manifest, snapshot.resolve() / manifest.state.file)
 
 
+def printed_commands(device: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is to be said to QEMU's monitor when the state is loaded."""
+    off = {"capabilities": [{"capability": CAPABILITY, "state": False}]}
+    return [
+        {"execute": "migrate-set-capabilities", "arguments": off},
+        {"execute": "cont"},
+        {"execute": "device_add", "arguments": device},
+    ]
+
+
 @dataclass(slots=True)
 class Restored:
     """A started QEMU: the process, and a monitor of our own."""
@@ -128,6 +146,8 @@ class Restored:
         migration = self.vm.execute("query-migrate")
         if migration.get("status") != "completed":
             raise UsageError(f"QEMU did not load the state: {migration}")
+        # Or QEMU would leave out all memory when somebody migrates this machine later.
+        set_ignore_shared(self.vm, False)
         if status != "running":
             self.vm.execute("cont")
 

@@ -61,6 +61,9 @@ class Store(Protocol):
     ) -> int:
         """Copy a file of guest memory, *size* bytes with data at *extents*; returns bytes."""
 
+    def change_state(self, change: Callable[[bytes], bytes]) -> None:
+        """Put what *change* makes of the device state in its place."""
+
     def digests(self) -> tuple[int, str, list[str]]:
         """Size and checksum of the state, checksums of the memory files in order."""
 
@@ -139,6 +142,11 @@ class DirectoryStore:
             return length(common(there, extents))
         finally:
             os.close(fd)
+
+    def change_state(self, change: Callable[[bytes], bytes]) -> None:
+        """Write the file anew."""
+        path = self.path / STATE_FILE
+        path.write_bytes(change(path.read_bytes()))
 
     def digests(self) -> tuple[int, str, list[str]]:
         """Read everything back from the files, while they are written to the disk."""

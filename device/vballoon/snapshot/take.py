@@ -33,7 +33,7 @@ from vballoon.snapshot.memmap import VerificationRefused
 from vballoon.snapshot.plan import Copied, Observer, Plan, Taken
 from vballoon.snapshot.qmp_vm import QemuGone
 from vballoon.snapshot.recovery import Guardian, Note, go_back
-from vballoon.snapshot.state import DeviceState, choose_kind, ignores_shared
+from vballoon.snapshot.state import DeviceState, as_migration, choose_kind, ignores_shared
 from vballoon.snapshot.store import ram_name
 from vballoon_spec.snapshot import MemoryFile, SnapshotManifest, StateFile, StateKind
 
@@ -248,6 +248,8 @@ class Snapshot:
 
     def _manifest(self, plan: Plan, taken: Taken) -> SnapshotManifest:
         self._begin("finish")
+        if plan.kind is StateKind.DEVICES_ONLY:
+            self.store.change_state(lambda state: as_migration(state, plan.qemu["machine"]))
         state_bytes, state_digest, digests = self.store.digests()
         return SnapshotManifest(
             created_ns=taken.stopped_ns,
