@@ -17,9 +17,9 @@ V1 = 1 << f.VIRTIO_F_VERSION_1
 RESERVED_TOP = 42
 """Bits 24 to 49 belong to rings and transports; the standard gives 24 to 41 a meaning or a hole."""
 DEFINED = {
-    24, 26, 28, 29, 30, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42,
+    24, 26, 27, 28, 29, 30, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42,
 }  # fmt: skip
-"""Defined by the standard, or (26, 30 and legacy 24) by vhost."""
+"""Defined by the standard, or (26, 30; legacy 24 and 27) by vhost and by transitional devices."""
 REQUIRES = {
     "net": {7: [1], 8: [1], 9: [7], 10: [7], 11: [0], 12: [0], 14: [1], 15: [14], 17: [17]},
     "balloon": {},
