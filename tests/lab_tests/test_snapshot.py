@@ -63,6 +63,9 @@ def test_saved_and_restored(
                 unharmed(other)
                 balloon_works(other, elsewhere, MEMORY)
                 unharmed(other)
+                done = snapshot(other, elsewhere, tmp_path / f"{directory.name}-again")
+                assert done.returncode == 0, done.stderr
+                unharmed(other)
 
 
 def only_what_is_used_was_copied(vm: Machine, saved: Path, factor: float) -> None:
