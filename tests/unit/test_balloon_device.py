@@ -302,4 +302,7 @@ def test_a_turn_of_a_queue_ends_in_time_and_tells_that_more_is_left(
     assert rig.queues[0].given == 1
     while rig.balloon.process(rig.queues[0]):
         pass
-    assert rig.queues[0].given == 2
+    assert (rig.queues[0].given, rig.queues[0].kicked) == (2, 1)  # going on is no other kick
+    while rig.balloon.process(rig.queues[0]):
+        pass
+    assert rig.queues[0].kicked == 2

@@ -54,6 +54,8 @@ class DeviceQueue:
         self.broken: QueueError | None = None
         self.taken = self.given = self.notified = self.kicked = 0
         """Counters, in buffers and notifications, since the ring was started."""
+        self.unfinished = False
+        """The last turn ended with something left, so another one follows by itself."""
         self._notify = notify
         self._on_broken = on_broken
 
@@ -170,12 +172,13 @@ class VirtioDevice(ABC):
 
         The driver is asked not to kick while its buffers are being taken anyway.
         """
-        queue.kicked += 1
+        queue.kicked += not queue.unfinished  # going on is no answer to another kick
+        queue.unfinished = False
         try:
-            return self._drain(queue)
+            queue.unfinished = self._drain(queue)
         except (QueueError, MemoryFault) as error:
             queue.fail(error)
-            return False
+        return queue.unfinished
 
     def _drain(self, queue: DeviceQueue) -> bool:
         queue.ring.disable_kicks()
