@@ -189,7 +189,7 @@ def test_churn_outdates_a_part_of_what_was_pushed(module: Any) -> None:
             )
         assert max(shares[1]) > 0
         vm.guest.sh("killall churn")
-        vm.guest.wait_for("! pidof churn >/dev/null")
+        vm.guest.wait_for("test $(cat /run/churn*.log | grep -c steps) = 2")
         assert vm.guest.sh("cat /run/churn*.log").count(", 0 bad") == 2
 
 
