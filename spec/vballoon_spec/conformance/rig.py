@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from vballoon_spec.conformance.findings import Finding, not_applicable
 from vballoon_spec.conformance.memory import GuestRam
 from vballoon_spec.conformance.observe import EventFd, Process
 from vballoon_spec.conformance.profiles import FILL, Exchange, Profile
-from vballoon_spec.conformance.ring import DriverRing, Segment, Used
+from vballoon_spec.conformance.ring import DriverRing, Segment, Used, cut_up
 from vballoon_spec.conformance.ring_packed import PackedRing
 from vballoon_spec.conformance.ring_split import SplitRing
 from vballoon_spec.conformance.target import Target
@@ -186,11 +186,11 @@ class Rig(ABC):
         if exchange.readable:
             start = self.ram.alloc(len(exchange.readable), align, region)
             self.ram.write(start, exchange.readable)
-            segments += _cut(start, len(exchange.readable), cut, write=False)
+            segments += cut_up(start, len(exchange.readable), cut, write=False)
         if exchange.writable:
             writable_at = self.ram.alloc(exchange.writable, align, region)
             self.ram.write(writable_at, bytes([FILL]) * exchange.writable)
-            segments += _cut(writable_at, exchange.writable, cut, write=True)
+            segments += cut_up(writable_at, exchange.writable, cut, write=True)
         return Placed(exchange, segments, writable_at)
 
     def request(self, serial: int = 0, **how: Any) -> Placed:
@@ -306,13 +306,3 @@ class Rig(ABC):
             event.close()
         self.rings.clear()
         self.ram.close()
-
-
-def _cut(start: int, size: int, sizes: Sequence[int], *, write: bool) -> Iterator[Segment]:
-    left = size
-    for part in sizes:
-        if part >= left:
-            break
-        yield Segment(start, part, write)
-        start, left = start + part, left - part
-    yield Segment(start, left, write)

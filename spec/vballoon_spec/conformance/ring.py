@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from vballoon_spec.conformance.findings import Finding, Hang
 from vballoon_spec.conformance.memory import GuestRam
 
-__all__ = ("DriverRing", "Segment", "Used", "full_fence")
+__all__ = ("DriverRing", "Segment", "Used", "cut_up", "full_fence")
 
 _lock = threading.Lock()
 
@@ -133,3 +133,14 @@ class DriverRing(ABC):
                 raise Hang(f"{len(found)} of {count} buffers came back within {limit} s")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.005)
+
+
+def cut_up(start: int, size: int, sizes: Sequence[int], *, write: bool) -> Iterator[Segment]:
+    """A range as descriptors: the first ones of these *sizes*, then the rest."""
+    left = size
+    for part in sizes:
+        if part >= left:
+            break
+        yield Segment(start, part, write)
+        start, left = start + part, left - part
+    yield Segment(start, left, write)
