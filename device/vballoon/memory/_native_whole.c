@@ -14,20 +14,24 @@
 
 enum { INPUTS_MAX = ARRAYS_MAX - 1, LINE = 8 };
 
-/* Four quarters side by side: more of memory is asked for at a time than a single run can. */
+/*
+ * Four sums, so that none waits for another.  (Four quarters of the bitmap side by side are faster
+ * still with 32 MiB and half as fast with 512 MiB.)
+ */
 FASTEST static uint64_t ones(const uint64_t *words, size_t n)
 {
-	size_t quarter = n / 4;
-	const uint64_t *w = words, *x = w + quarter, *y = x + quarter, *z = y + quarter;
 	uint64_t a = 0, b = 0, c = 0, d = 0;
+	size_t i;
 
-	for (size_t i = 0; i < quarter; i++) {
-		a += (uint64_t)__builtin_popcountll(w[i]);
-		b += (uint64_t)__builtin_popcountll(x[i]);
-		c += (uint64_t)__builtin_popcountll(y[i]);
-		d += (uint64_t)__builtin_popcountll(z[i]);
+	for (i = 0; i + 8 <= n; i += 8) {
+		const uint64_t *w = words + i;
+
+		a += (uint64_t)(__builtin_popcountll(w[0]) + __builtin_popcountll(w[1]));
+		b += (uint64_t)(__builtin_popcountll(w[2]) + __builtin_popcountll(w[3]));
+		c += (uint64_t)(__builtin_popcountll(w[4]) + __builtin_popcountll(w[5]));
+		d += (uint64_t)(__builtin_popcountll(w[6]) + __builtin_popcountll(w[7]));
 	}
-	for (size_t i = 4 * quarter; i < n; i++)
+	for (; i < n; i++)
 		a += (uint64_t)__builtin_popcountll(words[i]);
 	return a + b + c + d;
 }
