@@ -101,6 +101,7 @@ def _bitmap(part: dict[str, Any]) -> Any:
         axis.set_xticks(range(len(kinds)), [k if len(k) > 2 else f"order {k}" for k in kinds])
         axis.tick_params("x", rotation=60)
         axis.set_yscale("log")
+        axis.set_ylim(top=3000)  # room for the legend
         axis.set_title(title)
     axes[0][0].set_ylabel("million ranges a second (goal: 40)")
     axes[0][0].legend(fontsize=7)
