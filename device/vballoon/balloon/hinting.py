@@ -38,9 +38,7 @@ class HintQueue:
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
         """Follow the command ids, record the pages that belong to the round, give all back."""
-        if (
-            np.count_nonzero(batch.writable) == batch.writable.size
-        ):  # the usual batch: no command id among them
+        if np.count_nonzero(batch.writable) == batch.writable.size:  # as usual: no command id
             self._record(batch.addr, batch.len, skipmap)
         else:
             done = 0
