@@ -26,7 +26,7 @@ from vballoon_spec.vhost_user import VhostUserInflight, queue_region_size
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ("InflightArea",)
+__all__ = ("InflightArea", "InflightRecord")
 
 
 class InflightArea:
@@ -102,11 +102,29 @@ class InflightArea:
                 pass  # not an open descriptor; there is nothing to undo
 
 
-def head_and_states(
-    region: NDArray[np.uint8], head: np.dtype[Any], state: np.dtype[Any], count: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The region's head (a structured scalar array) and its *count* descriptor states."""
-    if region.size < head.itemsize + count * state.itemsize:
-        raise ProtocolError("inflight-region", f"{region.size} bytes for {count} descriptors")
-    states = region[head.itemsize : head.itemsize + count * state.itemsize]
-    return region[: head.itemsize].view(head), states.view(state)
+class InflightRecord:
+    """One queue's region: its head, and a state for each of its *count* descriptors."""
+
+    def __init__(
+        self, region: NDArray[np.uint8], head: np.dtype[Any], state: np.dtype[Any], count: int
+    ) -> None:
+        if region.size < head.itemsize + count * state.itemsize:
+            raise ProtocolError("inflight-region", f"{region.size} bytes for {count} descriptors")
+        states = region[head.itemsize : head.itemsize + count * state.itemsize]
+        self._head: NDArray[Any] = region[: head.itemsize].view(head)
+        self._desc: NDArray[Any] = states.view(state)
+        self._size = count
+
+    def end(self) -> None:
+        """The ring was stopped in good order: nothing is in flight, nothing to recover."""
+        self._head["version"] = 0
+
+    @property
+    def valid(self) -> bool:
+        """Whether an earlier back-end left a record here."""
+        return bool(self._head["version"][0])
+
+    @property
+    def in_flight(self) -> int:
+        """Buffers that the record says were taken and not given back."""
+        return int(np.count_nonzero(self._desc["inflight"]))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vballoon.errors import ProtocolError, UsageError
-from vballoon.vhost_user.inflight import head_and_states
+from vballoon.vhost_user.inflight import InflightRecord
 from vballoon.virtqueue import Resubmit, RingState
 from vballoon_spec.vhost_user import REGION_VERSION, DescStatePacked, QueueRegionPacked
 from vballoon_spec.virtio import packed
@@ -27,14 +27,11 @@ if TYPE_CHECKING:
 __all__ = ("PackedInflight",)
 
 
-class PackedInflight:
+class PackedInflight(InflightRecord):
     """Told of every take and give (:class:`~vballoon.virtqueue.InflightLog`)."""
 
     def __init__(self, region: NDArray[np.uint8], queue_size: int) -> None:
-        self._head, self._desc = head_and_states(
-            region, QueueRegionPacked.dtype(), DescStatePacked.dtype(), queue_size
-        )
-        self._size = queue_size
+        super().__init__(region, QueueRegionPacked.dtype(), DescStatePacked.dtype(), queue_size)
         self._counter = 0
         self._free: list[int] = []  # the free list as a stack, its head last
         self._entries: dict[int, list[int]] = {}  # buffer id -> its entries, in order
@@ -59,20 +56,6 @@ class PackedInflight:
             ("version", REGION_VERSION),  # last: from here on the record counts
         ):
             self._head[name] = value
-
-    def end(self) -> None:
-        """The ring was stopped in good order: nothing is in flight, nothing to recover."""
-        self._head["version"] = 0
-
-    @property
-    def valid(self) -> bool:
-        """Whether an earlier back-end left a record here."""
-        return bool(self._head["version"][0])
-
-    @property
-    def in_flight(self) -> int:
-        """Buffers that the record says were taken and not given back."""
-        return int(np.count_nonzero(self._desc["inflight"]))
 
     # -- recovery -----------------------------------------------------------------------------
 

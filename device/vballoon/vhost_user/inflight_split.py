@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vballoon.errors import ProtocolError
-from vballoon.vhost_user.inflight import head_and_states
+from vballoon.vhost_user.inflight import InflightRecord
 from vballoon.virtqueue import Resubmit, RingState
 from vballoon_spec.vhost_user import REGION_VERSION, DescStateSplit, QueueRegionSplit
 
@@ -20,14 +20,11 @@ __all__ = ("SplitInflight",)
 _U16 = 0xFFFF
 
 
-class SplitInflight:
+class SplitInflight(InflightRecord):
     """Told of every take and give (:class:`~vballoon.virtqueue.InflightLog`)."""
 
     def __init__(self, region: NDArray[np.uint8], queue_size: int) -> None:
-        self._head, self._desc = head_and_states(
-            region, QueueRegionSplit.dtype(), DescStateSplit.dtype(), queue_size
-        )
-        self._size = queue_size
+        super().__init__(region, QueueRegionSplit.dtype(), DescStateSplit.dtype(), queue_size)
         self._counter = 0
 
     def begin(self, used_idx: int) -> None:
@@ -43,20 +40,6 @@ class SplitInflight:
             ("version", REGION_VERSION),  # last: from here on the record counts
         ):
             self._head[name] = value
-
-    def end(self) -> None:
-        """The ring was stopped in good order: nothing is in flight, nothing to recover."""
-        self._head["version"] = 0
-
-    @property
-    def valid(self) -> bool:
-        """Whether an earlier back-end left a record here."""
-        return bool(self._head["version"][0])
-
-    @property
-    def in_flight(self) -> int:
-        """Buffers that the record says were taken and not given back."""
-        return int(np.count_nonzero(self._desc["inflight"]))
 
     def recover(self, used_idx: int) -> tuple[RingState, Resubmit]:
         """Where the ring stands, and what was in flight; *used_idx* is the used ring's index.
