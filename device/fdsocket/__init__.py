@@ -30,11 +30,13 @@ descriptors; the receiver does not see those bytes.  The loop stands still meanw
 timeout short.
 
 Sockets to begin with come from :func:`listen` (a stale path is removed only if nobody answers on
-it), :func:`connect` and :func:`adopt` (a descriptor number that this process inherited).
+it), :func:`connect` and :func:`adopt` (a descriptor number that this process inherited);
+:class:`Acceptor` takes the connections of a listening one.
 """
 
 from __future__ import annotations
 
+from fdsocket.acceptor import Acceptor
 from fdsocket.endpoint import AddressInUse, adopt, connect, is_listening, listen
 from fdsocket.stream import FdStream, Receiver
 from fdsocket.transfer import (
@@ -47,6 +49,7 @@ from fdsocket.transfer import (
 
 __all__ = (
     "MAX_FDS",
+    "Acceptor",
     "AddressInUse",
     "FdStream",
     "Receiver",

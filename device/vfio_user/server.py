@@ -26,9 +26,6 @@ DMA_TIMEOUT = 4.0
 """Seconds for an answer to DMA_READ or DMA_WRITE: less than the five after which QEMU gives up on
 a command of its own, so that a client which waits for us gets an answer in time."""
 
-RETRY_SECONDS = 0.5
-"""Until a client that could not be accepted is tried again."""
-
 _READ_SIZE = 1 << 16
 
 
@@ -46,8 +43,12 @@ class Server:
         self.connection: Connection | None = None
         self.finished = asyncio.Event()
         """Set when the server is closed, or when its only connection has ended."""
-        self._listener = listener
-        self._listening = fdsocket.is_listening(listener)
+        self._only: socket.socket | None = None  # a connection that was there already
+        self._acceptor: fdsocket.Acceptor | None = None
+        if fdsocket.is_listening(listener):
+            self._acceptor = fdsocket.Acceptor(listener, self._connect, self._not_accepted)
+        else:
+            self._only = listener
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
@@ -57,10 +58,10 @@ class Server:
         for region in self.device.regions:
             for event in region.io_events:
                 self._loop.add_reader(event.fd, _signalled, event.fd, event.callback)
-        if self._listening:
-            self._loop.add_reader(self._listener, self._accept)
-        else:
-            self._connect(self._listener)
+        if self._acceptor is not None:
+            self._acceptor.resume()
+        elif self._only is not None:
+            self._connect(self._only)
 
     def _wake(self) -> None:
         if self._loop is not None:
@@ -72,30 +73,12 @@ class Server:
         if self.connection is not None:
             self.connection.flush()
 
-    def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:  # too many open files, most likely: it may pass
-            log.error("cannot accept a client: %s", error.strerror)
-            self._pause()
-            return
-        if self._loop is not None:
-            self._loop.remove_reader(self._listener)
-        self._connect(sock)
-
-    def _pause(self) -> None:
-        """The client still waits: looking at it again at once would be all that we do."""
-        if self._loop is not None:
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(RETRY_SECONDS, self._listen)
-
-    def _listen(self) -> None:
-        if self._loop is not None and self.connection is None:
-            self._loop.add_reader(self._listener, self._accept)
+    def _not_accepted(self, error: OSError) -> None:
+        log.error("cannot accept a client: %s", error.strerror)
 
     def _connect(self, sock: socket.socket) -> None:
+        if self._acceptor is not None:
+            self._acceptor.pause()
         log.info("client connected")
         self.connection = Connection(self, sock)
         self.connection.stream.start()
@@ -106,8 +89,8 @@ class Server:
         self.connection = None
         if self._loop is None:
             return
-        if self._listening:
-            self._loop.add_reader(self._listener, self._accept)
+        if self._acceptor is not None:
+            self._acceptor.resume()
         else:
             self.finished.set()
 
@@ -117,14 +100,12 @@ class Server:
             for region in self.device.regions:
                 for event in region.io_events:
                     self._loop.remove_reader(event.fd)
-            if self._listening:
-                self._loop.remove_reader(self._listener)
         self._loop = None
         self.device.on_deferred(None)
         if self.connection is not None:
             self.connection.close()
-        if self._listening:
-            self._listener.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         self.finished.set()
 
 

@@ -10,8 +10,8 @@ import pkgutil
 import pytest
 
 PUBLIC = {
-    "fdsocket": """MAX_FDS AddressInUse FdStream Receiver TruncatedError adopt close_fds connect
-        is_listening listen receive_some send_some""",
+    "fdsocket": """MAX_FDS Acceptor AddressInUse FdStream Receiver TruncatedError adopt close_fds
+        connect is_listening listen receive_some send_some""",
     "vfio_user": """ConfigSpace DmaChannel DmaError DmaLog DmaRegion DmaTable FatalError IntxPin
         IoEvent IrqTable MigrationMachine PciDevice Region RequestError Server Session SessionLimits
         UsageError VfioUserError run_program serve""",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -345,3 +346,62 @@ def test_adopt_wants_a_unix_stream_socket():
     udp.close()
     os.close(reader)
     os.close(writer)
+
+
+def test_no_descriptor_left_is_told_and_tried_again_later(tmp_path) -> None:
+    """Two refusals at most a moment apart, no busy loop between them; then the client is served."""
+    told: list[int | None] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def main() -> None:
+        came = asyncio.get_running_loop().create_future()
+        acceptor = fdsocket.Acceptor(
+            fdsocket.listen(tmp_path / "s"), came.set_result, lambda error: told.append(error.errno)
+        )
+        acceptor.retry_seconds = 0.1
+        acceptor.resume()
+        client = fdsocket.connect(tmp_path / "s")
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free(), limits[1]))
+            await asyncio.sleep(0.15)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert not came.done()
+        (await asyncio.wait_for(came, 5)).close()
+        client.close()
+        acceptor.close()
+
+    asyncio.run(main())
+    assert 1 <= len(told) <= 2
+    assert set(told) == {errno.EMFILE}
+
+
+def lowest_free() -> int:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    os.close(fd)
+    return fd
+
+
+def test_an_acceptor_that_waits_can_be_closed(tmp_path) -> None:
+    """Nothing is tried again after that, on a descriptor that may be another one by then."""
+
+    errors = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, error: errors.append(error))
+        acceptor = fdsocket.Acceptor(fdsocket.listen(tmp_path / "s"), socket.socket.close, print)
+        acceptor.retry_seconds = 0.01
+        acceptor.resume()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        client = fdsocket.connect(tmp_path / "s")
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free(), limits[1]))
+            await asyncio.sleep(0.005)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        acceptor.close()
+        client.close()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+    assert not errors

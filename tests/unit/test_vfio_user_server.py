@@ -423,14 +423,15 @@ def test_a_client_that_cannot_be_accepted_costs_no_cpu(
 
     async def main() -> None:
         listener = fdsocket.listen(tmp_path / "s")
-        running = Server(gadget, Refusing(fileno=listener.detach()))
-        running._listener.setblocking(False)
+        refusing = Refusing(fileno=listener.detach())
+        refusing.setblocking(False)
+        running = Server(gadget, refusing)
         running.start()
         wire = await asyncio.wait_for(asyncio.to_thread(Wire.connect, tmp_path / "s"), 10)
         wire.close()
         running.close()
         await asyncio.sleep(0)
 
-    monkeypatch.setattr(server, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(fdsocket.Acceptor, "retry_seconds", 0.05)
     asyncio.run(main())
     assert caplog.text.count("cannot accept a client") == 2

@@ -30,8 +30,6 @@ __all__ = ("ControlServer",)
 log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 16
-RETRY_SECONDS = 0.5
-"""Until a client that could not be accepted is tried again."""
 CLIENTS_MAX = 64
 """Clients at once; more are turned away."""
 
@@ -44,14 +42,14 @@ class ControlServer:
         self.clients: set[Client] = set()
         self._throttle = EventThrottle(self._broadcast)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._listener: socket.socket | None = None
+        self._acceptor: fdsocket.Acceptor | None = None
         self._poll: asyncio.TimerHandle | None = None
 
     def start(self, listener: socket.socket) -> None:
         """Accept clients on *listener* (taken over), and subscribe to the balloon's events."""
         self._loop = asyncio.get_running_loop()
-        self._listener = listener
-        self._listen()
+        self._acceptor = fdsocket.Acceptor(listener, self._accepted, self._not_accepted)
+        self._acceptor.resume()
         self.operator.balloon.events = self.event
         self.operator.interval_changed = self._poll_stats
 
@@ -59,10 +57,8 @@ class ControlServer:
         """Stop listening and disconnect the clients."""
         if self._poll is not None:
             self._poll.cancel()
-        if self._listener is not None and self._loop is not None:
-            self._loop.remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
+        if self._acceptor is not None:
+            self._acceptor.close()
         for client in tuple(self.clients):
             client.finish()
 
@@ -75,27 +71,15 @@ class ControlServer:
         for client in tuple(self.clients):
             client.event(name, data, at)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # gone again
-            return
-        except OSError as error:  # too many open files, most likely: it may pass
-            log.error("control: cannot accept a client: %s", error.strerror)
-            if self._loop is not None:
-                self._loop.remove_reader(self._listener)
-                self._loop.call_later(RETRY_SECONDS, self._listen)
-            return
+    def _not_accepted(self, error: OSError) -> None:
+        log.error("control: cannot accept a client: %s", error.strerror)
+
+    def _accepted(self, connection: socket.socket) -> None:
         if len(self.clients) >= CLIENTS_MAX:
             log.warning("control: more than %d clients, one turned away", CLIENTS_MAX)
             connection.close()
             return
         self.clients.add(Client(self, connection))
-
-    def _listen(self) -> None:
-        if self._loop is not None and self._listener is not None:
-            self._loop.add_reader(self._listener, self._accept)
 
     def _poll_stats(self) -> None:
         if self._poll is not None:
