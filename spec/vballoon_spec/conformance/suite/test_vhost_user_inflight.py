@@ -129,18 +129,23 @@ def forge(rig: VhostUserRig, answer: VhostUserInflight, fd: int, heads: list[int
             struct.pack_into("<B5xHQ", view, at + 16 + 16 * head, 1, 0, counter)
 
 
+def one_request(rig: VhostUserRig) -> None:
+    """Start all rings and send a request, whatever comes of it."""
+    for index in rig.profile.queues:
+        rig.start_ring(index, rig.make_ring(SIZE))
+    rig.driver_ok()
+    rig.submit(rig.request())
+    rig.main.publish()
+    rig.kick(rig.profile.main)
+    rig.main_quiet(0.1)
+
+
 @pytest.mark.requirement("vu.robust.inflight")
 def test_inflight_region_never_set(rig: VhostUserRig) -> None:
     """INFLIGHT_SHMFD is settled and no region comes: served, or refused, but no harm done."""
     need_inflight(rig)
     try:
-        for index in rig.profile.queues:
-            rig.start_ring(index, rig.make_ring(SIZE))
-        rig.driver_ok()
-        rig.submit(rig.request())
-        rig.main.publish()
-        rig.kick(rig.profile.main)
-        rig.main_quiet(0.1)
+        one_request(rig)
     except Closed:
         pass
     rig.survive(spinning=True)
@@ -167,13 +172,7 @@ def test_inflight_that_makes_no_sense(split_rig: VhostUserRig, what: str) -> Non
             for got in rig.fe.receive().fds:
                 os.close(got)
         rig.fe.attempt(Request.SET_INFLIGHT_FD, message, [] if what == "no-fd" else [fd])
-        for index in rig.profile.queues:
-            rig.start_ring(index, rig.make_ring(SIZE))
-        rig.driver_ok()
-        rig.submit(rig.request())
-        rig.main.publish()
-        rig.kick(rig.profile.main)
-        rig.main_quiet(0.1)
+        one_request(rig)
     except (Closed, AssertionError):
         pass
     os.close(fd)
