@@ -15,7 +15,7 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 venv: $(VENV)/.stamp ## the virtual environment
-$(VENV)/.stamp: pyproject.toml
+$(VENV)/.stamp: pyproject.toml $(wildcard device/vballoon/memory/*.[ch])
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || apt-get install -y --no-install-recommends python3-venv \
 		|| { echo "as root, please: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -355,9 +355,10 @@ def test_clients_that_come_and_go_leave_nothing(server, path):
             connection.sendall(b'{"execute":"qmp_capabilities"}{"execute":"get-skip-bitmap-fd"}')
         connection.close()
     deadline = time.monotonic() + 10
-    while set(os.listdir("/proc/self/fd")) != before and time.monotonic() < deadline:
+    # Something of before may go meanwhile, and with it the number that the listing itself has.
+    while not set(os.listdir("/proc/self/fd")) <= before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_the_socket_is_the_owner_s_alone_and_a_dead_one_is_replaced(path):
