@@ -95,11 +95,6 @@ class KillableBackend:
         assert os.WIFSIGNALED(status), "the backend had ended by itself"
 
 
-def open_fds() -> int:
-    """How many descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd"))
-
-
 class Recorder(BackendEvents):
     """Keeps the events that the transport tells."""
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 
 import numpy as np
@@ -13,23 +15,33 @@ from vballoon.memory import GuestMemory, MemoryRegion
 
 PAGE = 4096
 _names = count()
+_files: list[tuple[int, int]] = []  # descriptor, inode
+
+
+def _noted(fd: int) -> int:
+    _files.append((fd, os.fstat(fd).st_ino))
+    return fd
 
 
 def memfd(size: int, flags: int = os.MFD_CLOEXEC) -> int:
     """A file of *size* bytes without a name; the caller owns the descriptor."""
     fd = os.memfd_create(f"guest{next(_names)}", flags)
     os.ftruncate(fd, size)
-    return fd
+    return _noted(fd)
 
 
-def make_memory(*regions: tuple[int, int], file_offset: int = 0) -> GuestMemory:
-    """Mapped guest memory: *regions* are (guest-physical address, size), one memfd for all.
+def make_memory(
+    *regions: tuple[int, int], file_offset: int = 0, fd: int | None = None
+) -> GuestMemory:
+    """Mapped guest memory: *regions* are (guest-physical address, size), one file for all.
 
     Without arguments: 16 MiB at 0.  Each region starts in the file where the last one ended, from
-    *file_offset* on; its userspace address is its guest address plus 2^46.
+    *file_offset* on; its userspace address is its guest address plus 2^46.  The file is *fd*, which
+    it takes over, or else a new memfd.
     """
     regions = regions or ((0, 16 << 20),)
-    fd = memfd(file_offset + sum(size for _, size in regions))
+    if fd is None:
+        fd = memfd(file_offset + sum(size for _, size in regions))
     made, offset = [], file_offset
     for addr, size in regions:
         made.append(
@@ -37,13 +49,24 @@ def make_memory(*regions: tuple[int, int], file_offset: int = 0) -> GuestMemory:
                 guest_phys_addr=addr,
                 size=size,
                 file_offset=offset,
-                fd=os.dup(fd),
+                fd=_noted(os.dup(fd)),
                 userspace_addr=addr + (1 << 46),
             )
         )
         offset += size
     os.close(fd)
     return GuestMemory(made)
+
+
+@contextmanager
+def closed_at_the_end() -> Iterator[None]:
+    """Close whatever :func:`make_memory` and :func:`memfd` make in the meantime."""
+    _files.clear()
+    yield
+    for fd, inode in _files:
+        with suppress(OSError):  # closed already: as it should be
+            if os.fstat(fd).st_ino == inode:
+                os.close(fd)
 
 
 class MessageMemory:

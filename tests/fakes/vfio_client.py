@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from tests.fakes.memory import memfd
+
 from vballoon_spec.vfio_user import (
     Capabilities,
     Command,
@@ -45,8 +47,7 @@ class Ram:
     def __init__(self, address: int, size: int) -> None:
         self.address = address
         self.size = size
-        self.fd = os.memfd_create("ram")
-        os.ftruncate(self.fd, size)
+        self.fd = memfd(size)
         self.bytes = mmap.mmap(self.fd, size)
 
     def holds(self, address: int, count: int) -> bool:
@@ -318,8 +319,3 @@ def events(fd: int) -> int:
         return os.eventfd_read(fd)
     except BlockingIOError:
         return 0
-
-
-def descriptors() -> int:
-    """How many descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd"))

@@ -8,7 +8,8 @@ import contextlib
 import threading
 from dataclasses import dataclass, field
 
-from tests.unit.test_skipmap_map import MIB, make_memory
+from tests.fakes.memory import make_memory
+from tests.unit.test_skipmap_map import MIB
 
 from vballoon.balloon.counters import Counters
 from vballoon.cli.listening import Listening

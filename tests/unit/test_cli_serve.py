@@ -13,6 +13,7 @@ import time
 
 import pytest
 from tests.fakes.frontend import Frontend
+from tests.fakes.memory import make_memory
 
 from vballoon.cli import vhost_user_main
 from vballoon.cli.config import read_config
@@ -107,7 +108,7 @@ def test_it_is_small(tmp_path):
     with (
         Served("--vhost-user", tmp_path / "b", "--control", tmp_path / "c") as served,
         control(tmp_path / "c") as client,
-        Frontend.connect(tmp_path / "b", memory_of(4 << 30)) as frontend,
+        Frontend.connect(tmp_path / "b", make_memory((0, 4 << 30))) as frontend,
     ):
         frontend.negotiate()
         frontend.share_memory()
@@ -117,12 +118,6 @@ def test_it_is_small(tmp_path):
         with open(f"/proc/{served.process.pid}/status") as status:
             kib = next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
         assert kib < 80 * 1024
-
-
-def memory_of(size):
-    from tests.unit.test_skipmap_map import make_memory
-
-    return make_memory((0, size))
 
 
 def test_events_of_front_ends_reach_the_operator(tmp_path):

@@ -11,13 +11,10 @@ import socket
 import threading
 
 import pytest
+from tests.fakes.descriptors import open_fds
 
 import fdsocket
 from fdsocket import FdStream
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 class Recorder:

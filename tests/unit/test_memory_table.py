@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.descriptors import open_fds
 from tests.fakes.memory import by_messages, column, make_memory, memfd
 
 from vballoon.errors import MemoryFault, ProtocolError
@@ -173,10 +174,6 @@ def test_regions_are_sorted_and_may_not_overlap() -> None:
 
 
 # regions
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize(

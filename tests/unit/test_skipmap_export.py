@@ -9,7 +9,8 @@ import os
 
 import numpy as np
 import pytest
-from tests.unit.test_skipmap_map import MIB, begun, make_memory, put, u64
+from tests.fakes.memory import make_memory
+from tests.unit.test_skipmap_map import MIB, begun, put, u64
 
 from vballoon.errors import UsageError
 from vballoon.skipmap import (

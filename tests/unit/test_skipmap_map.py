@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.memory import make_memory, memfd
 
 from vballoon.errors import ProtocolError
 from vballoon.memory import GuestMemory, MemoryRegion
@@ -18,25 +19,6 @@ from vballoon_spec.skipmap import LIVE_MAGIC, LiveHeader, LiveRoundState
 
 B, R, H, W = Provenance
 MIB = 1 << 20
-
-
-def ram_file(size):
-    fd = os.memfd_create("ram")
-    os.ftruncate(fd, size)
-    return fd
-
-
-def make_memory(*placed, fd=None):
-    """Regions as (first address, size), one behind the other in one RAM file."""
-    at, regions = 0, []
-    fd = ram_file(sum(size for _, size in placed)) if fd is None else fd
-    for addr, size in placed:
-        regions.append(
-            MemoryRegion.map(guest_phys_addr=addr, size=size, file_offset=at, fd=os.dup(fd))
-        )
-        at += size
-    os.close(fd)
-    return GuestMemory(regions)
 
 
 @pytest.fixture
@@ -222,7 +204,7 @@ def test_rebuilt_keeps_ballooned_of_memory_that_stays(memory):
     for provenance in Provenance:
         put(old, provenance, (1000, 1024), (1 << 20, (1 << 20) + 5))
     low, high = memory.regions
-    plugged = MemoryRegion.map(guest_phys_addr=4 * MIB, size=MIB, file_offset=0, fd=ram_file(MIB))
+    plugged = MemoryRegion.map(guest_phys_addr=4 * MIB, size=MIB, file_offset=0, fd=memfd(MIB))
     again = MemoryRegion.map(  # the same memory through another descriptor
         guest_phys_addr=low.guest_phys_addr, size=low.size, file_offset=0, fd=os.dup(low.fd)
     )
@@ -244,7 +226,7 @@ def test_other_memory_at_the_same_place_keeps_nothing(memory):
     old = SkipMap(memory)
     put(old, B, (0, 10))
     low = memory.regions[0]
-    other = MemoryRegion.map(guest_phys_addr=0, size=low.size, file_offset=0, fd=ram_file(low.size))
+    other = MemoryRegion.map(guest_phys_addr=0, size=low.size, file_offset=0, fd=memfd(low.size))
     new = old.rebuilt(GuestMemory([other]))
     assert new.count(B) == 0
     new.close()

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import BAR0_SIZE, BAR2_SIZE, FAIL, Gadget
-from tests.fakes.vfio_client import FakeClient, descriptors, events
+from tests.fakes.vfio_client import FakeClient, events
 
 from vballoon_spec.pci import BarFlags
 from vballoon_spec.vfio_user import (
@@ -49,10 +50,10 @@ def gadget() -> Iterator[Gadget]:
 def client(gadget: Gadget) -> Iterator[FakeClient]:
     client = FakeClient(gadget)
     client.negotiate()
-    open_before = descriptors()
+    open_before = open_fds()
     yield client
     client.close()
-    assert descriptors() == open_before, "descriptors leaked"
+    assert open_fds() == open_before, "descriptors leaked"
 
 
 class TestDeviceGetInfo:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import FakeClient, Ram, descriptors, message
+from tests.fakes.vfio_client import FakeClient, Ram, message
 
 from vballoon_spec.vfio_user import (
     Command,
@@ -44,12 +45,12 @@ def gadget() -> Iterator[Gadget]:
 def client(gadget: Gadget) -> Iterator[FakeClient]:
     client = FakeClient(gadget)
     client.negotiate()
-    open_before = descriptors()
+    open_before = open_fds()
     yield client
     client.close()
     for ram in client.ram:
         ram.close()
-    assert descriptors() == open_before, "descriptors leaked"
+    assert open_fds() == open_before, "descriptors leaked"
 
 
 def dma_map(client: FakeClient, address: int, size: int, expect: int = 0, **fields: int) -> None:
@@ -128,10 +129,10 @@ class TestMap:
     def test_outside_of_the_file(self, client: FakeClient, offset: int, size: int) -> None:
         """A mapping past the end of its file would be a SIGBUS later."""
         ram = Ram(BASE, 4 * PAGE)
-        before = descriptors()
+        before = open_fds()
         request = DmaMap(argsz=32, flags=3, offset=offset * PAGE, address=BASE, size=size * PAGE)
         client.call(Command.DMA_MAP, request.build(), [ram.fd], expect=errno.EINVAL)
-        assert descriptors() == before
+        assert open_fds() == before
         ram.close()
 
     def test_an_unaligned_offset(self, client: FakeClient) -> None:

@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import FakeClient, descriptors, events
+from tests.fakes.vfio_client import FakeClient, events
 
 from vballoon_spec.vfio_user import Command, IrqInfo, IrqInfoFlags, IrqSet, IrqSetFlags, PciIrq
 from vfio_user import IrqTable, UsageError
@@ -34,10 +35,10 @@ def gadget() -> Iterator[Gadget]:
 def client(gadget: Gadget) -> Iterator[FakeClient]:
     client = FakeClient(gadget)
     client.negotiate()
-    open_before = descriptors()
+    open_before = open_fds()
     yield client
     client.close()
-    assert descriptors() == open_before, "descriptors leaked"
+    assert open_fds() == open_before, "descriptors leaked"
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ class TestBadSetIrqs:
         client.call(Command.DEVICE_SET_IRQS, bytes(8), expect=errno.EINVAL)
 
     def test_descriptors_that_do_not_fit(self, client: FakeClient, fds: list[int]) -> None:
-        before = descriptors()
+        before = open_fds()
         for flags, count, data in (
             (TRIGGER | BOOL, 1, b"\0"),
             (TRIGGER | NONE, 1, b""),
@@ -125,7 +126,7 @@ class TestBadSetIrqs:
         ):
             client.set_irqs(MSIX, flags, count=count, data=data, fds=fds[:1], expect=errno.EINVAL)
         client.set_irqs(INTX, UNMASK | EVENTFD, count=1, fds=fds[:1], expect=errno.EINVAL)
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_something_else_than_an_eventfd(self, client: FakeClient, fds: list[int]) -> None:
         """Eight bytes written to any other file would be damage."""
@@ -154,14 +155,14 @@ class TestEdges:
     def test_replacing_and_taking_away(
         self, gadget: Gadget, client: FakeClient, fds: list[int]
     ) -> None:
-        before = descriptors()
+        before = open_fds()
         client.assign(MSIX, fds[:1])
         client.assign(MSIX, fds[1:2])
-        assert descriptors() == before + 1
+        assert open_fds() == before + 1
         gadget.irqs.trigger(MSIX)
         assert [events(fd) for fd in fds[:2]] == [0, 1]
         client.set_irqs(MSIX, TRIGGER | EVENTFD, count=1)
-        assert descriptors() == before
+        assert open_fds() == before
         assert not gadget.irqs.trigger(MSIX)
 
     def test_an_edge_without_an_eventfd_waits_for_one(

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import FakeClient, Ram, descriptors
+from tests.fakes.vfio_client import FakeClient, Ram
 
 from vballoon_spec.vfio_user import (
     Command,
@@ -41,12 +42,12 @@ def gadget() -> Iterator[Gadget]:
 def client(gadget: Gadget) -> Iterator[FakeClient]:
     client = FakeClient(gadget)
     client.negotiate()
-    open_before = descriptors()
+    open_before = open_fds()
     yield client
     client.close()
     for ram in client.ram:
         ram.close()
-    assert descriptors() == open_before, "descriptors leaked"
+    assert open_fds() == open_before, "descriptors leaked"
 
 
 class TestLogging:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import QEMU_VERSION_DATA, Ram, descriptors, message
+from tests.fakes.vfio_client import QEMU_VERSION_DATA, Ram, message
 
 import fdsocket
 from vballoon_spec.vfio_user import (
@@ -125,7 +126,7 @@ def path(tmp_path: Path) -> Path:
 def test_clients_one_after_another(gadget: Gadget, path: Path) -> None:
     """The second waits until the first has gone, and finds the device as it was left."""
     request = RegionAccess(offset=4, region=0, count=4).build()
-    before = descriptors()
+    before = open_fds()
 
     def client() -> None:
         ram = Ram(0x10000, 0x10000)
@@ -148,7 +149,7 @@ def test_clients_one_after_another(gadget: Gadget, path: Path) -> None:
 
     serve(gadget, path, client)
     assert gadget.dma.regions == []
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_clients_one_after_another(gadget: Gadget, path: Path) -> None:
     ],
 )
 def test_a_client_that_disappears(gadget: Gadget, path: Path, last_words: bytes) -> None:
-    before = descriptors()
+    before = open_fds()
 
     def client() -> None:
         rude = Wire.connect(path)
@@ -177,7 +178,7 @@ def test_a_client_that_disappears(gadget: Gadget, path: Path, last_words: bytes)
 
     serve(gadget, path, client)
     assert gadget.log.count(("attached",)) == gadget.log.count(("detached",)) == 2
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_a_protocol_violation_is_answered_and_the_connection_closed(
@@ -253,7 +254,7 @@ class TestDmaByMessage:
 
     def test_the_client_goes_instead_of_answering(self, gadget: Gadget, path: Path) -> None:
         seen = self.doorbell(gadget)
-        before = descriptors()
+        before = open_fds()
 
         def client() -> None:
             ram = Ram(0x10000, 0x10000)
@@ -269,7 +270,7 @@ class TestDmaByMessage:
 
         serve(gadget, path, client)
         assert seen == [errno.ENOTCONN]
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_no_answer_in_time(
         self, gadget: Gadget, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -314,10 +315,10 @@ class TestDmaByMessage:
             wire.close()
             ram.close()
 
-        before = descriptors()
+        before = open_fds()
         serve(gadget, path, client)
         assert seen == [b"twin"]
-        assert descriptors() == before
+        assert open_fds() == before
 
 
 def test_a_doorbell_by_eventfd(gadget: Gadget, path: Path) -> None:

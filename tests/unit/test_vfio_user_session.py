@@ -16,12 +16,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import CRASH, FAIL, Gadget
 from tests.fakes.vfio_client import (
     QEMU_VERSION_DATA,
     FakeClient,
     Ram,
-    descriptors,
     message,
     split,
 )
@@ -54,10 +54,10 @@ def gadget() -> Iterator[Gadget]:
 def client(gadget: Gadget) -> Iterator[FakeClient]:
     client = FakeClient(gadget)
     client.negotiate()
-    open_before = descriptors()
+    open_before = open_fds()
     yield client
     client.close()
-    assert descriptors() == open_before, "descriptors leaked"
+    assert open_fds() == open_before, "descriptors leaked"
 
 
 @pytest.fixture
@@ -206,38 +206,38 @@ class TestBadInput:
     def test_descriptors_where_none_belong(
         self, client: FakeClient, eventfd: int, command: Command
     ) -> None:
-        before = descriptors()
+        before = open_fds()
         client.call(command, bytes(16), [eventfd, eventfd], expect=errno.EINVAL)
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_more_descriptors_than_negotiated(self, client: FakeClient, eventfd: int) -> None:
-        before = descriptors()
+        before = open_fds()
         request = IrqSet(argsz=20, flags=0x24, index=PciIrq.MSIX, start=0, count=17)
         client.call(Command.DEVICE_SET_IRQS, request.build(), [eventfd] * 17, expect=errno.EINVAL)
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_a_bad_request_closes_its_descriptors(self, client: FakeClient, eventfd: int) -> None:
-        before = descriptors()
+        before = open_fds()
         request = IrqSet(argsz=20, flags=0x22, index=PciIrq.MSIX, start=0, count=1)
         client.call(
             Command.DEVICE_SET_IRQS, request.build(), [eventfd, eventfd], expect=errno.EINVAL
         )
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_a_bad_size_closes_the_descriptors_of_its_message(
         self, client: FakeClient, eventfd: int
     ) -> None:
-        before = descriptors()
+        before = open_fds()
         client.send(Header(id=1, command=2, size=1, flags=0, error=0).build(), [eventfd])
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_what_comes_after_the_end_is_dropped(self, client: FakeClient, eventfd: int) -> None:
-        before = descriptors()
+        before = open_fds()
         client.send(Header(id=1, command=2, size=1, flags=0, error=0).build())
         client.inbox.clear()
         client.send(message(Command.DEVICE_RESET), [eventfd])
         assert client.inbox == []
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_message_ids_may_be_reused(self, client: FakeClient) -> None:
         one = message(Command.DEVICE_RESET, msg_id=7)
@@ -313,7 +313,7 @@ class TestStream:
     def test_descriptors_belong_to_the_last_message_begun(self, cut: int) -> None:
         """A read that brings descriptors ends behind the bytes that they were sent with."""
         ram = Ram(0x10000, 0x10000)
-        before = descriptors()
+        before = open_fds()
         hello = message(Command.VERSION, version(QEMU_VERSION_DATA))
         reset = message(Command.DEVICE_RESET, msg_id=2)
         request = DmaMap(argsz=32, flags=3, offset=0, address=ram.address, size=ram.size)
@@ -322,7 +322,7 @@ class TestStream:
             [(hello + reset + mapping[:cut], [ram.fd]), (mapping[cut:] + reset, [])]
         )
         assert [(i, e) for i, e, _ in found] == [(1, 0), (2, 0), (3, 0), (2, 0)]
-        assert descriptors() == before
+        assert open_fds() == before
         ram.close()
 
 
@@ -330,7 +330,7 @@ class TestEnd:
     """*Socket Disconnection Behavior*"""
 
     def test_the_device_stays_and_the_clients_things_go(self, gadget: Gadget, eventfd: int) -> None:
-        before = descriptors()
+        before = open_fds()
         client = FakeClient(gadget)
         client.negotiate()
         ram = Ram(0x10000, 0x10000)
@@ -342,7 +342,7 @@ class TestEnd:
         assert gadget.dma.regions == []
         assert gadget.log[-2:] == [("detached",), ("unmap", ram.address, ram.size)]
         ram.close()
-        assert descriptors() == before
+        assert open_fds() == before
         second = FakeClient(gadget)
         second.negotiate()
         assert second.read(0, 0x20, 4) == b"kept"
@@ -351,11 +351,11 @@ class TestEnd:
     def test_in_the_middle_of_a_message(self, gadget: Gadget, eventfd: int) -> None:
         client = FakeClient(gadget)
         client.negotiate()
-        before = descriptors()
+        before = open_fds()
         client.send(message(Command.DMA_MAP, bytes(32))[:20], [eventfd])
-        assert descriptors() == before + 1
+        assert open_fds() == before + 1
         client.close()
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_before_negotiation(self, gadget: Gadget) -> None:
         FakeClient(gadget).close()
@@ -364,12 +364,12 @@ class TestEnd:
     def test_output_that_was_never_sent_is_closed(self, gadget: Gadget) -> None:
         client = FakeClient(gadget)
         client.negotiate()
-        before = descriptors()
+        before = open_fds()
         request = (32).to_bytes(4, "little") + bytes(4) + (2).to_bytes(4, "little") + bytes(20)
         client.session.feed(message(Command.DEVICE_GET_REGION_INFO, request))
-        assert descriptors() == before + 1
+        assert open_fds() == before + 1
         client.close()
-        assert descriptors() == before
+        assert open_fds() == before
 
     def test_too_many_commands_waiting(self, gadget: Gadget) -> None:
         limits = SessionLimits(max_queued=3)
@@ -396,7 +396,7 @@ def test_any_sequence_of_messages_is_answered_or_ends_the_connection(
     messages: list[tuple[int, bytes, int, int]],
 ) -> None:
     """Every command gets exactly one reply (or none, as asked); nothing escapes; nothing leaks."""
-    before = descriptors()
+    before = open_fds()
     device = Gadget()
     client = FakeClient(device)
     client.negotiate()
@@ -414,7 +414,7 @@ def test_any_sequence_of_messages_is_answered_or_ends_the_connection(
     client.close()
     device.close()
     os.close(fd)
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_a_client_that_answers_no_dma_message_is_let_go(gadget: Gadget) -> None:
@@ -436,12 +436,12 @@ def test_a_client_that_answers_no_dma_message_is_let_go(gadget: Gadget) -> None:
 def test_descriptors_that_come_with_no_message_are_not_kept(gadget: Gadget) -> None:
     client = FakeClient(gadget)
     client.negotiate()
-    fd, before = os.open("/dev/null", os.O_RDONLY), descriptors()
+    fd, before = os.open("/dev/null", os.O_RDONLY), open_fds()
     head = message(Command.DMA_MAP, bytes(600))
     for at in range(12):
         client.send(head[at : at + 1], [fd] * 50)
     assert "descriptors" in client.session.closed
-    assert descriptors() == before
+    assert open_fds() == before
     os.close(fd)
     client.close()
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from tests.fakes.backends import Recorder, backend_thread, open_fds
+from tests.fakes.backends import Recorder, backend_thread
+from tests.fakes.descriptors import open_fds
 from tests.fakes.echo_device import EchoDevice
 from tests.fakes.frontend import F_LOG_ALL, F_PROTOCOL, Frontend, R
 from tests.fakes.memory import make_memory, memfd

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.fakes.backends import Recorder, backend_thread, open_fds
+from tests.fakes.backends import Recorder, backend_thread
+from tests.fakes.descriptors import open_fds
 from tests.fakes.echo_device import EchoDevice
 from tests.fakes.frontend import Frontend, R
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from tests.fakes.descriptors import open_fds
 
 from vballoon.errors import ProtocolError
 from vballoon.vhost_user.session import LATER, Fds, Reply, Session, u64
@@ -28,10 +29,6 @@ def message(request, payload=b"", flags=1):
 
 def state(index=0, num=0):
     return VhostVringState(index=index, num=num).build()
-
-
-def open_fds():
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
-from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient, descriptors, message
+from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient, message
 from tests.fakes.virtio_pci import (
     ACKNOWLEDGE,
     DRIVER,
@@ -43,11 +44,11 @@ RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 
 @pytest.fixture(params=MODES)
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Echo, Guest]]:
-    before = descriptors()
+    before = open_fds()
     echo, guest = make(request.param)
     yield echo, guest
     end(guest)
-    assert descriptors() == before, "descriptors leaked"
+    assert open_fds() == before, "descriptors leaked"
 
 
 @pytest.fixture
@@ -193,14 +194,14 @@ class TestBrokenQueues:
 
     def test_no_descriptor_is_kept_by_what_broke(self) -> None:
         """An exception's traceback holds frames, and those the mapping of guest memory."""
-        before = descriptors()
+        before = open_fds()
         _, guest = make()
         guest.start(V1)
         guest.rings[0].desc[0] = (1 << 50, 16, 0, 0)  # type: ignore[attr-defined]
         guest.rings[0].avail[1] = 1  # type: ignore[attr-defined]
         guest.kick(0)
         end(guest)
-        assert descriptors() == before
+        assert open_fds() == before
 
     @pytest.mark.parametrize("address", [0, RAM_BASE + RAM_SIZE, RAM_BASE + 1, 2**64 - 16])
     def test_rings_outside_of_memory(self, mapped: tuple[Echo, Guest], address: int) -> None:
@@ -382,7 +383,7 @@ class TestVirtqueueReset:
 @settings(max_examples=150, deadline=None)
 def test_any_sequence_of_register_accesses(steps: list[tuple[str, int, Any]], mapped: bool) -> None:
     """Nothing escapes, every access is answered, and the device still works after a reset."""
-    before = descriptors()
+    before = open_fds()
     function = VirtioPciFunction(Echo())
     guest = Guest(function, mapped=mapped)
     guest.start(V1 | f.mask(f.VIRTIO_F_RING_RESET), (0, 1))
@@ -406,7 +407,7 @@ def test_any_sequence_of_register_accesses(steps: list[tuple[str, int, Any]], ma
     (answer,) = send(guest, 0, b"alive")
     assert guest.memory.read(answer, 5) == b"evila"
     end(guest)
-    assert descriptors() == before
+    assert open_fds() == before
 
 
 def test_what_qemu_proposes_is_enough() -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
-from tests.fakes.vfio_client import FakeClient, Ram, descriptors
+from tests.fakes.vfio_client import FakeClient, Ram
 from tests.fakes.virtio_pci import (
     ACKNOWLEDGE,
     DRIVER,
@@ -37,11 +38,11 @@ RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 
 @pytest.fixture(params=MODES)
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Echo, Guest]]:
-    before = descriptors()
+    before = open_fds()
     echo, guest = make(request.param)
     yield echo, guest
     end(guest)
-    assert descriptors() == before, "descriptors leaked"
+    assert open_fds() == before, "descriptors leaked"
 
 
 @pytest.fixture

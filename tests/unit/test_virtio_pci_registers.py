@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
-from tests.fakes.vfio_client import descriptors, events
+from tests.fakes.vfio_client import events
 from tests.fakes.virtio_pci import (
     ACKNOWLEDGE,
     DRIVER,
@@ -40,13 +41,13 @@ def echo() -> Echo:
 
 @pytest.fixture
 def guest(echo: Echo) -> Iterator[Guest]:
-    before = descriptors()
+    before = open_fds()
     function = VirtioPciFunction(echo)
     guest = Guest(function)
     yield guest
     guest.close()
     function.close()
-    assert descriptors() == before, "descriptors leaked"
+    assert open_fds() == before, "descriptors leaked"
 
 
 class TestPciDeviceDiscovery:

@@ -47,9 +47,9 @@ class StreamStore:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._state = os.memfd_create("vballoon-state", os.MFD_CLOEXEC)
         self._digests: list[str] = []
-        self._write(STREAM_MAGIC)
+        self._write(STREAM_MAGIC)  # fails where nobody reads; nothing is open yet
+        self._state = os.memfd_create("vballoon-state", os.MFD_CLOEXEC)
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
