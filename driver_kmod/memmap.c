@@ -65,8 +65,10 @@ static struct layout {
 static DEFINE_MUTEX(layout_lock);
 static LIST_HEAD(sessions);
 
-struct unit {
+/* Pages of one node and zone whose structures are contiguous. */
+struct piece {
 	unsigned long pfn;
+	unsigned long num;
 	phys_addr_t addr;
 	u32 node;
 	u32 zone;
@@ -140,26 +142,40 @@ static bool layout_possible(void)
 }
 #endif
 
-static bool find_unit(unsigned long pfn, struct unit *unit)
+static bool contiguous(unsigned long pfn)
 {
-	const struct page *first = pfn_to_page(pfn);
-	const struct page *last = first + UNIT_PAGES - 1;
-	const unsigned long len = UNIT_PAGES * sizeof(struct page);
+	const void *first = pfn_to_page(pfn);
+	const phys_addr_t addr = memmap_phys(first);
 	unsigned long offset;
 
-	unit->pfn = pfn;
-	unit->node = page_to_nid(first);
-	unit->zone = page_zonenum(first);
-	if (page_to_nid(last) != unit->node || page_zonenum(last) != unit->zone)
-		return false;
-	unit->addr = memmap_phys(first);
-	for (offset = PAGE_SIZE; offset < len; offset += PAGE_SIZE)
-		if (memmap_phys((const void *)first + offset) != unit->addr + offset)
+	for (offset = PAGE_SIZE; offset < UNIT_PAGES * sizeof(struct page); offset += PAGE_SIZE)
+		if (memmap_phys(first + offset) != addr + offset)
 			return false;
 	return true;
 }
 
-static int add_run(const struct unit *unit)
+static bool same_place(const struct page *a, const struct page *b)
+{
+	return page_to_nid(a) == page_to_nid(b) && page_zonenum(a) == page_zonenum(b);
+}
+
+/*
+ * The first page from @pfn to @end of another node or zone, or @end. Where memory
+ * ends within a unit, the structures behind it may be of the zone that comes next.
+ */
+static unsigned long place_end(unsigned long pfn, unsigned long end)
+{
+	const struct page *first = pfn_to_page(pfn);
+
+	if (same_place(first, pfn_to_page(end - 1)))
+		return end;
+	do {
+		pfn++;
+	} while (same_place(first, pfn_to_page(pfn)));
+	return pfn;
+}
+
+static int add_run(const struct piece *piece)
 {
 	struct vballoon_walk_memmap_run *grown;
 	unsigned int max = max(2 * layout.max, 64u);
@@ -175,48 +191,74 @@ static int add_run(const struct unit *unit)
 		layout.max = max;
 	}
 	layout.runs[layout.nr++] = (struct vballoon_walk_memmap_run){
-		.pfn = cpu_to_le64(unit->pfn),
-		.num = cpu_to_le64(UNIT_PAGES),
-		.addr = cpu_to_le64(unit->addr),
-		.node = cpu_to_le32(unit->node),
-		.zone = cpu_to_le32(unit->zone),
+		.pfn = cpu_to_le64(piece->pfn),
+		.num = cpu_to_le64(piece->num),
+		.addr = cpu_to_le64(piece->addr),
+		.node = cpu_to_le32(piece->node),
+		.zone = cpu_to_le32(piece->zone),
 	};
 	return 0;
 }
 
-static int add_unit(const struct unit *unit)
+static int add_piece(const struct piece *piece)
 {
 	struct vballoon_walk_memmap_run *run;
 	u64 num;
 
 	if (!layout.nr)
-		return add_run(unit);
+		return add_run(piece);
 	run = &layout.runs[layout.nr - 1];
 	num = le64_to_cpu(run->num);
-	if (le64_to_cpu(run->pfn) + num != unit->pfn ||
-	    le64_to_cpu(run->addr) + num * sizeof(struct page) != unit->addr ||
-	    le32_to_cpu(run->node) != unit->node || le32_to_cpu(run->zone) != unit->zone)
-		return add_run(unit);
-	run->num = cpu_to_le64(num + UNIT_PAGES);
+	if (le64_to_cpu(run->pfn) + num != piece->pfn ||
+	    le64_to_cpu(run->addr) + num * sizeof(struct page) != piece->addr ||
+	    le32_to_cpu(run->node) != piece->node || le32_to_cpu(run->zone) != piece->zone)
+		return add_run(piece);
+	run->num = cpu_to_le64(num + piece->num);
+	return 0;
+}
+
+static int add_unit(int nid, unsigned long pfn)
+{
+	const unsigned long end = pfn + UNIT_PAGES;
+	const phys_addr_t addr = memmap_phys(pfn_to_page(pfn));
+	const unsigned long start = pfn;
+	unsigned long next;
+	int err;
+
+	for (; pfn < end; pfn = next) {
+		const struct page *page = pfn_to_page(pfn);
+
+		next = place_end(pfn, end);
+		if (page_to_nid(page) != nid)
+			continue;
+		err = add_piece(&(struct piece){
+			.pfn = pfn,
+			.num = next - pfn,
+			.addr = addr + (pfn - start) * sizeof(struct page),
+			.node = nid,
+			.zone = page_zonenum(page),
+		});
+		if (err)
+			return err;
+	}
 	return 0;
 }
 
 static int add_node(int nid)
 {
 	unsigned long pfn = ALIGN_DOWN(node_start_pfn(nid), UNIT_PAGES);
-	struct unit unit;
 	int err;
 
 	for (; pfn < node_end_pfn(nid); pfn += UNIT_PAGES) {
 		if (!(pfn % PAGES_PER_SECTION))
 			cond_resched();
-		if (!pfn_to_online_page(pfn) || page_to_nid(pfn_to_page(pfn)) != nid)
+		if (!pfn_to_online_page(pfn))
 			continue;
-		if (!find_unit(pfn, &unit)) {
+		if (!contiguous(pfn)) {
 			layout.partial = true;
 			continue;
 		}
-		err = add_unit(&unit);
+		err = add_unit(nid, pfn);
 		if (err)
 			return err;
 	}

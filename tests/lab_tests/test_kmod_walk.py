@@ -109,6 +109,9 @@ def compare_with_kpageflags(vm: Machine, device: LocalDevice) -> None:
 
 def compare_with_memmap(vm: Machine, device: LocalDevice, attempts: int = 12) -> None:
     """To the page, at an instant at which nothing changed between the walk and the stop."""
+    layout = device.balloon.walk_queue.memmap.layout
+    assert layout is not None
+    assert not layout.partial, "also where memory ends within what is looked up together"
     seen = []
     for _ in range(attempts):
         check_round(device, device.walk())
