@@ -19,6 +19,9 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 DRIVER = Path(__file__).resolve().parents[2] / "driver_kmod"
 MIB = 1 << 20
 ROUNDS = 3
+WALKS = 10
+"""Counts of pages scatter by some pages; that all walks are above all controls by chance alone is
+then unlikely (1 in 180000)."""
 
 
 @dataclass
@@ -119,7 +122,7 @@ def test_walk_beside_hinting(name: str, fragment: bool, tmp_path: Path) -> None:
         drain(device.ended)
         hinted = best([hint(vm, device) for _ in range(ROUNDS)])
         vm.guest.sh("rmmod virtio_balloon; insmod /lab/vballoon_walk.ko; sleep 1")
-        turns = [(walk(vm, device), idle(vm)) for _ in range(ROUNDS)]
+        turns = [(walk(vm, device), idle(vm)) for _ in range(WALKS)]
         walked = best([turn for turn, _ in turns])
         print()
         label = f"{name}, {'fragmented' if fragment else 'fresh'}, 4 GiB"
@@ -127,9 +130,9 @@ def test_walk_beside_hinting(name: str, fragment: bool, tmp_path: Path) -> None:
         show(label, "walk", walked)
         assert 0.99 < walked.share < 1.01
         assert walked.taken_mib < 1
-        made, nothing = min(turn.allocated for turn, _ in turns), max(n for _, n in turns)
+        made, nothing = sorted(turn.allocated for turn, _ in turns), sorted(n for _, n in turns)
         print(f"{label:24} pages allocated around a walk {made}, around no walk {nothing}")
-        assert made <= nothing, "the walk itself allocates nothing"
+        assert made[0] <= nothing[-1], "the walk itself allocates nothing"
         print(f"{label:24} hinting takes {hinted.seconds / walked.seconds:.0f} times as long")
         if fragment:
             # Hinting sees the large blocks, and what the kernel compacts into some meanwhile.
