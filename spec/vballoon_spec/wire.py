@@ -78,6 +78,14 @@ def struct_format(con: c.Struct) -> str | None:
     return (orders.pop() if orders else "<") + "".join(f[1:] for f in formats)
 
 
+def _has_tail(con: c.Struct) -> bool:
+    """Whether the last field is whatever bytes follow the others."""
+    last = con.subcons[-1] if con.subcons else None
+    while isinstance(last, c.Renamed):
+        last = last.subcon
+    return last is c.GreedyBytes
+
+
 @dataclass_transform(kw_only_default=True)
 class WireStruct:
     """A wire format: typed fields, and the layout of the same fields as ``SUBCON``.
@@ -90,6 +98,8 @@ class WireStruct:
     SIZE: ClassVar[int]
     """Size in bytes of a fixed-size format; -1 where the contents decide it."""
     _flat: ClassVar[struct.Struct | None]
+    _tailed: ClassVar[bool]
+    """Whether :attr:`_flat` is all but the last field, which is whatever bytes follow."""
     _names: ClassVar[tuple[str, ...]]
     _dtype: ClassVar[np.dtype[Any]]
 
@@ -104,7 +114,9 @@ class WireStruct:
             cls.SIZE = cls.SUBCON.sizeof()
         except c.SizeofError:
             cls.SIZE = -1
-        fmt = struct_format(cls.SUBCON) if len(declared) == len(cls.SUBCON.subcons) else None
+        cls._tailed = _has_tail(cls.SUBCON)
+        flat = c.Struct(*cls.SUBCON.subcons[:-1]) if cls._tailed else cls.SUBCON
+        fmt = struct_format(flat) if len(declared) == len(cls.SUBCON.subcons) else None
         cls._flat = struct.Struct(fmt) if fmt else None
 
     @classmethod
@@ -113,12 +125,20 @@ class WireStruct:
         if cls.SIZE >= 0 and len(data) != cls.SIZE:
             raise WireError(f"{cls.__name__}: {len(data)} bytes where {cls.SIZE} are due")
         if cls._flat is not None:
-            return cls(**dict(zip(cls._names, cls._flat.unpack(data), strict=True)))
+            return cls(**dict(zip(cls._names, cls._unpack(data, cls._flat), strict=True)))
         try:
             found = _terminated(cls.SUBCON).parse(bytes(data))
         except c.ConstructError as error:
             raise WireError(f"{cls.__name__}: {_first_line(error)}") from None
         return cls._from_container(found)
+
+    @classmethod
+    def _unpack(cls, data: Buffer, flat: struct.Struct) -> tuple[Any, ...]:
+        if not cls._tailed:
+            return flat.unpack(data)
+        if len(data) < flat.size:
+            raise WireError(f"{cls.__name__}: {len(data)} bytes where {flat.size} are due")
+        return (*flat.unpack_from(data), bytes(data[flat.size :]))
 
     @classmethod
     def _from_container(cls, found: Any) -> Self:
@@ -129,9 +149,11 @@ class WireStruct:
         """The bytes of this structure; a value that does not fit raises :class:`WireError`."""
         try:
             if self._flat is not None:
-                return self._flat.pack(*(getattr(self, name) for name in self._names))
-            values = {name: _wire(getattr(self, name)) for name in self._names}
-            return bytes(self.SUBCON.build(values))
+                values = [getattr(self, name) for name in self._names]
+                tail = values.pop() if self._tailed else b""
+                return b"".join((self._flat.pack(*values), tail))
+            fields = {name: _wire(getattr(self, name)) for name in self._names}
+            return bytes(self.SUBCON.build(fields))
         except (c.ConstructError, struct.error) as error:
             raise WireError(f"{type(self).__name__}: {_first_line(error)}") from None
 

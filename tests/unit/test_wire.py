@@ -152,6 +152,38 @@ class Counted(WireStruct):
     SUBCON = c.Struct("count" / c.Int8ul, "rows" / c.Array(c.this.count, c.Int16ul))
 
 
+class Tailed(WireStruct):
+    """Numbers, and whatever bytes follow: read without construct, by its declaration."""
+
+    size: int
+    flags: int
+    rest: bytes
+
+    SUBCON = c.Struct("size" / c.Int32ul, "flags" / c.Int16ul, "rest" / c.GreedyBytes)
+
+
+@given(st.binary(max_size=20))
+def test_a_tail_is_what_construct_says(data: bytes) -> None:
+    for given_data in (data, bytearray(data), memoryview(data)):
+        try:
+            expected = Tailed.SUBCON.parse(data)
+        except c.ConstructError:
+            with pytest.raises(WireError, match=f"Tailed: {len(data)} bytes"):
+                Tailed.parse(given_data)
+        else:
+            value = Tailed.parse(given_data)
+            assert value == Tailed(
+                size=expected.size, flags=expected.flags, rest=bytes(expected.rest)
+            )
+            assert isinstance(value.rest, bytes)
+            assert value.build() == Tailed.SUBCON.build(expected) == data
+
+
+def test_numbers_before_a_tail_must_fit() -> None:
+    with pytest.raises(WireError, match="Tailed"):
+        Tailed(size=1, flags=1 << 16, rest=b"").build()
+
+
 def test_flat() -> None:
     value = Flat.parse(b"\x01\xfe\xff\x00\x00\x80\x3f")
     assert value == Flat(a=1, b=-2, d=1.0)
