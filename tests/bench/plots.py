@@ -73,7 +73,8 @@ def _rings(part: dict[str, Any]) -> Any:
             axis.set_title(f"{role}, {'packed' if packed else 'split'}")
             axis.set_xlabel("queue size")
         axes[line][0].set_ylabel("ns a buffer")
-    axes[0][0].legend(fontsize=7)
+    # below all of them: inside, it would cover a line
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
@@ -129,7 +130,7 @@ def _qemu(part: dict[str, Any]) -> Any:
     devices = ["in-process", "vhost-user", "vfio-user", "nothing freed"]
     colours = ["#8b949e", "#1f6feb", "#d29922", "#d0d7de"]
     pictures = (
-        ("inflate", "deflate", "report", "hint"),
+        ("inflate", "deflate", "report", "hint, each GiB"),
         ("inflate, device CPU", "deflate, device CPU", "report, device CPU"),
         ("resident after inflate", "resident after report"),
     )
@@ -143,13 +144,17 @@ def _qemu(part: dict[str, Any]) -> Any:
             places = [i + 0.2 * (number - 1.5) for i in range(len(whats))]
             heights = [found.get(what, 0) for what in whats]
             axis.bar(places, heights, 0.2, label=device, color=colours[number])
-        names = [what.replace(", device CPU", "").replace("resident ", "") for what in whats]
+        names = [
+            what.replace(", device CPU", "").replace("resident ", "").replace(", each", ",\neach")
+            for what in whats
+        ]
         axis.set_xticks(range(len(whats)), names)
     for axis, title in zip(
         axes[0], ("seconds", "CPU seconds of the device", "MiB resident"), strict=True
     ):
         axis.set_title(title)
-    axes[0][0].legend(fontsize=7)
+    axes[0][0].set_ylim(top=1.3 * axes[0][0].get_ylim()[1])  # room for the legend
+    axes[0][0].legend(fontsize=7, ncols=2)
     return figure
 
 
