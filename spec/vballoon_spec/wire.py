@@ -151,7 +151,7 @@ class WireStruct:
             if self._flat is not None:
                 values = [getattr(self, name) for name in self._names]
                 tail = values.pop() if self._tailed else b""
-                return b"".join((self._flat.pack(*values), tail))
+                return self._flat.pack(*values) + tail
             fields = {name: _wire(getattr(self, name)) for name in self._names}
             return bytes(self.SUBCON.build(fields))
         except (c.ConstructError, struct.error) as error:
