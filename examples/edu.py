@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import sys
 
-from vballoon_spec.vfio_user import PciIrq, PciRegion
 from vfio_user import ConfigSpace, DmaError, PciDevice, Region, run_program
+from virtio_formats.vfio_user import PciIrq, PciRegion
 
 IDENTITY = 0x010000ED
 BAR_SIZE = 1 << 20

@@ -16,8 +16,8 @@ from tests.fakes.driver import Element
 from tests.fakes.frontend import Frontend, Ring
 from tests.fakes.memory import Arena, make_memory
 
-import vballoon_spec.vhost_user as vu
-from vballoon_spec.virtio.balloon import (
+import virtio_formats.vhost_user as vu
+from virtio_formats.virtio.balloon import (
     CMD_ID_FIRST,
     CMD_ID_STOP,
     BalloonConfig,

@@ -18,7 +18,7 @@ from tests.fakes.driver import DriverRing, Element, PackedDriver, SplitDriver, m
 from tests.fakes.memory import make_memory
 
 from vballoon.virtqueue import Virtqueue, make_virtqueue
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 MIB = 1 << 20
 HIGH = 1 << 32

@@ -18,7 +18,7 @@ from tests.bench.options import Options
 from tests.bench.record import Part
 from tests.lab.backend import TRANSPORTS, Backend
 
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 __all__ = ("run",)
 

@@ -15,13 +15,13 @@ from tests.bench.load import FullRing, make_load
 from tests.fakes.frontend import Frontend, Ring
 from tests.fakes.memory import Arena, make_memory
 
-import vballoon_spec.vhost_user as vu
+import virtio_formats.vhost_user as vu
 from vballoon.memory import GuestMemory
-from vballoon_spec.conformance.vfio_user import Client
-from vballoon_spec.conformance.virtio_pci import VirtioPci
-from vballoon_spec.vfio_user import Command, HeaderFlags, PciIrq, RegionAccess
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.balloon import BalloonFeature
+from virtio_conformance.vfio_user import Client
+from virtio_conformance.virtio_pci import VirtioPci
+from virtio_formats.vfio_user import Command, HeaderFlags, PciIrq, RegionAccess
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.balloon import BalloonFeature
 
 __all__ = ("BALLOON", "Front", "VfioFront", "VhostFront", "connect")
 

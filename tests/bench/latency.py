@@ -15,7 +15,7 @@ from tests.bench.options import Options
 from tests.bench.record import Part
 from tests.lab.backend import TRANSPORTS, Backend
 
-from vballoon_spec.virtio.balloon import BalloonStat, StatTag
+from virtio_formats.virtio.balloon import BalloonStat, StatTag
 
 __all__ = ("run",)
 

@@ -15,8 +15,8 @@ from tests.fakes.memory import Arena
 
 from vballoon.memory import GuestMemory
 from vballoon.virtqueue import RingAddresses
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio import packed, split
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio import packed, split
 
 __all__ = ("FullRing", "make_load")
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from vballoon.memory import GuestMemory
 from vballoon.virtqueue import RingAddresses
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio import packed, split
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio import packed, split
 
 __all__ = ("COMPILER", "Copy", "Job", "Work", "compiler_version", "library")
 

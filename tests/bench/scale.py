@@ -18,7 +18,7 @@ from tests.bench.options import Options
 from tests.bench.process import cpu_seconds
 from tests.bench.record import Part
 
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 __all__ = ("run",)
 

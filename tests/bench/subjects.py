@@ -17,9 +17,9 @@ from vballoon.memory import GuestMemory
 from vballoon.skipmap import Provenance
 from vballoon.virtio import DeviceQueue
 from vballoon.virtqueue import make_virtqueue
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.balloon import BalloonCmdId, BalloonFeature
 from vballoon_spec.walk.formats import WalkBegin, WalkHeader, WalkRange, WalkType
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.balloon import BalloonCmdId, BalloonFeature
 
 __all__ = ("ROLES", "CSubject", "Case", "OurSubject", "Payloads", "without_kernel")
 

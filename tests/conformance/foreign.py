@@ -18,9 +18,9 @@ from pathlib import Path
 from tests.lab import cache, debs
 from tests.lab.provision import BACKPORTS, BOOKWORM, TRIXIE
 
-from vballoon_spec.conformance.page import render
-from vballoon_spec.conformance.record import Run
-from vballoon_spec.conformance.verdict import verdicts
+from virtio_conformance.page import render
+from virtio_conformance.record import Run
+from virtio_conformance.verdict import verdicts
 
 DOCS = Path(__file__).parents[2] / "docs" / "conformance"
 
@@ -121,7 +121,7 @@ def run(backend: Backend, more: list[str]) -> Run:
     """The suite over one backend."""
     with tempfile.TemporaryDirectory(prefix="foreign-") as folder:
         results = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "vballoon_spec.conformance.run"]
+        command = [sys.executable, "-m", "virtio_conformance.run"]
         arguments = backend.arguments.replace("{root}", str(backend.root()))
         command += ["--spawn", f"{backend.words()} {arguments}"]
         command += ["--device", backend.device, "--json", str(results), *backend.options, *more]

@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vballoon_spec.conformance.record import Record, Run
-from vballoon_spec.requirements import by_id
+from tests.roots import import_path
+
+from virtio_conformance.record import Record, Run
+from virtio_conformance.requirements import by_id
 
 ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_name("mutants.toml")
@@ -112,8 +114,8 @@ def expect_sound(protocol: str) -> None:
 def suite(mutant: Mutant, device: Path, files: list[str], results: Path) -> Run:
     """One run over a patched copy, ended by its first failure."""
     serve = f"vballoon serve --{mutant.protocol} {{socket}} --control {{dir}}/control"
-    command = [sys.executable, "-m", "vballoon_spec.conformance.run", "--first", "--keep"]
-    places = f"PYTHONPATH={device}:{ROOT / 'spec'}"
+    command = [sys.executable, "-m", "virtio_conformance.run", "--first", "--keep"]
+    places = f"PYTHONPATH={import_path(device)}"
     command += ["--spawn", f"env {places} {PURE} {serve} --features={FEATURES}"]
     command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M"]
     command += ["--answer-limit", "6", "--time-limit", "30"]  # a busy machine is no finding
@@ -121,7 +123,7 @@ def suite(mutant: Mutant, device: Path, files: list[str], results: Path) -> Run:
     for file in files:
         command += ["--only", file]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment["PYTHONPATH"] = str(ROOT / "spec")
+    environment["PYTHONPATH"] = import_path()
     subprocess.run(command, stdout=subprocess.DEVNULL, env=environment)
     return Run.load(results)
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.roots import SUITE
 
-from vballoon_spec.conformance.record import Run
+from virtio_conformance.record import Run
 
 pytestmark = pytest.mark.timeout(600)  # all of it waits in the first test's fixture
-SUITE = Path(__file__).parents[2] / "spec/vballoon_spec/conformance/suite"
 AT_ONCE = 4
 FEATURES = "+RING_PACKED,+IN_ORDER,+EVENT_IDX,+INDIRECT_DESC"
 ONE_TRANSPORT = {"test_vhost_user": "vhost-user", "test_vfio_user": "vfio-user",
@@ -41,7 +41,7 @@ class Slice:
     def run(self, results: Path) -> Run:
         """What came of it."""
         serve = f"vballoon serve --{self.protocol} {{socket}} --control {{dir}}/control"
-        command = [sys.executable, "-m", "vballoon_spec.conformance.run", "--keep"]
+        command = [sys.executable, "-m", "virtio_conformance.run", "--keep"]
         command += ["--spawn", f"{serve} --engine {self.engine} --features={FEATURES}"]
         command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M"]
         command += ["--protocol", self.protocol, "--device", "balloon", "--json", str(results)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vballoon_spec.conformance.record import Run
+from virtio_conformance.record import Run
 
 ANSWER, START, TEST = 0.5, 1.0, 2.0
 """The limits given; the defaults are four times these and more."""
@@ -56,7 +56,7 @@ def conform(how: str, folder: Path) -> subprocess.CompletedProcess[str]:
     program = folder / f"{how}.py"
     program.write_text(BACKEND, encoding="utf-8")
     spawn = f"{shlex.join([sys.executable, str(program), how])} {{socket}}"
-    command = [sys.executable, "-m", "vballoon_spec.conformance.run", "--spawn", spawn]
+    command = [sys.executable, "-m", "virtio_conformance.run", "--spawn", spawn]
     command += ["--device", "balloon", "--json", str(folder / f"{how}.json")]
     command += ["--answer-limit", str(ANSWER), "--start-limit", str(START)]
     command += ["--time-limit", str(TEST)]

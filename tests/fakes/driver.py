@@ -19,8 +19,8 @@ from tests.fakes.memory import Arena
 
 from vballoon.memory import GuestMemory
 from vballoon.virtqueue import RingAddresses
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio import packed, split
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio import packed, split
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 

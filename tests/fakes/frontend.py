@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from tests.fakes.driver import DriverRing, Element, make_driver
 from tests.fakes.memory import Arena, make_memory
 
-import vballoon_spec.vhost_user as vu
+import virtio_formats.vhost_user as vu
 from vballoon.memory import GuestMemory
-from vballoon_spec.vhost_user import ProtocolFeature as P
-from vballoon_spec.vhost_user import Request
-from vballoon_spec.virtio import features as f
+from virtio_formats.vhost_user import ProtocolFeature as P
+from virtio_formats.vhost_user import Request
+from virtio_formats.virtio import features as f
 
 R = Request
 TIMEOUT = 10.0

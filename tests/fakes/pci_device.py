@@ -7,9 +7,9 @@ import errno
 import os
 from collections.abc import Callable
 
-from vballoon_spec.pci import BarFlags
-from vballoon_spec.vfio_user import PciIrq, PciRegion
 from vfio_user import ConfigSpace, DmaRegion, IoEvent, PciDevice, Region, RequestError
+from virtio_formats.pci import BarFlags
+from virtio_formats.vfio_user import PciIrq, PciRegion
 
 BAR0_SIZE = 0x1000
 BAR2_SIZE = 0x8000

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from tests.fakes.memory import memfd
 
-from vballoon_spec.vfio_user import (
+from vfio_user import PciDevice, Session, SessionLimits
+from virtio_formats.vfio_user import (
     Capabilities,
     Command,
     DmaAccess,
@@ -31,7 +32,6 @@ from vballoon_spec.vfio_user import (
     RegionAccess,
     Version,
 )
-from vfio_user import PciDevice, Session, SessionLimits
 
 QEMU_VERSION_DATA = (
     b'{"capabilities": {"max_msg_fds": 16, "max_data_xfer_size": 1048576, "pgsizes": 4096, '

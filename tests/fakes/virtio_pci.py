@@ -17,10 +17,10 @@ from tests.fakes.vfio_client import FakeClient, Ram, events
 
 from vballoon.memory import GuestMemory, MemoryRegion
 from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
-from vballoon_spec.pci import CapId, MsixCapability
-from vballoon_spec.vfio_user import IrqSetFlags, PciIrq, PciRegion
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.pci import CapType, CommonConfig, VirtioPciCap, VirtioPciNotifyCap
+from virtio_formats.pci import CapId, MsixCapability
+from virtio_formats.vfio_user import IrqSetFlags, PciIrq, PciRegion
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.pci import CapType, CommonConfig, VirtioPciCap, VirtioPciNotifyCap
 
 RAM_BASE = 0x100000
 RAM_SIZE = 4 << 20

@@ -23,8 +23,8 @@ from typing import Any
 from tests.lab import cache, debs, initramfs, provision
 from tests.lab.guestkernels import kernel
 from tests.lab.machine import Machine
+from tests.roots import REPOSITORY, SOURCE_ROOTS
 
-REPOSITORY = Path(__file__).parents[2]
 INNER_KERNEL = "6.12"
 #: What only development needs stays at home.
 LEFT_OUT = re.compile(
@@ -41,7 +41,7 @@ if [ ! -d /host/repo ]; then
     mount --bind /repo /host/repo || exit 1
 fi
 exec chroot /host /usr/bin/env -i PATH=/python/bin:/usr/bin HOME=/tmp VBALLOON_LAB=/cache \\
-    VBALLOON_LAB_ACCEL=tcg PYTHONPATH=/repo:/repo/device:/repo/spec:/packages PYTHONHOME=/python \\
+    VBALLOON_LAB_ACCEL=tcg PYTHONPATH=/repo:{roots}:/packages PYTHONHOME=/python \\
     sh -c 'cd /repo && exec "$@"' sh "$@"
 """
 
@@ -61,7 +61,8 @@ def machine(**hardware: Any) -> Machine:
 
 def sources() -> Iterator[tuple[str, bytes | Path]]:
     """The project's own files, at their places in the guest."""
-    yield "lab/enter", ENTER.encode()
+    roots = ":".join(f"/repo/{root.relative_to(REPOSITORY)}" for root in SOURCE_ROOTS)
+    yield "lab/enter", ENTER.replace("{roots}", roots).encode()
     for folder in ("device", "spec", "tests", "driver_kmod", "examples"):
         for path in sorted((REPOSITORY / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:

@@ -19,7 +19,7 @@ from vballoon.errors import UsageError
 from vballoon.memory import GuestMemory
 from vballoon.skipmap import Round, RoundKind, SkipMap
 from vballoon.vhost_user.status import QueueStatus
-from vballoon_spec.virtio.balloon import StatTag
+from virtio_formats.virtio.balloon import StatTag
 
 
 @dataclass

@@ -16,7 +16,7 @@ from vballoon.errors import ProtocolError, UsageError
 from vballoon.skipmap import Provenance
 from vballoon.virtio import device
 from vballoon.virtqueue import make_virtqueue
-from vballoon_spec.virtio.balloon import (
+from virtio_formats.virtio.balloon import (
     CMD_ID_DONE,
     BalloonConfig,
     BalloonFeature,

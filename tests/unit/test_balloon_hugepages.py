@@ -8,7 +8,7 @@ from tests.fakes.rig import MIB, Rig
 
 from vballoon.balloon.device import ALL_FEATURES
 from vballoon.memory import data_extents
-from vballoon_spec.virtio.balloon import BalloonFeature
+from virtio_formats.virtio.balloon import BalloonFeature
 
 INFLATE, DEFLATE, REPORT = 0, 1, 4
 FIRST = 8 * MIB >> 12  # page number of the huge page that the tests are about

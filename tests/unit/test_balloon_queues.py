@@ -13,7 +13,7 @@ from vballoon.balloon.device import ALL_FEATURES
 from vballoon.balloon.inflate import PFNS_PER_BUFFER_MAX
 from vballoon.balloon.stats import STATS_BYTES_MAX
 from vballoon.skipmap import Provenance
-from vballoon_spec.virtio.balloon import BalloonFeature, BalloonStat, StatTag
+from virtio_formats.virtio.balloon import BalloonFeature, BalloonStat, StatTag
 
 INFLATE, DEFLATE, STATS, HINT, REPORT = range(5)
 FIRST = 4096  # a page number behind the rig's ring space

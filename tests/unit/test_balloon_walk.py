@@ -28,7 +28,7 @@ from vballoon_spec.walk.formats import (
     WalkRange,
     WalkType,
 )
-from vballoon_spec.wire import WireStruct
+from virtio_formats.wire import WireStruct
 
 WALK = 5
 FIRST = 4096

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from tests.roots import import_path
 from tests.unit.control_fakes import FakeBalloon, served
 from tests.unit.test_skipmap_map import begun, put
 
@@ -342,6 +343,6 @@ def test_output_into_a_closed_pipe_is_no_traceback(sock):
     done = subprocess.run(
         f"{sys.executable} -m vballoon ctl {sock} help | head -c 10",
         shell=True, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": "device:spec"},
+        env=os.environ | {"PYTHONPATH": import_path()},
     )  # fmt: skip
     assert done.stderr == ""

@@ -21,7 +21,7 @@ from vballoon.cli.features import parse_features
 from vballoon.cli.serving import _OneLine
 from vballoon.control import ControlClient
 from vballoon.errors import UsageError
-from vballoon_spec.virtio.balloon import BalloonFeature as F
+from virtio_formats.virtio.balloon import BalloonFeature as F
 
 
 class Served:

@@ -4,23 +4,23 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
+from tests.roots import SUITE
 
-from vballoon_spec.conformance.findings import Finding
-from vballoon_spec.conformance.memory import PAGE, GuestRam
-from vballoon_spec.conformance.options import OPTIONS
-from vballoon_spec.conformance.page import render
-from vballoon_spec.conformance.plugin import repeat_command
-from vballoon_spec.conformance.profiles import Profile
-from vballoon_spec.conformance.record import Record, Run
-from vballoon_spec.conformance.rig_vhost_user import VhostUserRig
-from vballoon_spec.conformance.ring import DriverRing, Segment
-from vballoon_spec.conformance.ring_packed import PackedRing
-from vballoon_spec.conformance.ring_split import SplitRing
-from vballoon_spec.conformance.target import Options, Target
-from vballoon_spec.conformance.verdict import FAILED, PASSED, WARNED, verdicts
+from virtio_conformance.findings import Finding
+from virtio_conformance.memory import PAGE, GuestRam
+from virtio_conformance.options import OPTIONS
+from virtio_conformance.page import render
+from virtio_conformance.plugin import repeat_command
+from virtio_conformance.profiles import Profile
+from virtio_conformance.record import Record, Run
+from virtio_conformance.rig_vhost_user import VhostUserRig
+from virtio_conformance.ring import DriverRing, Segment
+from virtio_conformance.ring_packed import PackedRing
+from virtio_conformance.ring_split import SplitRing
+from virtio_conformance.target import Options, Target
+from virtio_conformance.verdict import FAILED, PASSED, WARNED, verdicts
 
 
 @pytest.fixture
@@ -188,5 +188,4 @@ def test_the_line_that_repeats_a_test_names_every_option() -> None:
 
 
 def test_every_file_of_the_suite_says_what_it_is_for() -> None:
-    suite = Path(__file__).parents[2] / "spec/vballoon_spec/conformance/suite"
-    assert all('"""' in path.read_text()[:120] for path in suite.glob("*.py"))
+    assert all('"""' in path.read_text()[:120] for path in SUITE.glob("*.py"))

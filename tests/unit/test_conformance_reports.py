@@ -9,12 +9,12 @@ from typing import cast
 
 import pytest
 
-from vballoon_spec.conformance.page import render
-from vballoon_spec.conformance.plugin import _requirements
-from vballoon_spec.conformance.record import Record, Run
-from vballoon_spec.conformance.target import Options, Target
-from vballoon_spec.conformance.transcript import Transcript, shortened
-from vballoon_spec.conformance.verdict import verdicts
+from virtio_conformance.page import render
+from virtio_conformance.plugin import _requirements
+from virtio_conformance.record import Record, Run
+from virtio_conformance.target import Options, Target
+from virtio_conformance.transcript import Transcript, shortened
+from virtio_conformance.verdict import verdicts
 
 
 @pytest.mark.parametrize(

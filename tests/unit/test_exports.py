@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 
 import pytest
+from tests.roots import PACKAGES
 
 PUBLIC = {
     "fdsocket": """MAX_FDS Acceptor AddressInUse FdStream Receiver TruncatedError adopt close_fds
@@ -31,7 +32,7 @@ PUBLIC = {
     "vballoon.virtio_pci": "DEFAULT_RING_FEATURES VirtioPciFunction",
     "vballoon.control": "ControlClient",
     "vballoon.cli": "main vhost_user_main",
-    "vballoon_spec.wire": "WireError WireStruct c_struct dtype_of struct_format",
+    "virtio_formats.wire": "WireError WireStruct c_struct dtype_of struct_format",
     "vballoon_spec.skipmap": """FORMAT_NAME FORMAT_VERSION LIVE_MAGIC LIVE_VERSION MANIFEST_FILE
         PAGE_SIZE PROVENANCES BitmapFile LiveHeader LiveRoundState Manifest ManifestError
         ManifestRegion ManifestRound page_sums""",
@@ -44,7 +45,7 @@ def test_the_public_names_are_these(package):
 
 
 def all_modules():
-    for top in ("fdsocket", "vfio_user", "vballoon", "vballoon_spec"):
+    for top in PACKAGES:
         package = importlib.import_module(top)
         yield top
         for info in pkgutil.walk_packages(package.__path__, f"{top}."):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vballoon_spec.virtio.balloon import BalloonConfig, BalloonFeature, StatTag
 from vballoon_spec.walk import formats, header
+from virtio_formats.virtio.balloon import BalloonConfig, BalloonFeature, StatTag
 
 
 def test_the_checked_in_header_is_current() -> None:

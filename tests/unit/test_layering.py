@@ -8,11 +8,9 @@ on guest memory stay in the modules that are made for them.
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from tests.roots import PACKAGES, modules
 
 ROOMS = (
     "errors", "memory", "virtqueue", "skipmap", "virtio", "balloon", "vhost_user", "virtio_pci",
@@ -26,11 +24,22 @@ FORBIDDEN_PAIRS = {
     ("virtio_pci", "vhost_user"): "transports never import each other",
 }
 KNOWN_THIRD = {"construct", "numpy", "qemu", "rich", "PIL", "pytest", "hypothesis"}
-OWN = {"vballoon", "vballoon_spec", "fdsocket", "vfio_user"}
+OWN = set(PACKAGES)
+MAY_IMPORT = {
+    "virtio_formats": set(),
+    "virtio_conformance": {"virtio_formats"},
+    "vballoon_spec": {"virtio_formats"},
+    "fdsocket": set(),
+    "vfio_user": {"virtio_formats", "fdsocket"},
+    "vballoon": {"virtio_formats", "vballoon_spec", "vfio_user", "fdsocket"},
+}
+"""Package to the other packages of the project that it may import."""
+VFIO_USER_FORMATS = ("virtio_formats.wire", "virtio_formats.vfio_user", "virtio_formats.pci")
 THIRD_PARTY = {
     "vballoon": {"numpy", "qemu", "rich", "PIL"},
+    "virtio_formats": {"construct", "numpy"},
+    "virtio_conformance": {"numpy", "pytest", "rich"},
     "vballoon_spec": {"construct", "numpy"},
-    "vballoon_spec.conformance": {"construct", "numpy", "pytest", "rich"},
     "fdsocket": set(),
     "vfio_user": {"numpy"},
 }
@@ -65,16 +74,6 @@ def runtime_nodes(tree: ast.AST):
         yield from runtime_nodes(node)
 
 
-def modules() -> dict[str, Path]:
-    """Module name → file, of both source roots."""
-    found = {}
-    for root in ("device", "spec"):
-        for path in sorted((ROOT / root).rglob("*.py")):
-            parts = path.relative_to(ROOT / root).with_suffix("").parts
-            found[".".join(p for p in parts if p != "__init__")] = path
-    return found
-
-
 MODULES = modules()
 
 
@@ -93,8 +92,6 @@ def _packages(module: str, names: list[str]) -> list[str]:
     """Between packages, and to third parties."""
     top = module.split(".")[0]
     allowed = THIRD_PARTY[top]
-    if module.startswith("vballoon_spec.conformance"):
-        allowed = THIRD_PARTY["vballoon_spec.conformance"]
     said = []
     for name in names:
         other = name.split(".")[0]
@@ -103,15 +100,10 @@ def _packages(module: str, names: list[str]) -> list[str]:
             and other not in allowed
         ):
             said.append(f"{module} imports {other}")
-        if top == "vballoon_spec" and other in OWN - {"vballoon_spec"}:
-            said.append(f"{module} imports {name}: spec imports nothing from the device")
-        if top == "fdsocket" and other in OWN - {"fdsocket"}:
-            said.append(f"{module} imports {name}: fdsocket knows no protocol")
-        if top == "vfio_user" and (
-            other == "vballoon"
-            or (other == "vballoon_spec" and not name.startswith(
-                ("vballoon_spec.wire", "vballoon_spec.vfio_user", "vballoon_spec.pci")
-            ))
+        if other in OWN - {top} and other not in MAY_IMPORT[top]:
+            said.append(f"{module} imports {name}: {top} does not depend on {other}")
+        if top == "vfio_user" and other == "virtio_formats" and not name.startswith(
+            VFIO_USER_FORMATS
         ):  # fmt: skip
             said.append(f"{module} imports {name}: vfio_user knows no virtio")
     return said
@@ -144,7 +136,7 @@ def _io(module: str, names: list[str]) -> list[str]:
         top == "fdsocket"
         or last in ("shell", "server", "run")
         or (top == "vballoon" and rest and rest[0] in IO_ROOMS)
-        or module.startswith("vballoon_spec.conformance")  # it drives backends over sockets
+        or module.startswith("virtio_conformance")  # it drives backends over sockets
     )
     said = []
     for name in names:
@@ -174,13 +166,15 @@ PLANTED = [
     ("vballoon.vhost_user.session", "def f():\n    import socket", "only shells do"),
     ("vballoon.balloon.device", "import mmap", "only memory maps"),
     ("vballoon.balloon.device", "from vballoon.engine import x", "no such room"),
-    ("vballoon_spec.wire", "from vballoon.errors import PeerError", "nothing from the device"),
-    ("vballoon_spec.wire", "import pytest", "imports pytest"),
-    ("fdsocket.stream", "import vfio_user", "knows no protocol"),
-    ("vfio_user.device", "from vballoon.errors import PeerError", "knows no virtio"),
-    ("vfio_user.device", "import vballoon_spec.virtio.balloon", "knows no virtio"),
+    ("virtio_formats.wire", "from vballoon.errors import PeerError", "does not depend on vballoon"),
+    ("virtio_formats.wire", "import pytest", "imports pytest"),
+    ("fdsocket.stream", "import vfio_user", "does not depend on"),
+    ("vfio_user.device", "from vballoon.errors import PeerError", "does not depend on"),
+    ("vfio_user.device", "import virtio_formats.virtio.balloon", "knows no virtio"),
     ("vfio_user.session", "import socket", "only shells do"),
-    ("vballoon_spec.wire", "import socket", "only shells do"),
+    ("virtio_formats.wire", "import socket", "only shells do"),
+    ("virtio_conformance.ring", "import vballoon", "does not depend on vballoon"),
+    ("vballoon.cli.conform", "import virtio_conformance", "does not depend on"),
 ]
 
 

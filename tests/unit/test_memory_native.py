@@ -32,8 +32,8 @@ from vballoon.skipmap import Provenance, SkipMap, bitmap, bits
 from vballoon.skipmap.bitmap import PageBitmap
 from vballoon.skipmap.layout import BitmapLayout
 from vballoon.virtqueue import Engine, make_virtqueue
-from vballoon_spec.virtio import features as f
 from vballoon_spec.walk.formats import WalkRange
+from virtio_formats.virtio import features as f
 
 CAN_BUILD = shutil.which("gcc") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 U64 = st.integers(0, (1 << 64) - 1)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from vballoon_spec.requirements import STRENGTHS, by_id, chapters, gaps, index
-from vballoon_spec.requirements.marks import marked_tests
-from vballoon_spec.requirements.sources import html_blocks, virtio_blocks
+from virtio_conformance.requirements import STRENGTHS, by_id, chapters, gaps, index
+from virtio_conformance.requirements.marks import marked_tests
+from virtio_conformance.requirements.sources import html_blocks, virtio_blocks
 
 CHAPTERS = {chapter.name: chapter for chapter in chapters()}
 

@@ -24,7 +24,7 @@ from vballoon.skipmap import (
 )
 from vballoon.skipmap.export import read_bitmap
 from vballoon_spec.skipmap import Manifest, ManifestError
-from vballoon_spec.virtio.balloon import BalloonFeature
+from virtio_formats.virtio.balloon import BalloonFeature
 
 B, R, H, W = Provenance
 

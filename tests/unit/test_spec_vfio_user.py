@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vballoon_spec import pci
-from vballoon_spec import vfio_user as v
-from vballoon_spec.virtio import pci as vpci
-from vballoon_spec.wire import WireError, WireStruct
+from virtio_formats import pci
+from virtio_formats import vfio_user as v
+from virtio_formats.virtio import pci as vpci
+from virtio_formats.wire import WireError, WireStruct
 
 TABLES: dict[type[WireStruct], tuple[int, dict[str, int]]] = {
     v.Header: (16, {"id": 0, "command": 2, "size": 4, "flags": 8, "error": 12}),

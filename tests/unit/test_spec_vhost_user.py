@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vballoon_spec.vhost_user as vu
-from vballoon_spec.wire import WireError
+import virtio_formats.vhost_user as vu
+from virtio_formats.wire import WireError
 
 U8, U16, U32, U64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio import packed, split
-from vballoon_spec.wire import WireStruct
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio import packed, split
+from virtio_formats.wire import WireStruct
 
 
 @pytest.mark.parametrize(

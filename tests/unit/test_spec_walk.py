@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vballoon_spec.virtio.balloon import BalloonConfig
 from vballoon_spec.walk import formats
 from vballoon_spec.walk.formats import WalkHeader, WalkType, buffer_size
-from vballoon_spec.wire import WireError, WireStruct
+from virtio_formats.virtio.balloon import BalloonConfig
+from virtio_formats.wire import WireError, WireStruct
 
 CHAPTER = (Path(formats.__file__).parent / "walk-queue.md").read_text()
 STRUCTS: dict[str, type[WireStruct]] = {

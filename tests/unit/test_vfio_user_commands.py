@@ -19,8 +19,9 @@ from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import BAR0_SIZE, BAR2_SIZE, FAIL, Gadget
 from tests.fakes.vfio_client import FakeClient, events
 
-from vballoon_spec.pci import BarFlags
-from vballoon_spec.vfio_user import (
+from vfio_user import ConfigSpace, IoEvent, PciDevice, Region, SessionLimits, UsageError
+from virtio_formats.pci import BarFlags
+from virtio_formats.vfio_user import (
     Command,
     DeviceInfo,
     IoEventFd,
@@ -34,7 +35,6 @@ from vballoon_spec.vfio_user import (
     WriteMulti,
     WriteOne,
 )
-from vfio_user import ConfigSpace, IoEvent, PciDevice, Region, SessionLimits, UsageError
 
 AREAS = ((0x2000, 0x1000), (0x4000, 0x2000))
 

@@ -20,15 +20,15 @@ from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
 from tests.fakes.vfio_client import FakeClient, Ram, message
 
-from vballoon_spec.vfio_user import (
+from vfio_user import DmaError, RequestError, SessionLimits
+from vfio_user.errors import VfioUserError
+from vfio_user.remote import Layout
+from virtio_formats.vfio_user import (
     Command,
     DmaMap,
     DmaUnmap,
     RegionAccess,
 )
-from vfio_user import DmaError, RequestError, SessionLimits
-from vfio_user.errors import VfioUserError
-from vfio_user.remote import Layout
 
 PAGE = 4096
 BASE = 0x10000

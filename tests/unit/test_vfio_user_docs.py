@@ -12,8 +12,8 @@ from unittest.mock import patch
 import pytest
 from tests.fakes.vfio_client import FakeClient, events
 
-from vballoon_spec.vfio_user import PciIrq
 from vfio_user import PciDevice
+from virtio_formats.vfio_user import PciIrq
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parents[1] / "docs/vfio-user.md").read_text()

@@ -15,8 +15,8 @@ from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
 from tests.fakes.vfio_client import FakeClient, events
 
-from vballoon_spec.vfio_user import Command, IrqInfo, IrqInfoFlags, IrqSet, IrqSetFlags, PciIrq
 from vfio_user import IrqTable, UsageError
+from virtio_formats.vfio_user import Command, IrqInfo, IrqInfoFlags, IrqSet, IrqSetFlags, PciIrq
 
 NONE, BOOL, EVENTFD = IrqSetFlags.DATA_NONE, IrqSetFlags.DATA_BOOL, IrqSetFlags.DATA_EVENTFD
 MASK, UNMASK = IrqSetFlags.ACTION_MASK, IrqSetFlags.ACTION_UNMASK

@@ -16,7 +16,8 @@ from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
 from tests.fakes.vfio_client import FakeClient, Ram
 
-from vballoon_spec.vfio_user import (
+from vfio_user import DmaLog
+from virtio_formats.vfio_user import (
     Command,
     DeviceFeature,
     Feature,
@@ -25,7 +26,6 @@ from vballoon_spec.vfio_user import (
     LoggingRange,
     LoggingReport,
 )
-from vfio_user import DmaLog
 
 PAGE = 4096
 BASE = 0x10000

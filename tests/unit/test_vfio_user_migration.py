@@ -17,7 +17,9 @@ import pytest
 from tests.fakes.pci_device import Gadget
 from tests.fakes.vfio_client import FakeClient
 
-from vballoon_spec.vfio_user import (
+from vfio_user import MigrationMachine, PciDevice, RequestError, SessionLimits
+from vfio_user.migration import MAX_STATE_SIZE, NEXT_HOP
+from virtio_formats.vfio_user import (
     MIG_ARCS,
     Command,
     DeviceFeature,
@@ -27,8 +29,6 @@ from vballoon_spec.vfio_user import (
     MigData,
     MigState,
 )
-from vfio_user import MigrationMachine, PciDevice, RequestError, SessionLimits
-from vfio_user.migration import MAX_STATE_SIZE, NEXT_HOP
 
 GET, SET, PROBE = FeatureFlags.GET, FeatureFlags.SET, FeatureFlags.PROBE
 S = DeviceState

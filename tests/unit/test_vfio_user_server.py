@@ -24,7 +24,8 @@ from tests.fakes.pci_device import Gadget
 from tests.fakes.vfio_client import QEMU_VERSION_DATA, Ram, message
 
 import fdsocket
-from vballoon_spec.vfio_user import (
+from vfio_user import DmaError, PciDevice, Server, server
+from virtio_formats.vfio_user import (
     Capabilities,
     Command,
     DmaAccess,
@@ -35,7 +36,6 @@ from vballoon_spec.vfio_user import (
     RegionIoFds,
     Version,
 )
-from vfio_user import DmaError, PciDevice, Server, server
 
 REPLY = HeaderFlags.TYPE_REPLY
 

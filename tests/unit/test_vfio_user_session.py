@@ -26,7 +26,8 @@ from tests.fakes.vfio_client import (
     split,
 )
 
-from vballoon_spec.vfio_user import (
+from vfio_user import DmaError, Session, SessionLimits
+from virtio_formats.vfio_user import (
     Capabilities,
     Command,
     DmaMap,
@@ -38,7 +39,6 @@ from vballoon_spec.vfio_user import (
     RegionAccess,
     Version,
 )
-from vfio_user import DmaError, Session, SessionLimits
 
 REPLY, ERROR, NO_REPLY = HeaderFlags.TYPE_REPLY, HeaderFlags.ERROR, HeaderFlags.NO_REPLY
 

@@ -23,10 +23,10 @@ from tests.fakes.echo_device import EchoDevice
 from tests.fakes.memory import memfd
 from tests.fakes.vhost_io import FakeIo
 
-import vballoon_spec.vhost_user as vu
+import virtio_formats.vhost_user as vu
 from vballoon.vhost_user import DEFAULT_RING_FEATURES, PROTOCOL_FEATURES, VhostUserBackend
-from vballoon_spec.vhost_user import ProtocolFeature as P
-from vballoon_spec.vhost_user import Request
+from virtio_formats.vhost_user import ProtocolFeature as P
+from virtio_formats.vhost_user import Request
 
 MIB = 1 << 20
 USER = 1 << 40

@@ -22,14 +22,14 @@ from vballoon.vhost_user.inflight import InflightArea
 from vballoon.vhost_user.inflight_packed import PackedInflight
 from vballoon.vhost_user.inflight_split import SplitInflight
 from vballoon.virtqueue import RingState
-from vballoon_spec.vhost_user import (
+from virtio_formats.vhost_user import (
     DescStatePacked,
     DescStateSplit,
     QueueRegionPacked,
     QueueRegionSplit,
     queue_region_size,
 )
-from vballoon_spec.virtio import packed
+from virtio_formats.virtio import packed
 
 SIZE = 8
 AVAIL, USED = 1 << 7, 1 << 15

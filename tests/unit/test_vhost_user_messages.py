@@ -20,9 +20,9 @@ from tests.fakes.echo_device import EchoDevice
 from tests.fakes.frontend import F_LOG_ALL, F_PROTOCOL, Frontend, R
 from tests.fakes.memory import make_memory, memfd
 
-import vballoon_spec.vhost_user as vu
+import virtio_formats.vhost_user as vu
 from vballoon.vhost_user import DEFAULT_RING_FEATURES, PROTOCOL_FEATURES
-from vballoon_spec.vhost_user import ProtocolFeature as P
+from virtio_formats.vhost_user import ProtocolFeature as P
 
 MIB = 1 << 20
 

@@ -20,12 +20,12 @@ from tests.fakes.echo_device import EchoDevice
 from tests.fakes.frontend import Closed, Frontend, R
 from tests.fakes.memory import Arena, make_memory
 
-import vballoon_spec.vhost_user as vu
+import virtio_formats.vhost_user as vu
 from vballoon.vhost_user import DEFAULT_RING_FEATURES
 from vballoon.vhost_user.inflight import InflightArea
 from vballoon.vhost_user.vring import Vring
 from vballoon.virtio import DeviceQueue
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 KILLS = 20
 RINGS, SIZE = 2, 32

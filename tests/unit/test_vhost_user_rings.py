@@ -18,9 +18,9 @@ from vballoon.errors import ProtocolError
 from vballoon.vhost_user import DEFAULT_RING_FEATURES
 from vballoon.vhost_user.vring import decode_base, encode_base
 from vballoon.virtqueue import RingState
-from vballoon_spec.vhost_user import ProtocolFeature as P
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.balloon import BalloonFeature
+from virtio_formats.vhost_user import ProtocolFeature as P
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.balloon import BalloonFeature
 
 PACKED = DEFAULT_RING_FEATURES | f.mask(f.VIRTIO_F_RING_PACKED)
 KINDS = {

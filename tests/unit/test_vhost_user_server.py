@@ -19,7 +19,7 @@ import vballoon.vhost_user
 from vballoon.errors import UsageError
 from vballoon.vhost_user import VhostUserServer, feature_names
 from vballoon.vhost_user.channel import MAX_OUTSTANDING, BackendChannel
-from vballoon_spec.vhost_user import BackendRequest, VhostUserHeader, VhostUserU64
+from virtio_formats.vhost_user import BackendRequest, VhostUserHeader, VhostUserU64
 
 
 def eventually(condition, seconds=5.0):

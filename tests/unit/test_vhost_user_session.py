@@ -10,7 +10,7 @@ from tests.fakes.descriptors import open_fds
 
 from vballoon.errors import ProtocolError
 from vballoon.vhost_user.session import LATER, Fds, Reply, Session, u64
-from vballoon_spec.vhost_user import (
+from virtio_formats.vhost_user import (
     MAX_PAYLOAD,
     ProtocolFeature,
     Request,

@@ -34,9 +34,9 @@ from tests.fakes.virtio_pci import (
 
 from vballoon.virtio import device
 from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
-from vballoon_spec.vfio_user import Command, RegionAccess, RegionIoFds, Version
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.pci import CapType
+from virtio_formats.vfio_user import Command, RegionAccess, RegionIoFds, Version
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.pci import CapType
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK

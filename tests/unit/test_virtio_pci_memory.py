@@ -29,8 +29,8 @@ from tests.fakes.virtio_pci import (
 
 from vballoon.errors import MemoryFault
 from vballoon.virtio_pci import VirtioPciFunction
-from vballoon_spec.vfio_user import Command, DmaMap
-from vballoon_spec.virtio import features as f
+from virtio_formats.vfio_user import Command, DmaMap
+from virtio_formats.virtio import features as f
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK

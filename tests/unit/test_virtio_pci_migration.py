@@ -24,7 +24,7 @@ from vballoon.balloon import Balloon
 from vballoon.skipmap import Provenance
 from vballoon.virtio import VirtioDevice
 from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
-from vballoon_spec.vfio_user import (
+from virtio_formats.vfio_user import (
     Command,
     DeviceFeature,
     DeviceState,
@@ -35,9 +35,9 @@ from vballoon_spec.vfio_user import (
     PciIrq,
     PciRegion,
 )
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.balloon import BalloonFeature
-from vballoon_spec.virtio.pci_state import FunctionState, QueueState
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.balloon import BalloonFeature
+from virtio_formats.virtio.pci_state import FunctionState, QueueState
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 EVENT = V1 | f.mask(f.VIRTIO_F_EVENT_IDX)

@@ -25,11 +25,11 @@ from tests.fakes.virtio_pci import (
 )
 
 from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
-from vballoon_spec.pci import CapId, Command
-from vballoon_spec.vfio_user import Command as Message
-from vballoon_spec.vfio_user import PciIrq, PciRegion
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.pci import NO_VECTOR, CapType, CommonConfig
+from virtio_formats.pci import CapId, Command
+from virtio_formats.vfio_user import Command as Message
+from virtio_formats.vfio_user import PciIrq, PciRegion
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.pci import NO_VECTOR, CapType, CommonConfig
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 

@@ -21,7 +21,7 @@ from tests.fakes.memory import Arena, make_memory
 from vballoon.errors import QueueError
 from vballoon.memory.native import native
 from vballoon.virtqueue import RULES, Engine, RingState, Virtqueue, make_virtqueue
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 HIGH = 1 << 32
 REGIONS = ((0, 1 << 20), (1 << 20, 1 << 16), (HIGH, 1 << 16))  # two adjacent ones, a hole, a third

@@ -17,7 +17,7 @@ from tests.fakes.driver import DriverRing, Element, PackedDriver, SplitDriver, m
 from tests.fakes.memory import Arena, by_messages, make_memory
 
 from vballoon.virtqueue import RingState, Virtqueue, make_virtqueue
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 HIGH = 1 << 32
 KINDS = ["scalar", "numpy", "batch", "messages"]

@@ -17,7 +17,7 @@ from tests.fakes.memory import by_messages, make_memory
 from vballoon.errors import QueueError, UsageError
 from vballoon.memory import BitmapLog, GuestMemory
 from vballoon.virtqueue import Resubmit, RingState, Virtqueue, make_virtqueue
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 Engine = Literal["scalar", "numpy", "batch"]
 PACKED = f.mask(f.VIRTIO_F_RING_PACKED)

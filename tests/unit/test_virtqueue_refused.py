@@ -12,7 +12,7 @@ from tests.fakes.memory import make_memory
 from vballoon.errors import QueueError
 from vballoon.memory import GuestMemory
 from vballoon.virtqueue import RingAddresses, RingState, make_virtqueue
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 MIB = 1 << 20
 PACKED = f.mask(f.VIRTIO_F_RING_PACKED)

@@ -28,7 +28,7 @@ from vballoon.errors import QueueError
 from vballoon.memory import GuestMemory
 from vballoon.virtqueue import RULES, ChainBatch, RingState, make_virtqueue
 from vballoon.virtqueue.base import Virtqueue
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 MIB = 1 << 20
 HIGH = 1 << 32

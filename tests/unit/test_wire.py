@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wire formats: one declaration, and everything derived from it means the same.
 
-Every format that the package declares takes part, found by walking ``vballoon_spec``: bytes are
-read by the structure, by plain construct and by the derived NumPy dtype, and all three must agree.
+Every format declared in ``virtio_formats`` and ``vballoon_spec`` takes part: bytes are read by the
+structure, by plain construct and by the derived NumPy dtype, and all three must agree.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vballoon_spec
-from vballoon_spec.wire import WireError, WireStruct, c_struct, dtype_of, struct_format
+import virtio_formats
+from virtio_formats.wire import WireError, WireStruct, c_struct, dtype_of, struct_format
 
 
 def declared() -> dict[str, type[WireStruct]]:
-    """Every format of the package, by its full name."""
-    for module in pkgutil.walk_packages(vballoon_spec.__path__, "vballoon_spec."):
-        if not module.name.startswith("vballoon_spec.conformance"):
+    """Every format of both packages, by its full name."""
+    for package in (vballoon_spec, virtio_formats):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     found: dict[str, type[WireStruct]] = {}
     pending = WireStruct.__subclasses__()
     while pending:
         cls = pending.pop()
         pending += cls.__subclasses__()
-        if cls.__module__.startswith("vballoon_spec."):
+        if cls.__module__.startswith(("vballoon_spec.", "virtio_formats.")):
             found[f"{cls.__module__}.{cls.__qualname__}"] = cls
     return found
 
@@ -53,8 +54,8 @@ VIEWED = [name for name in FIXED if has_dtype(FORMATS[name])]
 
 
 def test_the_formats_are_found() -> None:
-    assert "vballoon_spec.virtio.split.VirtqDesc" in VIEWED
-    assert "vballoon_spec.virtio.packed.PvirtqDesc" in VIEWED
+    assert "virtio_formats.virtio.split.VirtqDesc" in VIEWED
+    assert "virtio_formats.virtio.packed.PvirtqDesc" in VIEWED
     assert len(FIXED) > 10
 
 

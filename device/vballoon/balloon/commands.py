@@ -17,7 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from vballoon.skipmap import Round
-from vballoon_spec.virtio.balloon import CMD_ID_DONE, CMD_ID_FIRST, CMD_ID_STOP
+from virtio_formats.virtio.balloon import CMD_ID_DONE, CMD_ID_FIRST, CMD_ID_STOP
 
 if TYPE_CHECKING:
     from collections.abc import Callable

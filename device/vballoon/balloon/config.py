@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vballoon.errors import ProtocolError
-from vballoon_spec.virtio.balloon import CONFIG_SIZE_STANDARD, BalloonConfig
+from virtio_formats.virtio.balloon import CONFIG_SIZE_STANDARD, BalloonConfig
 
 __all__ = ("ConfigSpace",)
 

@@ -20,7 +20,7 @@ from vballoon.errors import QueueError, UsageError
 from vballoon.memory import Discarder, GuestMemory
 from vballoon.skipmap import Provenance, Round, RoundKind, SkipMap, VoidReason
 from vballoon.virtio import VirtioDevice
-from vballoon_spec.virtio.balloon import (
+from virtio_formats.virtio.balloon import (
     CMD_ID_DONE,
     CMD_ID_FIRST,
     CMD_ID_STOP,

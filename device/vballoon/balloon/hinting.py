@@ -13,7 +13,7 @@ import numpy as np
 
 from vballoon.memory.pages import whole_pages
 from vballoon.skipmap import Provenance
-from vballoon_spec.virtio.balloon import CMD_ID_STOP, BalloonCmdId
+from virtio_formats.virtio.balloon import CMD_ID_STOP, BalloonCmdId
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,7 +13,7 @@ import numpy as np
 
 from vballoon.memory.gather import page_ranges, ranges_of
 from vballoon.skipmap import Provenance
-from vballoon_spec.virtio.balloon import PFN_SHIFT
+from virtio_formats.virtio.balloon import PFN_SHIFT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import ProtocolError
-from vballoon_spec.virtio.balloon import (
+from vballoon_spec.walk.formats import WalkRange
+from virtio_formats.virtio.balloon import (
     CMD_ID_FIRST,
     STATE_MAGIC,
     STATE_VERSION,
     BalloonState,
 )
-from vballoon_spec.walk.formats import WalkRange
-from vballoon_spec.wire import WireError
+from virtio_formats.wire import WireError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

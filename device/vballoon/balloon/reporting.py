@@ -12,7 +12,7 @@ import numpy as np
 
 from vballoon.memory.pages import blocks
 from vballoon.skipmap import Provenance
-from vballoon_spec.virtio.balloon import PFN_SHIFT
+from virtio_formats.virtio.balloon import PFN_SHIFT
 
 if TYPE_CHECKING:
     from vballoon.balloon.counters import Counters

@@ -14,7 +14,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from vballoon_spec.virtio.balloon import BalloonFeature
+from virtio_formats.virtio.balloon import BalloonFeature
 
 if TYPE_CHECKING:
     from collections.abc import Collection

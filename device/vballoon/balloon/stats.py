@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon_spec.virtio.balloon import BalloonStat, StatTag
+from virtio_formats.virtio.balloon import BalloonStat, StatTag
 
 if TYPE_CHECKING:
     from vballoon.balloon.counters import Counters

@@ -14,7 +14,6 @@ import numpy as np
 from vballoon.balloon.memmap import MemmapCollector
 from vballoon.memory.records import reachable, read_records
 from vballoon.skipmap import Provenance
-from vballoon_spec.virtio.balloon import PFN_SHIFT
 from vballoon_spec.walk.formats import (
     BUFFER_MAX,
     WalkBegin,
@@ -25,7 +24,8 @@ from vballoon_spec.walk.formats import (
     WalkType,
     buffer_size,
 )
-from vballoon_spec.wire import WireError
+from virtio_formats.virtio.balloon import PFN_SHIFT
+from virtio_formats.wire import WireError
 
 if TYPE_CHECKING:
     from typing import Any

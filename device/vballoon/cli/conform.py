@@ -11,7 +11,7 @@ from vballoon.errors import UsageError
 
 __all__ = ("add", "pass_on")
 
-SUITE = "vballoon_spec.conformance.run"
+SUITE = "virtio_conformance.run"
 EXAMPLES = """\
   vballoon conform --help                     what the suite takes
   vballoon conform --vhost-user backend.sock

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from vballoon import vhost_user, virtio_pci
 from vballoon.balloon.device import ALL_FEATURES
 from vballoon.errors import UsageError
-from vballoon_spec.virtio import features as ring
-from vballoon_spec.virtio.balloon import BalloonFeature
+from virtio_formats.virtio import features as ring
+from virtio_formats.virtio.balloon import BalloonFeature
 
 __all__ = ("Offered", "device_names", "parse_features")
 

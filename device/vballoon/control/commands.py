@@ -20,7 +20,7 @@ from vballoon.control.table import Argument, Reply, Table
 from vballoon.skipmap import FrozenExport, PageBitmap, Provenance, RoundKind
 from vballoon.skipmap.cells import FULL, cell_pages, fill_of_cells
 from vballoon.skipmap.map import data_pages
-from vballoon_spec.virtio.balloon import stat_name
+from virtio_formats.virtio.balloon import stat_name
 
 if TYPE_CHECKING:
     from vballoon.control.operator import Operator

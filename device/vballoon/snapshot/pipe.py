@@ -20,7 +20,7 @@ from vballoon_spec.snapshot import (
     SnapshotManifest,
     SnapshotManifestError,
 )
-from vballoon_spec.wire import WireError
+from virtio_formats.wire import WireError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

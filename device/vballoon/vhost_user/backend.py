@@ -28,9 +28,9 @@ from vballoon.vhost_user.session import Session
 from vballoon.vhost_user.transfer import StateTransfer
 from vballoon.vhost_user.vring import Vring
 from vballoon.virtio import DeviceQueue, VirtioDevice
-from vballoon_spec.vhost_user import ProtocolFeature as P
-from vballoon_spec.vhost_user import VhostFeature
-from vballoon_spec.virtio import features as f
+from virtio_formats.vhost_user import ProtocolFeature as P
+from virtio_formats.vhost_user import VhostFeature
+from virtio_formats.virtio import features as f
 
 if TYPE_CHECKING:
     from vballoon.memory import BitmapLog, DirtyLog, GuestMemory

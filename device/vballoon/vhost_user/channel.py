@@ -14,7 +14,7 @@ from collections import deque
 
 from fdsocket import close_fds
 from vballoon.errors import ProtocolError
-from vballoon_spec.vhost_user import (
+from virtio_formats.vhost_user import (
     VERSION,
     BackendRequest,
     HeaderFlag,

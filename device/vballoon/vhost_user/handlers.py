@@ -18,7 +18,7 @@ from vballoon.vhost_user.inflight import InflightArea
 from vballoon.vhost_user.memtable import MAX_MEM_SLOTS, MemoryTable
 from vballoon.vhost_user.session import Fds, Handler, Reply, u64
 from vballoon.vhost_user.vring import Vring, decode_base
-from vballoon_spec.vhost_user import (
+from virtio_formats.vhost_user import (
     MAX_CONFIG_SIZE,
     ConfigFlag,
     ProtocolFeature,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vballoon.errors import ProtocolError
-from vballoon_spec.vhost_user import VhostUserInflight, queue_region_size
+from virtio_formats.vhost_user import VhostUserInflight, queue_region_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

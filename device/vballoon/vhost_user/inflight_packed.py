@@ -16,8 +16,8 @@ import numpy as np
 from vballoon.errors import ProtocolError, UsageError
 from vballoon.vhost_user.inflight import InflightRecord
 from vballoon.virtqueue import Resubmit, RingState
-from vballoon_spec.vhost_user import REGION_VERSION, DescStatePacked, QueueRegionPacked
-from vballoon_spec.virtio import packed
+from virtio_formats.vhost_user import REGION_VERSION, DescStatePacked, QueueRegionPacked
+from virtio_formats.virtio import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

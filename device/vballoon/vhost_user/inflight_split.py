@@ -10,7 +10,7 @@ import numpy as np
 from vballoon.errors import ProtocolError
 from vballoon.vhost_user.inflight import InflightRecord
 from vballoon.virtqueue import Resubmit, RingState
-from vballoon_spec.vhost_user import REGION_VERSION, DescStateSplit, QueueRegionSplit
+from virtio_formats.vhost_user import REGION_VERSION, DescStateSplit, QueueRegionSplit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

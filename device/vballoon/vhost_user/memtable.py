@@ -13,7 +13,7 @@ from itertools import pairwise
 from vballoon.errors import ProtocolError
 from vballoon.memory import GuestMemory, MemoryRegion
 from vballoon.vhost_user.session import Fds
-from vballoon_spec.vhost_user import VhostUserMemoryRegion
+from virtio_formats.vhost_user import VhostUserMemoryRegion
 
 __all__ = ("MAX_MEM_SLOTS", "MemoryTable")
 

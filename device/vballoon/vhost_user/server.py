@@ -27,7 +27,7 @@ from vballoon.vhost_user.shell import Connection
 from vballoon.vhost_user.status import BackendStatus, snapshot
 from vballoon.virtio import VirtioDevice
 from vballoon.virtqueue import Engine
-from vballoon_spec.vhost_user import ProtocolFeature
+from virtio_formats.vhost_user import ProtocolFeature
 
 __all__ = ("VhostUserServer",)
 

@@ -2,7 +2,7 @@
 """The vhost-user session: bytes and descriptors in, replies out.  No socket, no clock.
 
 What arrives is cut into messages; each is checked against the table of message rules
-(:data:`vballoon_spec.vhost_user.MESSAGES`), handed to the handler of its request, and answered as
+(:data:`virtio_formats.vhost_user.MESSAGES`), handed to the handler of its request, and answered as
 "Communication" and "VHOST_USER_PROTOCOL_F_REPLY_ACK" of vhost-user.rst (QEMU 11.1.3) say.
 
 Three things can happen to a message, and nothing else:
@@ -30,7 +30,7 @@ from typing import Any, Final
 
 from fdsocket import close_fds
 from vballoon.errors import PeerError, ProtocolError
-from vballoon_spec.vhost_user import (
+from virtio_formats.vhost_user import (
     MAX_FDS_PER_MESSAGE,
     MAX_PAYLOAD,
     MESSAGES,
@@ -44,7 +44,7 @@ from vballoon_spec.vhost_user import (
     VhostUserU64,
     request_name,
 )
-from vballoon_spec.wire import WireError, WireStruct
+from virtio_formats.wire import WireError, WireStruct
 
 __all__ = ("LATER", "Fds", "Handler", "Reply", "Session", "u64")
 

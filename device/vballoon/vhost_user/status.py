@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vballoon_spec.vhost_user import ProtocolFeature
-from vballoon_spec.virtio import features as f
+from virtio_formats.vhost_user import ProtocolFeature
+from virtio_formats.virtio import features as f
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vballoon.errors import PeerError, ProtocolError
 from vballoon.vhost_user.session import LATER, Reply, u64
-from vballoon_spec.vhost_user import StateDirection, StatePhase, VhostUserTransferDeviceState
+from virtio_formats.vhost_user import StateDirection, StatePhase, VhostUserTransferDeviceState
 
 if TYPE_CHECKING:
     from vballoon.vhost_user.backend import VhostUserBackend

@@ -17,10 +17,10 @@ from vballoon.vhost_user.inflight_packed import PackedInflight
 from vballoon.vhost_user.inflight_split import SplitInflight
 from vballoon.virtio import DeviceQueue
 from vballoon.virtqueue import Resubmit, RingAddresses, RingState, Virtqueue, make_virtqueue
-from vballoon_spec.vhost_user import VringFlag
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio import packed as packed_ring
-from vballoon_spec.virtio import split as split_ring
+from virtio_formats.vhost_user import VringFlag
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio import packed as packed_ring
+from virtio_formats.virtio import split as split_ring
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vballoon.memory import GuestMemory
     from vballoon.vhost_user.inflight import InflightArea
     from vballoon.virtqueue import Engine
-    from vballoon_spec.vhost_user import VhostVringAddr
+    from virtio_formats.vhost_user import VhostVringAddr
 
 __all__ = ("Vring", "decode_base", "encode_base")
 

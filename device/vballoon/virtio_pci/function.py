@@ -25,10 +25,10 @@ from vballoon.virtio_pci.registers import CommonRegisters, QueueRegisters, Statu
 from vballoon.virtio_pci.rings import Rings
 from vballoon.virtio_pci.structures import DeviceConfig, Structures
 from vballoon.virtqueue import Engine
-from vballoon_spec.pci import BarFlags
-from vballoon_spec.vfio_user import PciIrq
-from vballoon_spec.virtio import features as f
 from vfio_user import DmaRegion, IoEvent, PciDevice, Region, RequestError
+from virtio_formats.pci import BarFlags
+from virtio_formats.vfio_user import PciIrq
+from virtio_formats.virtio import features as f
 
 __all__ = ("DEFAULT_RING_FEATURES", "VirtioPciFunction")
 

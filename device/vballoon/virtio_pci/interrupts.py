@@ -7,10 +7,10 @@ status capability*.
 
 from __future__ import annotations
 
-from vballoon_spec.pci import MsixControl
-from vballoon_spec.vfio_user import PciIrq
-from vballoon_spec.virtio.pci import NO_VECTOR, IsrStatus
 from vfio_user import ConfigSpace, IntxPin, IrqTable
+from virtio_formats.pci import MsixControl
+from virtio_formats.vfio_user import PciIrq
+from virtio_formats.virtio.pci import NO_VECTOR, IsrStatus
 
 __all__ = ("Interrupts",)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vballoon_spec.pci import (
+from vfio_user import ConfigSpace
+from virtio_formats.pci import (
     ExpressCapability,
     MsixCapability,
     MsixControl,
     MsixTableEntry,
     PowerManagementCapability,
 )
-from vballoon_spec.virtio.pci import (
+from virtio_formats.virtio.pci import (
     MODERN_DEVICE_ID_BASE,
     MODERN_REVISION,
     VENDOR_ID,
@@ -26,7 +27,6 @@ from vballoon_spec.virtio.pci import (
     VirtioPciCfgCap,
     VirtioPciNotifyCap,
 )
-from vfio_user import ConfigSpace
 
 __all__ = (
     "COMMON_PAGE",

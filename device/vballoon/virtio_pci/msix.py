@@ -12,9 +12,9 @@ from __future__ import annotations
 import errno
 
 from vballoon.virtio_pci.layout import MsixLayout
-from vballoon_spec.pci import MsixTableEntry
-from vballoon_spec.vfio_user import PciIrq
 from vfio_user import IrqTable, RequestError
+from virtio_formats.pci import MsixTableEntry
+from virtio_formats.vfio_user import PciIrq
 
 __all__ = ("MsixBar",)
 

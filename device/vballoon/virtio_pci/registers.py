@@ -13,10 +13,10 @@ import errno
 from dataclasses import dataclass
 from typing import Protocol
 
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio.pci import NO_VECTOR, CommonConfig
-from vballoon_spec.virtio.pci_state import FunctionState
 from vfio_user import RequestError
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio.pci import NO_VECTOR, CommonConfig
+from virtio_formats.virtio.pci_state import FunctionState
 
 __all__ = ("CommonRegisters", "Listener", "QueueRegisters", "Status")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The function's state for migration: everything that a driver has set, and where its rings stand.
 
-The format is declared in ``vballoon_spec.virtio.pci_state``.  A state is checked as a whole before
+The format is declared in ``virtio_formats.virtio.pci_state``.  A state is checked as a whole before
 any of it is taken over, so that a malformed one changes nothing.
 """
 
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 from vballoon.errors import PeerError, QueueError
 from vballoon.virtio_pci.registers import Status
 from vballoon.virtqueue import RingState
-from vballoon_spec.vfio_user import PciIrq
-from vballoon_spec.virtio.pci import NO_VECTOR, IsrStatus
-from vballoon_spec.virtio.pci_state import (
+from vfio_user import RequestError
+from virtio_formats.vfio_user import PciIrq
+from virtio_formats.virtio.pci import NO_VECTOR, IsrStatus
+from virtio_formats.virtio.pci_state import (
     FUNCTION_MAGIC,
     FUNCTION_VERSION,
     FunctionState,
     QueueState,
     VectorFlag,
 )
-from vballoon_spec.wire import WireError
-from vfio_user import RequestError
+from virtio_formats.wire import WireError
 
 if TYPE_CHECKING:
     from vballoon.virtio_pci.function import VirtioPciFunction

@@ -21,7 +21,7 @@ from vballoon.virtqueue.packed import _available
 from vballoon.virtqueue.packed_batch import BatchPacked
 from vballoon.virtqueue.ring import BATCH_DESCRIPTORS
 from vballoon.virtqueue.split_batch import BatchSplit
-from vballoon_spec.virtio import packed
+from virtio_formats.virtio import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

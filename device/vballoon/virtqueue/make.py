@@ -13,8 +13,8 @@ from vballoon.virtqueue.packed import ScalarPacked
 from vballoon.virtqueue.packed_batch import BatchPacked
 from vballoon.virtqueue.split import ScalarSplit
 from vballoon.virtqueue.split_batch import BatchSplit
-from vballoon_spec.virtio import features as f
-from vballoon_spec.virtio import packed, split
+from virtio_formats.virtio import features as f
+from virtio_formats.virtio import packed, split
 
 if TYPE_CHECKING:
     from vballoon.memory import GuestMemory

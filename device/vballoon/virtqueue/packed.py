@@ -18,7 +18,7 @@ from vballoon.virtqueue.areas import Area
 from vballoon.virtqueue.base import RingState
 from vballoon.virtqueue.chain import Chain, check_indirect_table
 from vballoon.virtqueue.ring import Ring
-from vballoon_spec.virtio import packed
+from virtio_formats.virtio import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -20,7 +20,7 @@ from vballoon.virtqueue.base import ChainBatch, RingState, Virtqueue, empty_batc
 from vballoon.virtqueue.chain import Chain, batch_of, joined
 from vballoon.virtqueue.circular import load_run, store_run
 from vballoon.virtqueue.inflight import InflightLog, NullInflight, Resubmit
-from vballoon_spec.virtio import features as f
+from virtio_formats.virtio import features as f
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -18,7 +18,7 @@ from vballoon.virtqueue.circular import load_run, store_run
 from vballoon.virtqueue.columns import Columns, Part, Tables, all_like_first, lengths_of, word16
 from vballoon.virtqueue.ring import BATCH_DESCRIPTORS
 from vballoon.virtqueue.split import ScalarSplit
-from vballoon_spec.virtio import split
+from virtio_formats.virtio import split
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import construct as c
 
-from vballoon_spec.wire import WireStruct
+from virtio_formats.wire import WireStruct
 
 __all__ = ("LIVE_MAGIC", "LIVE_VERSION", "LiveHeader", "LiveRoundState")
 

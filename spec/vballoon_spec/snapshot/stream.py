@@ -14,7 +14,7 @@ from enum import IntEnum
 
 import construct as c
 
-from vballoon_spec.wire import WireStruct
+from virtio_formats.wire import WireStruct
 
 __all__ = ("STREAM_MAGIC", "Frame", "FrameKind")
 

@@ -26,7 +26,7 @@ from enum import IntEnum, IntFlag
 
 import construct as c
 
-from vballoon_spec.wire import WireError, WireStruct
+from virtio_formats.wire import WireError, WireStruct
 
 __all__ = (
     "BUFFER_MAX",

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from enum import IntEnum, IntFlag
 from pathlib import Path
 
-from vballoon_spec.virtio import balloon
 from vballoon_spec.walk import formats
-from vballoon_spec.wire import WireStruct, c_struct
+from virtio_formats.virtio import balloon
+from virtio_formats.wire import WireStruct, c_struct
 
 __all__ = ("DEFAULT_PATH", "generate", "main")
 

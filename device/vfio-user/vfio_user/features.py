@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DEVICE_FEATURE: migration states and DMA logging.
+
+vfio-user specification (QEMU 11.1), ``VFIO_USER_DEVICE_FEATURE``.  Which methods a feature has is
+one table, so that a probe and a call cannot disagree.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vfio_user.dirty import MAX_LOG_RANGES
+from vfio_user.errors import RequestError
+from virtio_formats.vfio_user import (
+    DeviceFeature,
+    Feature,
+    FeatureFlags,
+    LoggingControl,
+    LoggingRange,
+    LoggingReport,
+    Migration,
+    MigrationFlags,
+    MigState,
+)
+
+if TYPE_CHECKING:
+    from vfio_user.device import PciDevice
+
+__all__ = ("handle",)
+
+# Plain integers: ~ of a flag would lose the bits that have no name.
+_GET, _SET, _PROBE = int(FeatureFlags.GET), int(FeatureFlags.SET), int(FeatureFlags.PROBE)
+_INDEX = int(FeatureFlags.INDEX_MASK)
+_METHODS = _GET | _SET
+
+
+def handle(device: PciDevice, payload: bytes, *, limit: int) -> bytes:
+    """Serve one DEVICE_FEATURE request; returns the reply's payload.
+
+    *limit* is how many bytes of bitmap a reply may carry.  Raises
+    :class:`~vfio_user.errors.RequestError` EINVAL for a feature or a method that the device does
+    not have, and for sizes that do not fit.
+    """
+    head = DeviceFeature.parse(payload[: DeviceFeature.SIZE])
+    data = payload[DeviceFeature.SIZE :]
+    methods, serve = _FEATURES.get(head.flags & _INDEX, (0, None))
+    asked = head.flags & ~_INDEX
+    wanted = asked & _METHODS
+    if serve is None or asked & ~(_METHODS | _PROBE) or wanted & ~methods:
+        raise RequestError(errno.EINVAL, f"DEVICE_FEATURE {head.flags:#x}")
+    if serve in _MIGRATION and not device.migratable:
+        raise RequestError(errno.EINVAL, "the device does not migrate")
+    if head.argsz < DeviceFeature.SIZE:
+        raise RequestError(errno.EINVAL, f"argsz {head.argsz}")
+    if asked & _PROBE:
+        return payload
+    if wanted not in (_GET, _SET):
+        raise RequestError(errno.EINVAL, "DEVICE_FEATURE with no method, or with two")
+    answer = serve(device, data, wanted == _SET, min(limit, head.argsz))
+    if head.argsz < DeviceFeature.SIZE + len(answer):
+        raise RequestError(errno.EINVAL, f"argsz {head.argsz} for {len(answer)} bytes")
+    size = DeviceFeature.SIZE + len(answer) if wanted == _GET else head.argsz
+    return DeviceFeature(argsz=size, flags=head.flags).build() + answer
+
+
+def _migration(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
+    return Migration(flags=MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY).build()
+
+
+def _mig_device_state(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
+    if set_it:
+        request = MigState.parse(data)
+        if room < DeviceFeature.SIZE + MigState.SIZE:
+            raise RequestError(errno.EINVAL, "argsz without room for the state")
+        device.migration.go(request.device_state)
+        return data
+    return MigState(device_state=device.migration.state, data_fd=0).build()
+
+
+def _logging_start(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
+    head, ranges = _control(data)
+    page_size = device.dma.log.start(head.page_size, ranges)
+    device.dma_logging(True)
+    chosen = LoggingControl(page_size=page_size, num_ranges=head.num_ranges, reserved=0)
+    return chosen.build() + data[LoggingControl.SIZE :]
+
+
+def _logging_stop(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
+    if data:  # Linux's VFIO has no data here, the specification has
+        _control(data)
+    device.stop_logging()
+    return data
+
+
+def _logging_report(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
+    request = LoggingReport.parse(data)
+    space = room - DeviceFeature.SIZE - LoggingReport.SIZE
+    bitmap = device.dma.log.report(request.iova, request.length, request.page_size, space)
+    return data + bitmap
+
+
+def _control(data: bytes) -> tuple[LoggingControl, list[LoggingRange]]:
+    head = LoggingControl.parse(data[: LoggingControl.SIZE])
+    body, size = data[LoggingControl.SIZE :], LoggingRange.SIZE
+    if head.num_ranges > MAX_LOG_RANGES or len(body) != head.num_ranges * size:
+        raise RequestError(errno.EINVAL, f"{head.num_ranges} ranges in {len(body)} bytes")
+    return head, [LoggingRange.parse(body[at : at + size]) for at in range(0, len(body), size)]
+
+
+Server = Callable[["PciDevice", bytes, bool, int], bytes]
+
+_MIGRATION: tuple[Server, ...] = (_migration, _mig_device_state)
+
+_FEATURES: dict[int, tuple[int, Server]] = {
+    Feature.MIGRATION: (_GET, _migration),
+    Feature.MIG_DEVICE_STATE: (_GET | _SET, _mig_device_state),
+    Feature.DMA_LOGGING_START: (_SET, _logging_start),
+    Feature.DMA_LOGGING_STOP: (_SET, _logging_stop),
+    Feature.DMA_LOGGING_REPORT: (_GET, _logging_report),
+}
+"""Feature -> the methods it has, and who serves them."""

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interrupts: which eventfd stands for which vector, what is masked, what is pending.
+
+vfio-user specification (QEMU 11.1), ``VFIO_USER_DEVICE_GET_IRQ_INFO`` and
+``VFIO_USER_DEVICE_SET_IRQS``.  MSI and MSI-X are edges: an edge on a masked vector, or on one
+that has no eventfd at the moment, stays pending until it can be delivered.  INTx is a level: it
+is signalled once, masks itself (AUTOMASKED), and is signalled again on unmask while it is still
+asserted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vfio_user.errors import RequestError, UsageError
+from virtio_formats.vfio_user import (
+    PCI_NUM_IRQS,
+    IrqInfo,
+    IrqInfoFlags,
+    IrqSet,
+    IrqSetFlags,
+    PciIrq,
+)
+
+__all__ = ("MAX_VECTORS", "IrqTable")
+
+MAX_VECTORS = 2048
+"""Vectors of one interrupt index: what an MSI-X table can hold."""
+
+_DATA = IrqSetFlags.DATA_NONE | IrqSetFlags.DATA_BOOL | IrqSetFlags.DATA_EVENTFD
+_ACTIONS = IrqSetFlags.ACTION_MASK | IrqSetFlags.ACTION_UNMASK | IrqSetFlags.ACTION_TRIGGER
+_DISABLE = IrqSetFlags.DATA_NONE | IrqSetFlags.ACTION_TRIGGER
+
+
+@dataclass(slots=True)
+class _Vector:
+    """One interrupt: its descriptors by action, and its state."""
+
+    trigger: int | None = None
+    on_mask: int | None = None
+    on_unmask: int | None = None
+    masked: bool = False
+    pending: bool = False
+
+
+class IrqTable:
+    """The interrupts of a device, and the client's eventfds for them (owned here).
+
+    *counts* says how many vectors each index of :class:`~virtio_formats.vfio_user.PciIrq` has.
+    *on_state(index, start, count, masked)* is told when the client masks or unmasks.
+    """
+
+    def __init__(self, counts: Mapping[int, int]) -> None:
+        for index, count in counts.items():
+            if index not in tuple(PciIrq) or not 0 <= count <= MAX_VECTORS:
+                raise UsageError(f"{count} vectors of interrupt index {index}")
+        if counts.get(PciIrq.INTX, 0) > 1:
+            raise UsageError("a function has one INTx interrupt at most")
+        self._vectors = [
+            [_Vector() for _ in range(counts.get(index, 0))] for index in range(PCI_NUM_IRQS)
+        ]
+        self._asserted = False
+        self._held: set[int] = set()
+        self.on_state: Callable[[int, int, int, bool], None] | None = None
+
+    def count(self, index: int) -> int:
+        """How many vectors *index* has."""
+        return len(self._vectors[index])
+
+    # -- the device's side ------------------------------------------------------------------------
+
+    def trigger(self, index: int, vector: int = 0) -> bool:
+        """Signal an edge on a vector; False if it is pending for now.
+
+        Raises :class:`~vfio_user.errors.UsageError` for a vector that the device does not have.
+        """
+        entry = self._entry(index, vector)
+        entry.pending = True
+        self._deliver(index, entry)
+        return not entry.pending
+
+    def set_intx(self, asserted: bool) -> None:
+        """Drive the level of INTx."""
+        self._asserted = asserted
+        self._deliver_intx()
+
+    def set_mask(self, index: int, vector: int, masked: bool) -> None:
+        """Mask or unmask a vector from the device's side (an MSI-X table entry was written)."""
+        entry = self._entry(index, vector)
+        if entry.masked == masked:
+            return
+        _signal(entry.on_mask if masked else entry.on_unmask)
+        self._mask(index, entry, masked)
+
+    def hold(self, index: int, held: bool) -> None:
+        """Keep back every edge of *index* (the function mask of MSI-X), or deliver them."""
+        if held:
+            self._held.add(index)
+        elif index in self._held:
+            self._held.discard(index)
+            for entry in self._vectors[index]:
+                self._deliver(index, entry)
+
+    def pending(self, index: int) -> list[bool]:
+        """Which vectors wait for delivery (the pending bits of MSI-X)."""
+        return [entry.pending for entry in self._vectors[index]]
+
+    def clear_pending(self) -> None:
+        """Forget edges that were not delivered, and INTx: the device was reset."""
+        self._asserted = False
+        self._held.clear()
+        for vectors in self._vectors:
+            for entry in vectors:
+                entry.pending = False
+
+    def close(self) -> None:
+        """Let go of the client's descriptors and masks; what is pending stays."""
+        for index in range(PCI_NUM_IRQS):
+            self._disable(index)
+
+    # -- the client's side ------------------------------------------------------------------------
+
+    def describe(self, index: int) -> bytes:
+        """The reply to DEVICE_GET_IRQ_INFO; raises :class:`~vfio_user.errors.RequestError`."""
+        if index >= PCI_NUM_IRQS:
+            raise RequestError(errno.EINVAL, f"no interrupt index {index}")
+        flags = IrqInfoFlags.EVENTFD
+        if index in (PciIrq.INTX, PciIrq.MSI, PciIrq.MSIX):
+            flags |= IrqInfoFlags.MASKABLE
+        if index == PciIrq.INTX:
+            flags |= IrqInfoFlags.AUTOMASKED
+        info = IrqInfo(argsz=IrqInfo.SIZE, flags=flags, index=index, count=self.count(index))
+        return info.build()
+
+    def set(self, request: IrqSet, data: bytes, fds: Sequence[int]) -> None:
+        """DEVICE_SET_IRQS.  Takes all of *fds* over if it succeeds, none if it raises.
+
+        Raises :class:`~vfio_user.errors.RequestError` EINVAL; nothing has changed then.
+        """
+        self._check(request, data, fds)
+        if request.count == 0:
+            self._disable(request.index)
+            return
+        entries = self._vectors[request.index][request.start : request.start + request.count]
+        if request.flags & IrqSetFlags.DATA_EVENTFD:
+            self._assign(request, entries, fds)
+            return
+        wanted = data if request.flags & IrqSetFlags.DATA_BOOL else b"\1" * request.count
+        self._act(request, [e for e, yes in zip(entries, wanted, strict=True) if yes])
+
+    def _check(self, request: IrqSet, data: bytes, fds: Sequence[int]) -> None:
+        for ok, text in self._rules(request, data, fds):
+            if not ok:
+                raise RequestError(errno.EINVAL, f"SET_IRQS: {text}")
+
+    def _rules(
+        self, request: IrqSet, data: bytes, fds: Sequence[int]
+    ) -> Sequence[tuple[bool, str]]:
+        index, flags, count = request.index, request.flags, request.count
+        kind, action = flags & _DATA, flags & _ACTIONS
+        if index >= PCI_NUM_IRQS:
+            return ((False, f"no interrupt index {index}"),)
+        edge = index in (PciIrq.ERR, PciIrq.REQ)
+        bools = count if kind == IrqSetFlags.DATA_BOOL else 0
+        room = self.count(index)
+        return (
+            (IrqSet.SIZE <= request.argsz <= IrqSet.SIZE + len(data), "argsz"),
+            (flags == kind | action, "unknown flags"),
+            (kind.bit_count() == 1, "exactly one kind of data"),
+            (action.bit_count() == 1, "exactly one action"),
+            (len(data) == bools, "data that does not match count"),
+            (request.start <= room and count <= room - request.start, "vectors out of range"),
+            (bool(count) or (flags == _DISABLE and not request.start), "count 0"),
+            (not fds or kind == IrqSetFlags.DATA_EVENTFD, "descriptors without DATA_EVENTFD"),
+            (not fds or len(fds) == count, "as many descriptors as vectors"),
+            (not edge or action == IrqSetFlags.ACTION_TRIGGER, "this index cannot be masked"),
+            # VFIO reads an UNMASK eventfd of INTx, vfio-user writes it: a client cannot know which.
+            (
+                index != PciIrq.INTX
+                or kind != IrqSetFlags.DATA_EVENTFD
+                or action == IrqSetFlags.ACTION_TRIGGER,
+                "INTx is masked by message only",
+            ),
+            (all(_is_eventfd(fd) for fd in fds), "a descriptor that is no eventfd"),
+        )
+
+    def _assign(self, request: IrqSet, entries: Sequence[_Vector], fds: Sequence[int]) -> None:
+        for position, entry in enumerate(entries):
+            fd = fds[position] if fds else None
+            if request.flags & IrqSetFlags.ACTION_MASK:
+                fd, entry.on_mask = entry.on_mask, fd
+            elif request.flags & IrqSetFlags.ACTION_UNMASK:
+                fd, entry.on_unmask = entry.on_unmask, fd
+            else:
+                fd, entry.trigger = entry.trigger, fd
+                self._assigned(request.index, entry)
+            _close(fd)
+
+    def _assigned(self, index: int, entry: _Vector) -> None:
+        if index == PciIrq.INTX:
+            entry.masked = False
+            self._deliver_intx()
+        else:
+            self._deliver(index, entry)
+
+    def _act(self, request: IrqSet, entries: Sequence[_Vector]) -> None:
+        if request.flags & IrqSetFlags.ACTION_TRIGGER:
+            for entry in entries:
+                _signal(entry.trigger)
+            return
+        masked = bool(request.flags & IrqSetFlags.ACTION_MASK)
+        for entry in entries:
+            _signal(entry.on_mask if masked else entry.on_unmask)
+            self._mask(request.index, entry, masked)
+        if self.on_state is not None:
+            self.on_state(request.index, request.start, request.count, masked)
+
+    def _disable(self, index: int) -> None:
+        for entry in self._vectors[index]:
+            for fd in (entry.trigger, entry.on_mask, entry.on_unmask):
+                _close(fd)
+            entry.trigger = entry.on_mask = entry.on_unmask = None
+            entry.masked = False
+
+    # -- delivery ---------------------------------------------------------------------------------
+
+    def _entry(self, index: int, vector: int) -> _Vector:
+        if not 0 <= vector < len(self._vectors[index]):
+            raise UsageError(f"no vector {vector} of interrupt index {index}")
+        return self._vectors[index][vector]
+
+    def _mask(self, index: int, entry: _Vector, masked: bool) -> None:
+        entry.masked = masked
+        if index == PciIrq.INTX:
+            self._deliver_intx()
+        else:
+            self._deliver(index, entry)
+
+    def _deliver(self, index: int, entry: _Vector) -> None:
+        if index in self._held or entry.masked or entry.trigger is None:
+            return
+        if entry.pending:
+            entry.pending = False
+            _signal(entry.trigger)
+
+    def _deliver_intx(self) -> None:
+        for entry in self._vectors[PciIrq.INTX]:
+            if self._asserted and not entry.masked and entry.trigger is not None:
+                entry.masked = True
+                _signal(entry.trigger)
+
+
+def _signal(fd: int | None) -> None:
+    """Add 1 to an eventfd; one that is full is as signalled as it can be."""
+    if fd is None:
+        return
+    if os.get_blocking(fd) and not _writable(fd):
+        return
+    try:
+        os.eventfd_write(fd, 1)
+    except BlockingIOError:
+        pass
+
+
+def _writable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def _is_eventfd(fd: int) -> bool:
+    """Only a real eventfd is written to: eight bytes into any other file would be damage."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    except OSError:
+        return False
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The migration state machine and its data stream.
+
+vfio-user specification (QEMU 11.1), ``VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE``.  The arcs that a
+device really takes are few; any other transition is walked along them.  ``NEXT_HOP`` says for
+each pair of states which state comes next on that walk; a pair that is not in the table cannot be
+reached and is refused, and the state stays what it was.
+
+Theory of operation: the device runs in RUNNING and PRE_COPY and stands still in the others.
+STOP_COPY reads its state out, RESUMING takes a new one in; leaving RESUMING for STOP hands the
+whole of it to the device, which may refuse.  ERROR is left by a device reset only.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+from vfio_user.errors import RequestError
+from virtio_formats.vfio_user import DeviceState
+
+__all__ = ("MAX_STATE_SIZE", "NEXT_HOP", "Migratable", "MigrationMachine")
+
+_STOP, _RUNNING = DeviceState.STOP, DeviceState.RUNNING
+_STOP_COPY, _RESUMING = DeviceState.STOP_COPY, DeviceState.RESUMING
+_PRE_COPY = DeviceState.PRE_COPY
+
+NEXT_HOP: dict[tuple[DeviceState, DeviceState], DeviceState] = {
+    (_STOP, _RUNNING): _RUNNING,
+    (_STOP, _STOP_COPY): _STOP_COPY,
+    (_STOP, _RESUMING): _RESUMING,
+    (_STOP, _PRE_COPY): _RUNNING,
+    (_RUNNING, _STOP): _STOP,
+    (_RUNNING, _STOP_COPY): _STOP,
+    (_RUNNING, _RESUMING): _STOP,
+    (_RUNNING, _PRE_COPY): _PRE_COPY,
+    (_STOP_COPY, _STOP): _STOP,
+    (_STOP_COPY, _RUNNING): _STOP,
+    (_STOP_COPY, _RESUMING): _STOP,
+    (_RESUMING, _STOP): _STOP,
+    (_RESUMING, _RUNNING): _STOP,
+    (_RESUMING, _STOP_COPY): _STOP,
+    (_RESUMING, _PRE_COPY): _STOP,
+    (_PRE_COPY, _RUNNING): _RUNNING,
+    (_PRE_COPY, _STOP_COPY): _STOP_COPY,
+    (_PRE_COPY, _STOP): _RUNNING,
+    (_PRE_COPY, _RESUMING): _RUNNING,
+}
+"""From where, to where: which state is next.  STOP_COPY to PRE_COPY is explicitly not allowed."""
+
+_SAVING = (_STOP_COPY, _PRE_COPY)
+_ACTIVE = (_RUNNING, _PRE_COPY)
+
+MAX_STATE_SIZE = 64 << 20
+"""Bytes of state that a client can make us hold; a device's own state is a few KiB."""
+
+
+class Migratable(Protocol):
+    """What the machine asks of a device."""
+
+    def save_state(self) -> bytes:
+        """The whole state of the device, which stands still."""
+
+    def load_state(self, state: bytes) -> None:
+        """Take a state over; raises RequestError for one that is malformed."""
+
+    def set_running(self, running: bool) -> None:
+        """Stand still, or go on."""
+
+
+class MigrationMachine:
+    """The migration state of one device."""
+
+    def __init__(self, device: Migratable) -> None:
+        self.state = DeviceState.RUNNING
+        self._device = device
+        self._outgoing = b""
+        self._incoming = bytearray()
+
+    def reset(self) -> None:
+        """A device reset leads back to RUNNING from every state, ERROR included."""
+        self._enter(DeviceState.RUNNING)
+
+    def go(self, wanted: int) -> list[DeviceState]:
+        """Walk to the state *wanted*; returns the states passed, the last one included.
+
+        Raises :class:`~vfio_user.errors.RequestError` EINVAL for a state that does not exist or
+        cannot be reached, and whatever the device raises on the way; the state is then the last
+        one that was reached.
+        """
+        try:
+            target = DeviceState(wanted)
+        except ValueError:
+            raise RequestError(errno.EINVAL, f"no migration state {wanted}") from None
+        path: list[DeviceState] = []
+        while self.state != target:
+            following = NEXT_HOP.get((self.state, target))
+            if following is None:
+                raise RequestError(errno.EINVAL, f"no way from {self.state.name} to {target.name}")
+            self._take(following)
+            path.append(following)
+        return path
+
+    def _take(self, following: DeviceState) -> None:
+        if self.state == _RESUMING:
+            self._device.load_state(bytes(self._incoming))
+        self._enter(following)
+        if following == _STOP_COPY:  # behind _enter: the device stands still by now
+            self._outgoing = self._device.save_state()
+
+    def _enter(self, state: DeviceState) -> None:
+        before, self.state = self.state, state
+        self._outgoing = b""
+        self._incoming.clear()
+        if (before in _ACTIVE) != (state in _ACTIVE):
+            self._device.set_running(state in _ACTIVE)
+
+    def read(self, size: int) -> bytes:
+        """The next bytes of saved state, at most *size*; fewer means that there are no more now.
+
+        Nothing is ready in PRE_COPY: the whole state comes in STOP_COPY.  Raises
+        :class:`~vfio_user.errors.RequestError` EINVAL in any other state.
+        """
+        if self.state not in _SAVING:
+            raise RequestError(errno.EINVAL, f"MIG_DATA_READ in state {self.state.name}")
+        data, self._outgoing = self._outgoing[:size], self._outgoing[size:]
+        return data
+
+    def write(self, data: bytes) -> None:
+        """More bytes of the state to take over.
+
+        Raises :class:`~vfio_user.errors.RequestError`: EINVAL outside RESUMING, EFBIG for more
+        than :data:`MAX_STATE_SIZE`.
+        """
+        if self.state != _RESUMING:
+            raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE in state {self.state.name}")
+        if len(self._incoming) + len(data) > MAX_STATE_SIZE:
+            raise RequestError(errno.EFBIG, "more device state than a device can have")
+        self._incoming += data

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of memory balloons share: pages to give away, and what has become of them."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from virtio_conformance.findings import not_applicable, require
+from virtio_conformance.memory import PAGE
+from virtio_conformance.profiles import Exchange
+from virtio_conformance.rig import Placed, Rig
+from virtio_conformance.ring import Segment
+from virtio_formats.virtio.balloon import BalloonFeature
+
+__all__ = (
+    "DEFLATE",
+    "INFLATE",
+    "bring_up",
+    "expect_freed",
+    "inflate",
+    "no_bytes",
+    "pages",
+    "pfns",
+    "report",
+    "roles",
+)
+
+F = BalloonFeature
+INFLATE, DEFLATE = 0, 1
+
+
+def pages(rig: Rig, count: int, region: int = 1) -> int:
+    """Fresh pages of guest memory, full of data."""
+    start = rig.ram.alloc(count * PAGE, PAGE, region)
+    require(not rig.ram.is_hole(start), "the suite's memory has holes")
+    return start
+
+
+def pfns(*addresses: int) -> bytes:
+    """An inflate or deflate buffer."""
+    return b"".join(struct.pack("<I", address // PAGE) for address in addresses)
+
+
+def freed(rig: Rig, start: int, count: int) -> list[int]:
+    """Which of *count* pages are holes."""
+    return [i for i in range(count) if rig.ram.is_hole(start + i * PAGE)]
+
+
+def expect_freed(rig: Rig, start: int, count: int) -> None:
+    """All of these pages are holes, unless discards are switched off (then none)."""
+    due = list(range(count)) if rig.discards else []
+    found = freed(rig, start, count)
+    missing, surplus = sorted(set(due) - set(found)), sorted(set(found) - set(due))
+    require(not missing, f"{len(missing)} of {count} pages hold memory still, e.g. {missing[:3]}")
+    require(not surplus, f"pages were freed although discards are off: {surplus[:3]}")
+
+
+def inflate(rig: Rig, data: bytes, spans: list[tuple[int, int]], *, queue: int = INFLATE) -> None:
+    """One buffer of page numbers; only *spans* may change; used length 0."""
+    exchange = Exchange(data, verify=no_bytes, may_change=tuple(spans))
+    rig.run([exchange], queue=queue)
+
+
+def no_bytes(used: int, data: bytes) -> str:
+    """Nothing is written to these buffers."""
+    return f"used length {used} for a buffer that nothing is written to" if used else ""
+
+
+def roles(rig: Rig, features: int) -> dict[str, int]:
+    """Queue numbers as Linux counts them: those of negotiated features, densely."""
+    names = [("stats", F.STATS_VQ), ("hint", F.FREE_PAGE_HINT), ("report", F.PAGE_REPORTING)]
+    found, number = {}, 2
+    for name, bit in names:
+        if features & bit:
+            found[name], number = number, number + 1
+    return found
+
+
+def bring_up(rig: Rig, features: int, numbers: dict[str, int], **how: Any) -> None:
+    """A balloon with optional features and their rings."""
+    if features & ~rig.offered:
+        not_applicable(f"features {features & ~rig.offered:#x} are not offered")
+    rig.bring_up(extra=features, queues=[0, 1, *numbers.values()], **how)
+
+
+def report(
+    rig: Rig, queue: int, start: int, size: int, may: tuple[int, int] | None = None
+) -> Placed:
+    """Report one free range, whose memory is the buffer itself."""
+    exchange = Exchange(b"", 0, may_change=(may or (start, start + size),))
+    placed = Placed(exchange, [Segment(start, size, True)])
+    rig.submit(placed, queue=queue)
+    placed.exchange.writable = size
+    placed.writable_at = start
+    before = rig.ram.picture()
+    rig.rings[queue].publish()
+    rig.kick(queue)
+    (used,) = rig.collect(rig.rings[queue], 1)
+    require(used.len <= size, f"used length {used.len} for a range of {size} bytes")
+    span = may or (start, start + size)
+    placed.segments = []
+    rig.ram.expect_untouched(before, [*rig.allowed(), span])
+    return placed

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Driver side of a virtqueue: what both layouts have in common.
+
+A ring is a place in guest memory and the driver's own bookkeeping.  Everything can also be written
+by hand (each layout's ``write_*`` and ``offer_*``), well-formed or not.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virtio_conformance.findings import Finding, Hang
+from virtio_conformance.memory import GuestRam
+
+__all__ = ("DriverRing", "Segment", "Used", "cut_up", "full_fence")
+
+_lock = threading.Lock()
+
+
+def full_fence() -> None:
+    """Order earlier stores before later loads.
+
+    Taking an uncontended lock is an atomic read-modify-write: LOCK-prefixed on x86-64, which is a
+    full barrier; acquire-release on aarch64, where releasing and taking again orders both ways.
+    """
+    with _lock:
+        pass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One element of a buffer: guest-physical address, length in bytes, direction."""
+
+    addr: int
+    len: int
+    write: bool = False
+
+
+@dataclass(frozen=True)
+class Used:
+    """A buffer that came back: its head index (split) or id (packed), and the length written."""
+
+    id: int
+    len: int
+
+
+class DriverRing(ABC):
+    """One virtqueue as its driver sees it."""
+
+    packed: bool
+    size: int
+    desc: NDArray[np.void]
+    """The descriptors, live."""
+    areas: tuple[int, int, int]
+    """Guest-physical addresses: descriptors, driver area, device area."""
+
+    def __init__(self, ram: GuestRam, size: int, *, event_idx: bool = False) -> None:
+        self.ram = ram
+        self.size = size
+        self.event_idx = event_idx
+        self.lengths: dict[int, int] = {}
+        """Descriptors of each outstanding buffer, by id."""
+
+    @abstractmethod
+    def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
+        """Make a buffer available; returns its id.
+
+        *indirect* is the address of an indirect table to use (0: none).  With *publish* false
+        the device cannot see it until :meth:`publish`.
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Show the device what has been added."""
+
+    @abstractmethod
+    def poll(self) -> list[Used]:
+        """Buffers that came back since the last call."""
+
+    @abstractmethod
+    def wants_kick(self) -> bool:
+        """Whether the device asked for a notification of what was published last."""
+
+    @abstractmethod
+    def interrupts(self, mode: str, after: int = 0) -> None:
+        """Ask for notifications: ``on``, ``off``, or ``event``: after *after* more buffers."""
+
+    @property
+    @abstractmethod
+    def base(self) -> int:
+        """What GET_VRING_BASE has to answer now, if all that is published has been used."""
+
+    @property
+    @abstractmethod
+    def device_span(self) -> list[tuple[int, int]]:
+        """Address ranges that the device may write: its own area, or for packed rings the ring."""
+
+    @property
+    @abstractmethod
+    def publish_span(self) -> list[tuple[int, int]]:
+        """Address ranges that publishing itself writes."""
+
+    @property
+    def outstanding(self) -> int:
+        """Buffers that the device has not returned."""
+        return len(self.lengths)
+
+    def take_back(self, ids: Used) -> Used:
+        """Account for a returned buffer; one that was not outstanding is a finding."""
+        if self.lengths.pop(ids.id, None) is None:
+            raise Finding(f"buffer {ids.id} came back, but it was not with the device")
+        return ids
+
+    def collect(self, count: int, limit: float = 2.0) -> list[Used]:
+        """Wait until *count* buffers came back; :class:`Hang` after *limit* seconds."""
+        found: list[Used] = []
+        deadline = time.monotonic() + limit
+        pause = 0.0002
+        while True:
+            found += self.poll()
+            if len(found) > count:
+                raise Finding(f"{len(found)} buffers came back where {count} were due")
+            if len(found) == count:
+                return found
+            if time.monotonic() > deadline:
+                raise Hang(f"{len(found)} of {count} buffers came back within {limit} s")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.005)
+
+
+def cut_up(start: int, size: int, sizes: Sequence[int], *, write: bool) -> Iterator[Segment]:
+    """A range as descriptors: the first ones of these *sizes*, then the rest."""
+    left = size
+    for part in sizes:
+        if part >= left:
+            break
+        yield Segment(start, part, write)
+        start, left = start + part, left - part
+    yield Segment(start, left, write)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dirty logging against what was really written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from virtio_conformance.findings import require
+from virtio_conformance.memory import PAGE
+from virtio_conformance.rig_vhost_user import VhostUserRig
+from virtio_formats.vhost_user.features import VhostFeature, VringFlag
+from virtio_formats.vhost_user.payloads import VhostUserLog
+from virtio_formats.vhost_user.requests import Request
+
+LOG_OFFSET = 2 * PAGE
+LOG_SIZE = (0x4060_0000 // PAGE) // 8 + 4096
+"""Bytes of log: all memory of the suite's layout, and room for a ring logged elsewhere."""
+MakeRig = Callable[..., VhostUserRig]
+
+
+class Log:
+    """The dirty log: one bit a page, at an offset in its file, guard bytes around it."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("conformance-log")
+        os.ftruncate(self.fd, LOG_OFFSET + LOG_SIZE + PAGE)
+        self.view = mmap.mmap(self.fd, LOG_OFFSET + LOG_SIZE + PAGE)
+
+    def pages(self) -> set[int]:
+        """Pages marked dirty."""
+        raw = np.frombuffer(self.view[LOG_OFFSET : LOG_OFFSET + LOG_SIZE], np.uint8)
+        bits = np.unpackbits(raw, bitorder="little")
+        return {int(page) for page in np.flatnonzero(bits)}
+
+    def clear(self) -> None:
+        """Forget all marks."""
+        self.view[:] = bytes(len(self.view))
+
+    def strays(self) -> bool:
+        """Whether anything was written around the log."""
+        return any(self.view[:LOG_OFFSET]) or any(self.view[LOG_OFFSET + LOG_SIZE :])
+
+    def close(self) -> None:
+        """Unmap and close."""
+        self.view.close()
+        os.close(self.fd)
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """A dirty log."""
+    made = Log()
+    yield made
+    made.close()
+
+
+def attach(rig: VhostUserRig, log: Log) -> None:
+    """SET_LOG_BASE; its reply has 0, 8 or 16 bytes with the backends that there are."""
+    payload = VhostUserLog(mmap_size=LOG_SIZE, mmap_offset=LOG_OFFSET).build()
+    rig.fe.send(Request.SET_LOG_BASE, payload, [log.fd])
+    rig.fe.expect_reply(Request.SET_LOG_BASE)
+
+
+def span_pages(addr: int, size: int) -> set[int]:
+    """Pages of an address range."""
+    return set(range(addr // PAGE, (addr + size - 1) // PAGE + 1)) if size else set()
+
+
+def around(pages: set[int]) -> set[int]:
+    """These pages and those that share a byte of the log with them.
+
+    Where there is no atomic OR a byte of ones is the safe way to set a bit: it may report too
+    much, but undoes nobody's bit.
+    """
+    return {page // 8 * 8 + i for page in pages for i in range(8)}
+
+
+def set_ring_flags(rig: VhostUserRig, flags: int, log_addr: int = 0) -> None:
+    """Tell the main ring's addresses again, with flags."""
+    rig.fe.vring_addr(rig.profile.main, rig.main.areas, rig.ram, flags=flags, log=log_addr)
+
+
+def run_logged(rig: VhostUserRig, log: Log, serial: int) -> tuple[set[int], set[int], set[int]]:
+    """One request: pages marked, pages that had to be, pages that were allowed to be."""
+    log.clear()
+    if serial % 2:  # up to a page's end, or over it
+        rig.ram.alloc(PAGE - 64, PAGE, 1)
+    placed = rig.request(serial, align=1 if serial % 2 else PAGE)
+    (used,) = rig.run([placed])
+    rig.fe.barrier()
+    due = span_pages(placed.writable_at, used.len)
+    may = span_pages(placed.writable_at, placed.exchange.writable)
+    for start, end in placed.exchange.may_change:
+        may |= span_pages(start, end - start)
+    return log.pages(), due, may
+
+
+@pytest.mark.requirement("vu.log.buffers", "vu.log.exact")
+def test_written_buffers_are_logged(rig: VhostUserRig, log: Log) -> None:
+    """Every page that the device wrote is marked, and no page that it did not."""
+    rig.need_log()
+    rig.bring_up()
+    attach(rig, log)
+    rig.reset_features(rig.features | VhostFeature.LOG_ALL)
+    for serial in range(4):
+        marked, due, may = run_logged(rig, log, serial)
+        require(due <= marked, f"pages written and not logged: {sorted(due - marked)}")
+        extra = marked - around(may)
+        require(not extra, f"pages logged and not written: {sorted(extra)}")
+        require(not log.strays(), "the backend wrote beside the log")
+
+
+@pytest.mark.requirement("vu.log.used-ring", "vu.log.exact")
+def test_used_ring_is_logged(rig: VhostUserRig, log: Log) -> None:
+    """With the ring's flag its used ring is logged too; without it is not."""
+    rig.need_log()
+    rig.bring_up()
+    attach(rig, log)
+    rig.reset_features(rig.features | VhostFeature.LOG_ALL)
+    low, high = rig.main.device_span[0]
+    ring_pages = span_pages(low, high - low)
+    set_ring_flags(rig, VringFlag.LOG, low)
+    marked, due, may = run_logged(rig, log, 0)
+    require(marked & ring_pages, f"the used ring is not logged; logged are {sorted(marked)}")
+    require(due <= marked, f"pages written and not logged: {sorted(due - marked)}")
+    extra = marked - around(may | ring_pages)
+    require(not extra, f"logged too much: {sorted(extra)}")
+    set_ring_flags(rig, 0)
+    marked, _, _ = run_logged(rig, log, 1)
+    require(not marked & ring_pages, "the used ring is logged although its flag is off")
+
+
+@pytest.mark.requirement("vu.log.guest-addr")
+def test_used_ring_is_logged_at_its_log_address(rig: VhostUserRig, log: Log) -> None:
+    """The used ring's bits lie where log_guest_addr says, also outside guest memory."""
+    rig.need_log()
+    rig.bring_up()
+    attach(rig, log)
+    rig.reset_features(rig.features | VhostFeature.LOG_ALL)
+    where = 0x4060_0000 + 4 * PAGE
+    set_ring_flags(rig, VringFlag.LOG, where)
+    marked, _, may = run_logged(rig, log, 0)
+    expected = span_pages(where, PAGE)
+    if rig.packed:  # the message speaks of split rings; descriptors may be logged where they lie
+        may |= {page for low, high in rig.main.device_span for page in span_pages(low, high - low)}
+    require(marked & expected, f"nothing is logged at {where:#x}; logged are {sorted(marked)}")
+    extra = marked - around(may | expected)
+    require(not extra, f"logged elsewhere too: {sorted(extra)}")
+
+
+@pytest.mark.requirement("vu.log.off", "vu.features.live")
+def test_logging_off_and_on(rig: VhostUserRig, log: Log) -> None:
+    """Nothing is marked without LOG_ALL, not even the used ring; it can be switched at any time."""
+    rig.need_log()
+    rig.bring_up()
+    attach(rig, log)
+    low, high = rig.main.device_span[0]
+    set_ring_flags(rig, VringFlag.LOG, low)
+    for serial in range(6):
+        on = serial % 2 == 1
+        rig.reset_features(rig.features | (VhostFeature.LOG_ALL if on else 0))
+        marked, due, _ = run_logged(rig, log, serial)
+        if on:
+            due |= marked & span_pages(low, high - low) or {low // PAGE}
+            require(due <= marked, "pages written and not logged after switching on")
+        else:
+            require(not marked, f"pages {sorted(marked)} are logged although LOG_ALL is off")
+
+
+@pytest.mark.requirement("vu.log.stopped-final")
+def test_log_rests_when_stopped(rig: VhostUserRig, log: Log) -> None:
+    """After all rings are stopped the log does not change any more."""
+    rig.need_log()
+    rig.bring_up()
+    attach(rig, log)
+    rig.reset_features(rig.features | VhostFeature.LOG_ALL)
+    placed = [rig.submit(rig.request(serial)) for serial in range(8)]
+    rig.main.publish()
+    rig.kick(rig.profile.main)
+    for index in rig.rings:
+        rig.stop_ring(index)
+    marked, before = log.pages(), rig.ram.picture()
+    rig.main_quiet(0.1)
+    require(log.pages() == marked, "the log changes after the rings were stopped")
+    rig.ram.expect_untouched(before)
+    require(placed, "the suite did not submit")
+
+
+@pytest.mark.requirement("vu.robust.log-base")
+@pytest.mark.parametrize(
+    ("size", "offset"),
+    [(0, 0), (1 << 63, 1 << 63), (1 << 40, 0), (4096, (1 << 64) - 4096), (8, 0), (4096, 1 << 40)],
+    ids=["empty", "overflow", "huge", "wrap", "small", "far"],
+)
+def test_log_that_makes_no_sense(rig: VhostUserRig, log: Log, size: int, offset: int) -> None:
+    """Logs that overflow, lie beyond their file or are too small do no harm."""
+    rig.need_log()
+    rig.bring_up()
+    payload = VhostUserLog(mmap_size=size, mmap_offset=offset).build()
+    try:
+        rig.fe.send(Request.SET_LOG_BASE, payload, [log.fd])
+        rig.fe.expect_reply(Request.SET_LOG_BASE)
+        rig.reset_features(rig.features | VhostFeature.LOG_ALL)
+        rig.submit(rig.request(0, region=2))
+        rig.main.publish()
+        rig.kick(rig.profile.main)
+        rig.main_quiet(0.1)
+    except AssertionError:
+        pass
+    rig.survive(spinning=True)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend under test: a socket that somebody serves, or a command that is started afresh."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from virtio_conformance.findings import Finding, Hang
+from virtio_conformance.observe import Process
+from virtio_conformance.wiretap import Tap, connect, peer_pid
+
+__all__ = ("Options", "Target", "serves_once")
+
+_DEATH_CRIES = re.compile(
+    r"Traceback \(most recent call last\)|panicked at|AddressSanitizer|Assertion .* failed"
+    r"|Segmentation fault|Exception ignored in|Task exception was never retrieved"
+)
+_SERVES_ONCE: dict[str, bool] = {}
+"""Command → whether the program serves one connection and ends, once that has been tried."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about the backend."""
+
+    protocol: str = "vhost-user"
+    socket: str = ""
+    command: str = ""
+    before: str = ""
+    """A shell command that prepares ``{dir}`` before each start."""
+    config_change: str = ""
+    """A shell command that makes the device change its configuration; ``{n}`` differs each time."""
+    device: str = "none"
+    time_limit: float = 10.0
+    answer_limit: float = 2.0
+    start_limit: float = 10.0
+    polls: bool = False
+    """The backend polls its rings: it uses processor time by design."""
+    keep: bool = False
+    """A spawned backend serves the following tests too, as long as they pass."""
+    discards: bool = True
+    """The balloon frees memory (false for one started with discards switched off)."""
+
+
+class Target:
+    """Starts the backend where there is a command, connects to it, and watches it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.popen: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
+        self.folder: Path | None = None
+        self.socket = options.socket
+        self.connections = self._changes = 0
+        self.taps: list[Tap] = []
+        """What went over every connection so far, for the report."""
+        if options.command:
+            self._start()
+
+    @property
+    def spawned(self) -> bool:
+        """Whether this backend is ours alone."""
+        return self.popen is not None
+
+    def _start(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="conf-"))
+        self.socket = str(self.folder / "s")
+        places = {"socket": self.socket, "dir": str(self.folder)}
+        if self.options.before:
+            subprocess.run(self.options.before.format(**places), shell=True, check=True)
+        words = [word.format(**places) for word in shlex.split(self.options.command)]
+        with (self.folder / "output").open("wb") as output:
+            self.popen = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def change_configuration(self, meanwhile: Callable[[float], None]) -> None:
+        """Run the operator's command that makes the device change its configuration.
+
+        *meanwhile* is called again and again until it ends: a server may have something to ask.
+        """
+        self._changes += 1
+        places = {"socket": self.socket, "dir": str(self.folder or "."), "n": self._changes % 7 + 1}
+        command = self.options.config_change.format(**places)
+        running = subprocess.Popen(command, shell=True, stdout=subprocess.DEVNULL)
+        while running.poll() is None:
+            meanwhile(0.02)
+        if running.returncode:
+            raise Finding(f"{command} ends with status {running.returncode}")
+
+    def connect(self) -> socket.socket:
+        """A new connection."""
+        limit = self.options.start_limit if not self.connections else self.options.answer_limit
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                sock = connect(self.socket, 0.1)
+                break
+            except Hang:
+                if self.popen is not None and self.popen.poll() is not None:
+                    raise Finding(f"the backend ended: {self.how_it_ended()}") from None
+                if time.monotonic() > deadline:
+                    raise
+        self.connections += 1
+        self.process = Process(peer_pid(sock))
+        return sock
+
+    def output(self) -> str:
+        """What the backend has written, at most the last 20 kB."""
+        if self.folder is None:
+            return ""
+        try:
+            return (self.folder / "output").read_bytes()[-20000:].decode(errors="replace")
+        except OSError:
+            return ""
+
+    def plain(self, text: str) -> str:
+        """*text* with the folder that was made for this backend shown as in its command."""
+        if self.folder is None:
+            return text
+        return text.replace(self.socket, "{socket}").replace(str(self.folder), "{dir}")
+
+    def how_it_ended(self) -> str:
+        """The exit status and the last lines, for people."""
+        if self.popen is None or self.popen.poll() is None:
+            return "it runs"
+        code = self.popen.returncode
+        name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return name + "".join(f"\n  | {line}" for line in self.output().splitlines()[-8:])
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process has ended."""
+        if self.popen is not None:
+            return self.popen.poll() is not None
+        return self.process is not None and not self.process.alive
+
+    @property
+    def left_in_peace(self) -> bool:
+        """Whether the process ended by itself without an error (serves one connection only)."""
+        return self.popen is not None and self.popen.poll() == 0
+
+    def ends_within(self, limit: float) -> bool:
+        """Whether the program ends within *limit* seconds."""
+        deadline = time.monotonic() + limit
+        while not self.gone and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.gone
+
+    def ends_after_a_connection(self, limit: float = 3.0) -> bool:
+        """Whether no other connection is to be expected, because the program serves one and ends.
+
+        A signal that ended it is another matter, and shows with the next connection.
+        """
+        if self.popen is None or not serves_once(self.options):
+            return False
+        return self.ends_within(limit) and self.popen.returncode >= 0
+
+    def expect_healthy(self) -> None:
+        """Raise :class:`Finding` for a crash, or for a traceback in the output."""
+        if self.gone and not self.left_in_peace:
+            code = self.popen.poll() if self.popen else 0
+            killed = code is not None and code < 0 and code != -signal.SIGTERM
+            if self.popen is None or killed or self._cry():
+                raise Finding(f"the backend crashed: {self.how_it_ended()}")
+        cry = self._cry()
+        if cry:
+            raise Finding(f"the backend's output has {cry!r}:\n{self.output()[-1500:]}")
+
+    def _cry(self) -> str:
+        found = _DEATH_CRIES.search(self.output())
+        return found[0] if found else ""
+
+    def stop(self) -> None:
+        """End a backend of ours and remove its folder."""
+        if self.popen is not None and self.popen.poll() is None:
+            self.popen.terminate()
+            try:
+                self.popen.wait(2)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.popen.pid, signal.SIGKILL)
+                self.popen.wait(5)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def serves_once(options: Options, limit: float = 1.0) -> bool:
+    """Whether a spawned program ends by itself once a front-end, any front-end, has left.
+
+    It is tried once, with a program of its own.
+    """
+    command = options.command
+    if command and command not in _SERVES_ONCE:
+        fresh = Target(options)
+        try:
+            fresh.connect().close()
+            _SERVES_ONCE[command] = fresh.ends_within(limit)
+        except Finding:
+            _SERVES_ONCE[command] = False
+        finally:
+            fresh.stop()
+    return _SERVES_ONCE.get(command, False)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wire formats of virtio, vhost-user, vfio-user and PCI, each declared once."""

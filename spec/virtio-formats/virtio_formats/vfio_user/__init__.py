@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wire formats of the vfio-user protocol, version 0.0.
+
+The source is the *vfio-user Protocol Specification* that QEMU 11.1 publishes
+(docs/interop/vfio-user.rst); structures that it takes from VFIO are named as in
+``<linux/vfio.h>``.  Every layout is in the byte order of the host.
+"""
+
+from __future__ import annotations
+
+from virtio_formats.vfio_user.access import RegionAccess, RegionMessage, WriteMulti, WriteOne
+from virtio_formats.vfio_user.device import (
+    PCI_NUM_IRQS,
+    PCI_NUM_REGIONS,
+    DeviceFlags,
+    DeviceInfo,
+    InfoCapHeader,
+    InfoCapId,
+    IoEventFd,
+    IoFdType,
+    IrqInfo,
+    IrqInfoFlags,
+    IrqSet,
+    IrqSetFlags,
+    PciIrq,
+    PciRegion,
+    RegionFlags,
+    RegionInfo,
+    RegionIoFds,
+    SparseMmap,
+    SparseMmapArea,
+)
+from virtio_formats.vfio_user.dma import (
+    DmaAccess,
+    DmaAccess32,
+    DmaMap,
+    DmaMapFlags,
+    DmaUnmap,
+    DmaUnmapFlags,
+)
+from virtio_formats.vfio_user.feature import (
+    MIG_ARCS,
+    DeviceFeature,
+    DeviceState,
+    Feature,
+    FeatureFlags,
+    LoggingControl,
+    LoggingRange,
+    LoggingReport,
+    MigData,
+    Migration,
+    MigrationFlags,
+    MigState,
+)
+from virtio_formats.vfio_user.header import (
+    CLIENT_COMMANDS,
+    SERVER_COMMANDS,
+    Command,
+    Header,
+    HeaderFlags,
+)
+from virtio_formats.vfio_user.version import (
+    DEFAULT_MAX_DATA_XFER_SIZE,
+    DEFAULT_MAX_DMA_MAPS,
+    DEFAULT_PGSIZES,
+    MAX_MSG_FDS_LIMIT,
+    VERSION_MAJOR,
+    VERSION_MINOR,
+    Capabilities,
+    Version,
+)
+
+__all__ = (
+    "CLIENT_COMMANDS",
+    "DEFAULT_MAX_DATA_XFER_SIZE",
+    "DEFAULT_MAX_DMA_MAPS",
+    "DEFAULT_PGSIZES",
+    "MAX_MSG_FDS_LIMIT",
+    "MIG_ARCS",
+    "PCI_NUM_IRQS",
+    "PCI_NUM_REGIONS",
+    "SERVER_COMMANDS",
+    "VERSION_MAJOR",
+    "VERSION_MINOR",
+    "Capabilities",
+    "Command",
+    "DeviceFeature",
+    "DeviceFlags",
+    "DeviceInfo",
+    "DeviceState",
+    "DmaAccess",
+    "DmaAccess32",
+    "DmaMap",
+    "DmaMapFlags",
+    "DmaUnmap",
+    "DmaUnmapFlags",
+    "Feature",
+    "FeatureFlags",
+    "Header",
+    "HeaderFlags",
+    "InfoCapHeader",
+    "InfoCapId",
+    "IoEventFd",
+    "IoFdType",
+    "IrqInfo",
+    "IrqInfoFlags",
+    "IrqSet",
+    "IrqSetFlags",
+    "LoggingControl",
+    "LoggingRange",
+    "LoggingReport",
+    "MigData",
+    "MigState",
+    "Migration",
+    "MigrationFlags",
+    "PciIrq",
+    "PciRegion",
+    "RegionAccess",
+    "RegionFlags",
+    "RegionInfo",
+    "RegionIoFds",
+    "RegionMessage",
+    "SparseMmap",
+    "SparseMmapArea",
+    "Version",
+    "WriteMulti",
+    "WriteOne",
+)
