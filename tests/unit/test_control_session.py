@@ -182,3 +182,16 @@ def test_events_have_a_time_and_data(session):
         "timestamp": {"seconds": 1700000000, "microseconds": 250000},
     }
     assert "data" not in empty
+
+
+@pytest.mark.parametrize(
+    "number", [b"1e999", b"-1e999", b"NaN", b"Infinity", b'[1, {"a": -1e400}]']
+)
+@pytest.mark.parametrize("command", [b"qmp_capabilities", b"query-status"])
+def test_answers_are_json_whatever_number_the_client_sends(session, command, number):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    session.feed(b'{"execute": "%s", "id": %s}' % (command, number))
+    for data, _ in session.take_output():
+        assert "error" in json.loads(data, parse_constant=refuse)

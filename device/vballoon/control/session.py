@@ -12,6 +12,7 @@ without bound ends it.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -97,6 +98,9 @@ class QmpSession:
         except Exception:  # JSON, encoding, recursion: whatever the parser says, it is not QMP
             self._error(CommandError("the input is not a JSON object"))
             return None
+        if not _has_finite_numbers(message):  # 1e999 would come back as Infinity, not JSON
+            self._error(CommandError("the input holds a number that JSON cannot express"))
+            return None
         try:
             request = _request(message)
             if request.name == "qmp_capabilities":
@@ -159,6 +163,14 @@ class QmpSession:
 
     def _send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         self._output.append((bytes(Message(message)) + b"\r\n", fds))
+
+
+def _has_finite_numbers(message: Message) -> bool:
+    try:
+        json.dumps(dict(message), allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _echo(request: Request) -> dict[str, Any]:
