@@ -21,8 +21,8 @@ from tests.lab import Machine
 
 import fdsocket
 from vballoon.balloon import Balloon
-from vballoon.cli.features import device_names, parse_features
-from vballoon.cli.transports import VfioUser, VhostUser
+from vballoon.keeper.features import device_names, parse_features
+from vballoon.keeper.transports import VfioUser, VhostUser
 from vballoon.memory import GuestMemory, MemoryRegion
 from vballoon.skipmap import Provenance
 from vballoon.snapshot.memmap import FreeMemory, free_memory

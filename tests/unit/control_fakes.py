@@ -12,10 +12,10 @@ from tests.fakes.memory import make_memory
 from tests.unit.test_skipmap_map import MIB
 
 from vballoon.balloon.counters import Counters
-from vballoon.cli.listening import Listening
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import UsageError
+from vballoon.keeper.listening import Listening
 from vballoon.memory import GuestMemory
 from vballoon.skipmap import Round, RoundKind, SkipMap
 from vballoon.vhost_user.status import QueueStatus

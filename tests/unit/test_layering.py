@@ -14,7 +14,7 @@ from tests.roots import PACKAGES, modules
 
 ROOMS = (
     "errors", "memory", "virtqueue", "skipmap", "virtio", "balloon", "vhost_user", "virtio_pci",
-    "control", "snapshot", "cli",
+    "control", "snapshot", "keeper", "cli",
 )  # fmt: skip
 """From the ground up."""
 FORBIDDEN_PAIRS = {
@@ -44,7 +44,7 @@ THIRD_PARTY = {
     "vfio_user": {"numpy"},
 }
 IO = {"socket", "selectors", "asyncio"}
-IO_ROOMS = {"control", "snapshot", "cli"}
+IO_ROOMS = {"control", "snapshot", "keeper", "cli"}
 MAPPING = {"mmap", "fcntl"}
 MAPPING_MODULES = {
     "vballoon.memory": "maps guest memory",
@@ -161,6 +161,8 @@ PLANTED = [
     ("vballoon.vhost_user.session", "from vballoon.balloon import Balloon", "never balloon"),
     ("vballoon.vhost_user.server", "from vballoon import virtio_pci", "never import each other"),
     ("vballoon.virtio_pci.rings", "import vballoon.vhost_user.vring", "never import each other"),
+    ("vballoon.snapshot.take", "import vballoon.keeper.journal", "is below snapshot"),
+    ("vballoon.keeper.config", "from vballoon.cli import serve", "is below keeper"),
     ("vballoon.balloon.device", "import construct as c", "imports construct"),
     ("vballoon.balloon.device", "import asyncio", "only shells do"),
     ("vballoon.vhost_user.session", "def f():\n    import socket", "only shells do"),

@@ -11,7 +11,7 @@ from vballoon.cli.common import Subparsers, add_command
 from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
-    from vballoon.cli.listening import Listening
+    from vballoon.keeper.listening import Listening
 
 __all__ = ("add", "run")
 
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     if options.print_capabilities:
         print('{\n  "type": "balloon"\n}')
         return 0
-    from vballoon.cli.listening import Listening
+    from vballoon.keeper.listening import Listening
 
     machines = _machines(options)
     listening = Listening()
@@ -152,7 +152,7 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
             raise UsageError("--config FILE takes everything but --log-level from the file")
         from pathlib import Path
 
-        from vballoon.cli.config import read_config
+        from vballoon.keeper.config import read_config
 
         return read_config(Path(options.config))
     if not given:

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import fdsocket
 from vballoon.balloon import Balloon
-from vballoon.cli.config import WHERE
-from vballoon.cli.features import device_names, parse_features
-from vballoon.cli.transports import VfioUser, VhostUser
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import UsageError
+from vballoon.keeper.config import WHERE
+from vballoon.keeper.features import device_names, parse_features
+from vballoon.keeper.transports import VfioUser, VhostUser
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from vballoon.cli.features import Offered
-    from vballoon.cli.listening import Listening
-    from vballoon.cli.transports import ServedTransport
+    from vballoon.keeper.features import Offered
+    from vballoon.keeper.listening import Listening
+    from vballoon.keeper.transports import ServedTransport
     from vballoon.vhost_user import BackendStatus
 
 __all__ = ("serve", "set_up_logging")

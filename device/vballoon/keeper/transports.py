@@ -14,7 +14,7 @@ from vfio_user import Server
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vballoon.cli.features import Offered
+    from vballoon.keeper.features import Offered
     from vballoon.virtio import VirtioDevice
     from vballoon.virtqueue import Engine
 
