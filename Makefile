@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 GUEST  ?= qemu
 LAB    ?= on
 # What has a compiled form beside the one in NumPy; the first run of the tests has it compiled.
-PURE   := $(addprefix tests/unit/test_,memory_*.py skipmap_*.py balloon_*.py virtqueue_engines.py)
+PURE   := $(addprefix tests/unit/test_,native*.py memory_*.py skipmap_*.py balloon_*.py virtqueue_engines.py)
 
 # Four distributions, one repository: pip gets all of them in one call, since no registry has them.
 PROJECTS := spec/virtio-formats spec/virtio-conformance device/vfio-user .
@@ -18,7 +18,7 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 venv: $(VENV)/.stamp ## the virtual environment
-$(VENV)/.stamp: $(PROJECTS:=/pyproject.toml) $(wildcard device/vballoon/memory/*.[ch])
+$(VENV)/.stamp: $(PROJECTS:=/pyproject.toml) $(wildcard device/vballoon/native/*.[ch])
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || apt-get install -y --no-install-recommends python3-venv \
 		|| { echo "as root, please: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

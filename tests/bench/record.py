@@ -95,7 +95,7 @@ def host() -> dict[str, str]:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
-    from vballoon.memory.native import native  # late: the environment decides
+    from vballoon.native import native  # late: the environment decides
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     return {

@@ -16,7 +16,7 @@ from tests.fakes.driver import Element
 from tests.fakes.rig import MIB, Rig
 
 from vballoon.balloon import walking
-from vballoon.memory.native import native
+from vballoon.native import native
 from vballoon.skipmap import Provenance
 from vballoon_spec.walk.formats import (
     BUFFER_MAX,

@@ -15,7 +15,7 @@ from tests.bench.subjects import Case, OurSubject, Payloads, without_kernel
 from tests.fakes.memory import Arena, make_memory
 
 from vballoon.memory import GuestMemory, MemoryRegion
-from vballoon.memory.native import native
+from vballoon.native import native
 from vballoon.skipmap import Provenance, SkipMap
 
 GIB, TIB = 1 << 30, 1 << 40

@@ -19,7 +19,7 @@ from tests.fakes.driver import DriverRing, Element, SplitDriver, make_driver
 from tests.fakes.memory import Arena, make_memory
 
 from vballoon.errors import QueueError
-from vballoon.memory.native import native
+from vballoon.native import native
 from vballoon.virtqueue import RULES, Engine, RingState, Virtqueue, make_virtqueue
 from virtio_formats.virtio import features as f
 

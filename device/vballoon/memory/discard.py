@@ -23,9 +23,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from vballoon.memory.native import native
 from vballoon.memory.pages import clip, coalesce, expand, inward
 from vballoon.memory.regions import PAGE_SIZE
+from vballoon.native import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import MemoryFault
-from vballoon.memory.native import native
 from vballoon.memory.pages import coalesce
+from vballoon.native import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

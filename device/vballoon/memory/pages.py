@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon.memory.native import native
+from vballoon.native import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vballoon.memory.dirty_log import DirtyLog
-    from vballoon.memory.native import Tables
     from vballoon.memory.regions import MemoryRegion
+    from vballoon.native import Tables
 
     U32 = NDArray[np.uint32]
     U64 = NDArray[np.uint64]

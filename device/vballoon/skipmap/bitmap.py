@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import UsageError
-from vballoon.memory.native import native
 from vballoon.memory.pages import whole_pages
+from vballoon.native import native
 from vballoon.skipmap import bits
 from vballoon.skipmap.records import checked_ranges
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon.memory.native import native
 from vballoon.memory.pages import coalesce
+from vballoon.native import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch engines with their inner loops compiled (:mod:`vballoon.memory.native`).
+"""The batch engines with their inner loops compiled (:mod:`vballoon.native`).
 
 They take the leading run of buffers that are in order beyond doubt, as the engines in NumPy do,
 and leave the rest to the same scalar code; what differs is that chains are followed one after the
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vballoon.errors import UsageError
-from vballoon.memory.native import Native, native
+from vballoon.native import RingLoops, native
 from vballoon.virtqueue.base import ChainBatch
 from vballoon.virtqueue.batching import Batching
 from vballoon.virtqueue.inflight import NullInflight
@@ -49,7 +49,7 @@ class _Compiled(Batching):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert native is not None  # make_virtqueue chooses these classes only then
-        self._native: Native = native
+        self._native: RingLoops = native
         assert self._desc.bytes is not None  # batch engines serve mapped rings only
         self._bytes = self._desc.bytes
         self._taken, self._first = np.empty(self.size, np.uint16), np.empty(self.size + 1, np.intp)

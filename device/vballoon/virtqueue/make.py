@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vballoon.errors import MemoryFault
-from vballoon.memory.native import native
+from vballoon.native import native
 from vballoon.virtqueue.base import RingState, Virtqueue
 from vballoon.virtqueue.compiled import CompiledPacked, CompiledSplit
 from vballoon.virtqueue.packed import ScalarPacked

@@ -83,7 +83,7 @@ const uint8_t *guest_bytes(struct guest *g, uint64_t addr, uint64_t len);
 /* Sorts n ranges, none of them empty, and merges those that touch; how many are left, -1: no memory. */
 Py_ssize_t merge_ranges(uint64_t *start, uint64_t *end, Py_ssize_t n);
 
-/* ---- what Python calls; native.py says what each does ---- */
+/* ---- what Python calls; interface.py says what each does ---- */
 
 #define CALLED(name) PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 CALLED(native_mark_pages);

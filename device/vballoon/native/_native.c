@@ -131,7 +131,7 @@ const uint8_t *guest_bytes(struct guest *g, uint64_t addr, uint64_t len)
 /* ---- the module ---- */
 
 #define METHOD(name) \
-	{ #name, (PyCFunction)(void (*)(void))native_##name, METH_FASTCALL, "See memory/native.py." }
+	{ #name, (PyCFunction)(void (*)(void))native_##name, METH_FASTCALL, "See native/interface.py." }
 
 static PyMethodDef methods[] = {
 	METHOD(mark_pages), METHOD(mark_bytes), METHOD(mark_records), METHOD(mark_guest_records),
@@ -142,7 +142,7 @@ static PyMethodDef methods[] = {
 };
 
 static struct PyModuleDef definition = {
-	PyModuleDef_HEAD_INIT, "_native", "Inner loops; see vballoon.memory.native.", -1, methods,
+	PyModuleDef_HEAD_INIT, "_native", "Inner loops; see vballoon.native.", -1, methods,
 	NULL, NULL, NULL, NULL,
 };
 

@@ -27,7 +27,7 @@ from tests.fakes.memory import Arena, make_memory
 
 from vballoon.errors import MemoryFault, QueueError
 from vballoon.memory import MemoryRegion, discard, gather, pages
-from vballoon.memory.native import Native, native
+from vballoon.native import Native, native
 from vballoon.skipmap import Provenance, SkipMap, bitmap, bits
 from vballoon.skipmap.bitmap import PageBitmap
 from vballoon.skipmap.layout import BitmapLayout
@@ -261,7 +261,7 @@ def test_ranges_larger_than_the_bitmap_are_merged_first() -> None:
 def test_misuse_is_an_error_and_no_access() -> None:
     if not CAN_BUILD:
         return  # nothing was built, so nothing can be misused
-    compiled: Native = importlib.import_module("vballoon.memory._native")  # type: ignore[assignment]
+    compiled: Native = importlib.import_module("vballoon.native._native")  # type: ignore[assignment]
     words, table, a, b = np.zeros(8, np.uint64), u64(0, 512, 0), u64(0), u64(64)
     one, two = np.zeros(1, np.uint16), np.zeros(2, np.uint16)
     for bad_table in (u64(0, 513, 0), u64(0, 512, 1), u64(5, 4, 0), u64(0, 512)):  # past the bitmap
