@@ -24,7 +24,7 @@ class Recorder:
         self.size = wanted
         self.got: list[tuple[bytes, list[int]]] = []
         self.ended = asyncio.Event()
-        self.reasons: list[str] = []
+        self.reasons: list[str | None] = []
 
     def wanted(self) -> int:
         return self.size
@@ -32,8 +32,8 @@ class Recorder:
     def received(self, data: bytes, fds: list[int]) -> None:
         self.got.append((data, fds))
 
-    def closed(self, reason: str) -> None:
-        self.reasons.append(reason)
+    def closed(self, error: str | None) -> None:
+        self.reasons.append(error)
         self.ended.set()
 
     @property
@@ -102,7 +102,7 @@ def test_end_of_file_is_reported_once_and_orderly(pair):
         await seen.ended.wait()
         stream.close()
         await asyncio.sleep(0.01)
-        assert (seen.data, seen.reasons, stream.is_open) == (b"last words", [""], False)
+        assert (seen.data, seen.reasons, stream.is_open) == (b"last words", [None], False)
 
     run(go())
 
@@ -231,7 +231,7 @@ def test_close_when_sent_drains_first(pair):
         got = await asyncio.to_thread(read_all, theirs)
         assert got == b"z" * 2_000_000
         await seen.ended.wait()
-        assert seen.reasons == [""]
+        assert seen.reasons == [None]
 
     run(go())
 
@@ -267,7 +267,7 @@ def test_blocking_receive_flushes_and_waits(pair):
         with pytest.raises(ConnectionError):
             stream.receive(1, timeout=5)
         await seen.ended.wait()
-        assert seen.reasons == [""]
+        assert seen.reasons == [None]
 
     run(go())
 

@@ -403,7 +403,7 @@ class TestMessages:
         assert gadget.dma.read(BASE, 4) == b"twin"
         assert client.session.take_output() == []
         client.session.feed_twin(message(Command.DMA_READ))
-        assert client.session.closed, "a command on the socket for replies"
+        assert not client.session.is_open, "a command on the socket for replies"
         client.close()
         client.ram[0].close()
 

@@ -101,12 +101,13 @@ def serve(device: PciDevice, path: Path, client: Callable[[], None]) -> None:
 
     async def main() -> None:
         running = Server(device, fdsocket.listen(path))
-        running.start()
+        serving = asyncio.create_task(running.serve())
+        await asyncio.sleep(0)
         try:
             await asyncio.wait_for(asyncio.to_thread(client), 20)
         finally:
             running.close()
-            await asyncio.sleep(0)
+            await serving
 
     asyncio.run(main())
 
@@ -427,11 +428,11 @@ def test_a_client_that_cannot_be_accepted_costs_no_cpu(
         refusing = Refusing(fileno=listener.detach())
         refusing.setblocking(False)
         running = Server(gadget, refusing)
-        running.start()
+        serving = asyncio.create_task(running.serve())
         wire = await asyncio.wait_for(asyncio.to_thread(Wire.connect, tmp_path / "s"), 10)
         wire.close()
         running.close()
-        await asyncio.sleep(0)
+        await serving
 
     monkeypatch.setattr(fdsocket.Acceptor, "retry_seconds", 0.05)
     asyncio.run(main())

@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from tests.fakes.vfio_client import (
     split,
 )
 
+import vfio_user
 from vfio_user import DmaError, Session, SessionLimits
 from virtio_formats.vfio_user import (
     Capabilities,
@@ -124,17 +127,17 @@ class TestNegotiation:
     )
     def test_malformed_ends_the_connection(self, fresh: FakeClient, payload: bytes) -> None:
         fresh.call(Command.VERSION, payload, expect=errno.EINVAL)
-        assert fresh.session.closed
+        assert not fresh.session.is_open
         assert not fresh.session.device.log  # type: ignore[attr-defined]
 
     @pytest.mark.parametrize("command", [*(set(Command) - {Command.VERSION}), 0, 999])
     def test_nothing_else_comes_first(self, fresh: FakeClient, command: int) -> None:
         fresh.call(command, bytes(32), expect=errno.EINVAL)
-        assert fresh.session.closed
+        assert not fresh.session.is_open
 
     def test_only_once(self, client: FakeClient) -> None:
         client.call(Command.VERSION, version(), expect=errno.EINVAL)
-        assert not client.session.closed
+        assert client.session.is_open
 
     def test_twin_socket_only_if_both_want_it(self, gadget: Gadget) -> None:
         wanted = b'{"capabilities":{"twin_socket":{"supported":true}}}' + b" " * 20 + b"\0"
@@ -159,14 +162,14 @@ class TestBadInput:
         head = Header(id=0xBAD1, command=8, size=size, flags=0, error=0)
         client.send(head.build())
         assert [(r.id, r.error) for r in client.inbox] == [(0xBAD1, errno.EINVAL)]
-        assert client.session.closed
+        assert not client.session.is_open
 
     def test_too_large_ends_the_connection(self, client: FakeClient) -> None:
         limit = client.session.limits.max_message
         head = Header(id=1, command=8, size=limit + 1, flags=0, error=0)
         client.send(head.build())
         assert client.inbox[0].error == errno.EINVAL
-        assert client.session.closed
+        assert not client.session.is_open
 
     def test_messages_before_a_bad_header_are_answered_first(self, client: FakeClient) -> None:
         good = message(Command.DEVICE_RESET, msg_id=1)
@@ -177,12 +180,12 @@ class TestBadInput:
     def test_the_largest_message_is_fine(self, client: FakeClient) -> None:
         data = bytes(client.session.limits.max_data_xfer_size)
         client.write(2, 0, data, expect=errno.EINVAL)  # past the region, but well-formed
-        assert not client.session.closed
+        assert client.session.is_open
 
     @pytest.mark.parametrize("command", [0, 14, 19, 999, 0xFFFF, Command.DMA_READ])
     def test_unknown_commands(self, client: FakeClient, command: int) -> None:
         client.call(command, b"\0", expect=errno.EINVAL)
-        assert not client.session.closed
+        assert client.session.is_open
 
     @pytest.mark.parametrize(
         "command", sorted(set(Command) - {Command.DMA_READ, Command.DMA_WRITE, Command.VERSION})
@@ -190,7 +193,7 @@ class TestBadInput:
     def test_truncated_payloads(self, client: FakeClient, command: Command) -> None:
         payload = b"\0" * 3
         client.call(command, payload, expect=errno.EINVAL)
-        assert not client.session.closed
+        assert client.session.is_open
 
     def test_unsolicited_reply(self, client: FakeClient) -> None:
         client.send(message(Command.DEVICE_SET_IRQS, flags=REPLY, msg_id=0xBAD2))
@@ -376,7 +379,7 @@ class TestEnd:
         client = FakeClient(gadget, limits=limits)
         client.negotiate()
         client.send(message(Command.DEVICE_RESET) * 4)
-        assert "more commands" in client.session.closed
+        assert "more commands" in client.session.error
         client.close()
 
 
@@ -403,7 +406,7 @@ def test_any_sequence_of_messages_is_answered_or_ends_the_connection(
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     for number, (command, payload, flags, fds) in enumerate(messages):
         client.inbox.clear()
-        closed = bool(client.session.closed)
+        closed = not client.session.is_open
         client.send(message(command, payload, flags=flags, msg_id=number), [fd] * fds)
         client.run()
         due = not closed and flags & 0x10 == 0 and flags & 0x21 != 0x21
@@ -426,9 +429,9 @@ def test_a_client_that_answers_no_dma_message_is_let_go(gadget: Gadget) -> None:
     for _ in range(1 << 16):
         with pytest.raises(DmaError):
             gadget.dma.read(0x10000, 4)
-        if client.session.closed:
+        if not client.session.is_open:
             break
-    assert "no DMA message" in client.session.closed
+    assert "no DMA message" in client.session.error
     assert client.session.requests.sent < 2000
     client.close()
 
@@ -440,7 +443,7 @@ def test_descriptors_that_come_with_no_message_are_not_kept(gadget: Gadget) -> N
     head = message(Command.DMA_MAP, bytes(600))
     for at in range(12):
         client.send(head[at : at + 1], [fd] * 50)
-    assert "descriptors" in client.session.closed
+    assert "descriptors" in client.session.error
     assert open_fds() == before
     os.close(fd)
     client.close()
@@ -455,3 +458,40 @@ def test_the_guest_cannot_fill_the_log(gadget: Gadget, caplog: pytest.LogCapture
         client.call(Command.DMA_UNMAP, bytes(24), expect=errno.EINVAL)
         assert "DMA_UNMAP refused" in caplog.text
     client.close()
+
+
+class TestWhyItEnded:
+    def test_an_orderly_end_has_no_error(self, gadget: Gadget) -> None:
+        client = FakeClient(gadget)
+        client.negotiate()
+        client.close()
+        assert (client.session.is_open, client.session.error, gadget.client_error) == (
+            False,
+            None,
+            None,
+        )
+
+    def test_the_device_learns_the_first_error(self, gadget: Gadget) -> None:
+        """Over vfio-user, FRONTEND_DISCONNECTED said that every end was orderly."""
+        client = FakeClient(gadget)
+        client.negotiate()
+        client.send(bytes(16))
+        client.session.close("another error")
+        client.close()
+        assert "message of 0 bytes" in (client.session.error or "")
+        assert gadget.client_error == client.session.error
+
+
+def test_no_import_circle_in_the_package() -> None:
+    """``session``, ``handlers`` and ``remote`` imported each other."""
+    folder = Path(vfio_user.__file__).parent
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    uses = {
+        name: set(re.findall(r"from vfio_user\.(\w+) import", (folder / f"{name}.py").read_text()))
+        for name in names
+    }
+    while uses:
+        free = {name for name, needs in uses.items() if not needs & set(uses)}
+        assert free, f"an import circle among {sorted(uses)}"
+        for name in free:
+            del uses[name]

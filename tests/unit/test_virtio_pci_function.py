@@ -401,7 +401,7 @@ def test_any_sequence_of_register_accesses(steps: list[tuple[str, int, Any]], ma
         client.run()
         assert len(client.inbox) <= 1
         client.inbox.clear()
-    assert not client.session.closed
+    assert client.session.is_open
     client.call(Command.DEVICE_RESET)
     guest.start(V1)
     (answer,) = send(guest, 0, b"alive")

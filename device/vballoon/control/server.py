@@ -121,10 +121,10 @@ class Client:
         if self._requests and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def closed(self, reason: str) -> None:
-        """The client has gone, or was given up."""
-        if reason:
-            log.info("control: a client is gone: %s", reason)
+    def closed(self, error: str | None) -> None:
+        """Drop the client's requests: its connection has ended."""
+        if error is not None:
+            log.info("control: a client disconnected: %s", error)
         self._requests.clear()
         self._server.clients.discard(self)
 

@@ -111,7 +111,7 @@ class _Function(VirtioPciFunction):
 
     def detached(self) -> None:
         super().detached()
-        self._emit("FRONTEND_DISCONNECTED", {"reason": ""})
+        self._emit("FRONTEND_DISCONNECTED", {"reason": self.client_error or ""})
 
 
 class VfioUser:
@@ -168,8 +168,7 @@ class VfioUser:
 
     async def run(self) -> None:
         """Serve clients, one after the other."""
-        self._server.start()
-        await self._server.finished.wait()
+        await self._server.serve()
 
     def close(self) -> None:
         """Let the client go and stop serving."""

@@ -60,12 +60,12 @@ class Connection:
         if not self.backend.session.is_open:
             self.stream.close_when_sent()
 
-    def closed(self, reason: str) -> None:
+    def closed(self, error: str | None) -> None:
         """See :class:`fdsocket.Receiver`."""
         session = self.backend.session
-        if not reason:
+        if error is None:
             session.receive_eof()
-        reason = str(session.error or reason)
+        reason = str(session.error or error or "")
         self.backend.close()
         for fd in list(self._watched):
             self.unwatch(fd)
@@ -184,9 +184,9 @@ class _Channel:
         else:
             self.flush()
 
-    def closed(self, reason: str) -> None:
-        if reason:
-            log.warning("back-end channel: %s", reason)
+    def closed(self, error: str | None) -> None:
+        if error is not None:
+            log.warning("back-end channel: %s", error)
 
     def flush(self) -> None:
         for data, fds in self._channel.take_output():

@@ -7,7 +7,7 @@ the shell around it::
     class Receiver(Protocol):
         def wanted(self) -> int: ...                  # bytes that may be read next, at least 1
         def received(self, data: bytes, fds: list[int]) -> None: ...   # takes the descriptors over
-        def closed(self, reason: str) -> None: ...    # exactly once; "" = orderly end of file
+        def closed(self, error: str | None) -> None: ...   # exactly once; None: orderly end
 
     stream = FdStream(sock, receiver)       # takes the socket over, makes it non-blocking
     stream.start()                          # in a running loop: begin to read

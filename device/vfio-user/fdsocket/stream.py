@@ -36,8 +36,8 @@ class Receiver(Protocol):
     def received(self, data: bytes, fds: list[int]) -> None:
         """Bytes arrived, and perhaps descriptors, which are the receiver's from now on."""
 
-    def closed(self, reason: str) -> None:
-        """The connection has ended, orderly (``""``) or not; called exactly once."""
+    def closed(self, error: str | None) -> None:
+        """Take note that the connection has ended, and why (None: orderly).  Called once."""
 
 
 class FdStream:
@@ -57,6 +57,8 @@ class FdStream:
         self._open = True
         self._closing = False
         self._told = False
+        self.error: str | None = None
+        """Why the connection ended; None while it is open, or for an orderly end."""
 
     @property
     def is_open(self) -> bool:
@@ -97,7 +99,7 @@ class FdStream:
             self._queued += len(data)
             self._flush()
         if self._queued > 2 * self._limit:
-            self._fail(f"{self._queued} bytes of output that the peer does not read")
+            self._end(f"{self._queued} bytes of output that the peer does not read")
 
     def _flush(self) -> None:
         """Write what the socket takes now."""
@@ -114,7 +116,7 @@ class FdStream:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._fail(_reason(error))
+            self._end(_reason(error))
             return
         if self._closing and not self._output:
             self.close()
@@ -137,11 +139,11 @@ class FdStream:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._fail(_reason(error))
+                self._end(_reason(error))
                 return
             if not data:
                 close_fds(fds)
-                self._fail("")
+                self._end(None)
                 return
             self._receiver.received(data, fds)
 
@@ -170,11 +172,11 @@ class FdStream:
         except BlockingIOError:
             raise
         except OSError as error:
-            self._fail(_reason(error))
+            self._end(_reason(error))
             raise ConnectionResetError(_reason(error)) from error
         if not data:
             close_fds(fds)
-            self._fail("")
+            self._end(None)
             raise ConnectionResetError("the peer closed the connection")
         return data, fds
 
@@ -189,12 +191,9 @@ class FdStream:
 
     def close(self) -> None:
         """Close the socket and everything that waits to be sent; safe to call again."""
-        self._end("")
+        self._end(None)
 
-    def _fail(self, reason: str) -> None:
-        self._end(reason)
-
-    def _end(self, reason: str) -> None:
+    def _end(self, error: str | None) -> None:
         if self._open:
             self._open = False
             self._update()
@@ -205,10 +204,11 @@ class FdStream:
             self._sock.close()
         if not self._told:
             self._told = True
+            self.error = error
             if self._loop is not None:
-                self._loop.call_soon(self._receiver.closed, reason)
+                self._loop.call_soon(self._receiver.closed, error)
             else:
-                self._receiver.closed(reason)
+                self._receiver.closed(error)
 
     def _update(self) -> None:
         """Watch the socket for what is wanted of it now."""

@@ -16,11 +16,12 @@ from vfio_user.dma import DmaChannel, DmaRegion, DmaTable
 from vfio_user.errors import DmaError, FatalError, RequestError, UsageError, VfioUserError
 from vfio_user.intx import IntxPin
 from vfio_user.irqs import IrqTable
+from vfio_user.link import SessionLimits
 from vfio_user.migration import MigrationMachine
 from vfio_user.regions import IoEvent, Region
 from vfio_user.run import run_program, serve
 from vfio_user.server import Server
-from vfio_user.session import Session, SessionLimits
+from vfio_user.session import Session
 
 __all__ = (
     "ConfigSpace",

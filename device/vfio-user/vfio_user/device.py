@@ -63,6 +63,8 @@ class PciDevice:
         for index in range(6):
             if self.regions[index].size:
                 config.add_bar(index, self.regions[index])
+        self.client_error: str | None = None
+        """Why the last client disconnected, for :meth:`detached`; None for an orderly end."""
         self._deferred: deque[Callable[[], None]] = deque()
         self._wake: Callable[[], None] | None = None
 
@@ -149,8 +151,12 @@ class PciDevice:
             self.dma.log.stop()
             self.dma_logging(False)
 
-    def disconnect(self) -> None:
-        """The client has gone: its memory is unmapped and its descriptors are closed."""
+    def disconnect(self, error: str | None = None) -> None:
+        """Unmap the client's memory and close its descriptors: it has disconnected.
+
+        *error* says why, None for an orderly end.
+        """
+        self.client_error = error
         self.dma.channel = None
         self.detached()
         self.dma.clear()

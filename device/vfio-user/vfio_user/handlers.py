@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server does with each command: a table from command to function.
+"""Serve each command: a table from command to function.
 
-A handler gets the session and the message, and returns the reply's payload and descriptors.  It
-raises :class:`~vfio_user.errors.RequestError` (or lets a
-:class:`~virtio_formats.wire.WireError` pass) to refuse, and takes a descriptor by removing it from
-the message.  Section names are those of the vfio-user specification of QEMU 11.1.
+A handler gets the link, the device and the message, and returns the reply's payload and
+descriptors.  It raises :class:`~vfio_user.errors.RequestError` (or lets a
+:class:`~virtio_formats.wire.WireError` pass) to refuse, and takes a descriptor over by removing it
+from the message.  Section names are those of the vfio-user specification of QEMU 11.1.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from virtio_formats.vfio_user import (
 from virtio_formats.wire import WireError, WireStruct, struct_format
 
 if TYPE_CHECKING:
+    from vfio_user.device import PciDevice
+    from vfio_user.link import Link
     from vfio_user.regions import Region
-    from vfio_user.session import Session
     from vfio_user.stream import Message
 
 __all__ = ("EXCLUSIVE", "handle")
@@ -65,19 +66,19 @@ EXCLUSIVE = frozenset(
         Command.MIG_DATA_WRITE,
     }
 )
-"""Commands that change the device as a whole: not while it is in the middle of its work."""
+"""Commands that change the device as a whole; not served in the middle of its work."""
 
 
-def handle(session: Session, message: Message) -> Reply:
-    """Serve one command.  Raises RequestError, WireError, DmaError, or what a device raises."""
+def handle(link: Link, device: PciDevice, message: Message) -> Reply:
+    """Serve one command.  Raise RequestError, WireError, DmaError, or what a device raises."""
     handler, max_fds = _HANDLERS.get(message.command, (None, 0))
-    if session.client is None and message.command != Command.VERSION:
+    if link.client is None and message.command != Command.VERSION:
         raise FatalError(errno.EINVAL, "a command before VERSION")
     if handler is None or message.command not in CLIENT_COMMANDS:
         raise RequestError(errno.EINVAL, f"no command {message.command} for a server")
-    if len(message.fds) > max_fds or len(message.fds) > session.limits.max_msg_fds:
+    if len(message.fds) > max_fds or len(message.fds) > link.limits.max_msg_fds:
         raise RequestError(errno.EINVAL, f"{len(message.fds)} descriptors where none belong")
-    return handler(session, message)
+    return handler(link, device, message)
 
 
 def _split(kind: type[Head], payload: bytes) -> tuple[Head, bytes]:
@@ -90,18 +91,12 @@ def _check_argsz(argsz: int, least: int, most: int | None = None) -> None:
         raise RequestError(errno.EINVAL, f"argsz {argsz}")
 
 
-def _transfer_limit(session: Session) -> int:
-    """Bytes of data in one message that both sides agreed to."""
-    ours = session.limits.max_data_xfer_size
-    return min(ours, session.client.max_data_xfer_size) if session.client else ours
-
-
 # -- VERSION --------------------------------------------------------------------------------------
 
 
-def version(session: Session, message: Message) -> Reply:
+def version(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_VERSION``: settle on what both sides can do."""
-    if session.client is not None:
+    if link.client is not None:
         raise RequestError(errno.EINVAL, "VERSION a second time")
     try:
         head, data = _split(Version, message.payload)
@@ -111,13 +106,13 @@ def version(session: Session, message: Message) -> Reply:
     if head.major != VERSION_MAJOR:
         raise FatalError(errno.EINVAL, f"version {head.major}.{head.minor} is not spoken here")
     fds = []
-    if client.twin_socket and session.open_twin is not None:
-        fds.append(session.open_twin())
-        session.requests.twin = True
+    if client.twin_socket and link.open_twin is not None:
+        fds.append(link.open_twin())
+        link.twin = True
     ours = Capabilities(
-        max_msg_fds=session.limits.max_msg_fds,
-        max_data_xfer_size=session.limits.max_data_xfer_size,
-        max_dma_maps=session.limits.max_dma_maps,
+        max_msg_fds=link.limits.max_msg_fds,
+        max_data_xfer_size=link.limits.max_data_xfer_size,
+        max_dma_maps=link.limits.max_dma_maps,
         write_multiple=True,
         migration_pgsize=4096,
         twin_socket=bool(fds),
@@ -125,9 +120,9 @@ def version(session: Session, message: Message) -> Reply:
     )
     # A subset of what was proposed; a client that proposed nothing at all learns our limits.
     names = client.names or frozenset({"max_msg_fds", "max_data_xfer_size", "migration"})
-    session.client = client
-    session.device.dma.channel = session.requests
-    session.device.attached()
+    link.client = client
+    device.dma.channel = link.channel
+    device.attached()
     minor = min(head.minor, VERSION_MINOR)
     return Version(major=VERSION_MAJOR, minor=minor).build() + ours.build(names), fds
 
@@ -135,61 +130,61 @@ def version(session: Session, message: Message) -> Reply:
 # -- client memory --------------------------------------------------------------------------------
 
 
-def dma_map(session: Session, message: Message) -> Reply:
+def dma_map(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DMA_MAP``."""
     request = DmaMap.parse(message.payload)
     fd = message.fds[0] if message.fds else None
-    session.device.dma.map(request, fd, limit=session.limits.max_dma_maps)
+    device.dma.map(request, fd, limit=link.limits.max_dma_maps)
     message.fds.clear()  # the table's now
     return b"", []
 
 
-def dma_unmap(session: Session, message: Message) -> Reply:
+def dma_unmap(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DMA_UNMAP``: the reply is the request's own entry."""
     request = DmaUnmap.parse(message.payload)
-    _check_argsz(request.argsz, DmaUnmap.SIZE, session.limits.max_data_xfer_size)
-    session.device.dma.unmap(request)
+    _check_argsz(request.argsz, DmaUnmap.SIZE, link.limits.max_data_xfer_size)
+    device.dma.unmap(request)
     return message.payload, []
 
 
 # -- what the device is ---------------------------------------------------------------------------
 
 
-def device_get_info(session: Session, message: Message) -> Reply:
+def device_get_info(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_GET_INFO``."""
     request = DeviceInfo.parse(message.payload)
     _check_argsz(request.argsz, DeviceInfo.SIZE)
     info = DeviceInfo(
         argsz=DeviceInfo.SIZE,
-        flags=session.device.device_flags,
+        flags=device.device_flags,
         num_regions=PCI_NUM_REGIONS,
         num_irqs=PCI_NUM_IRQS,
     )
     return info.build(), []
 
 
-def _region(session: Session, index: int) -> Region:
+def _region(device: PciDevice, index: int) -> Region:
     if index >= PCI_NUM_REGIONS:
         raise RequestError(errno.EINVAL, f"no region {index}")
-    return session.device.regions[index]
+    return device.regions[index]
 
 
-def get_region_info(session: Session, message: Message) -> Reply:
+def get_region_info(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_GET_REGION_INFO``: with the file of a region that can be mapped."""
     request, _ = _split(RegionInfo, message.payload)
     _check_argsz(request.argsz, RegionInfo.SIZE)
-    region = _region(session, request.index)
+    region = _region(device, request.index)
     fds = [os.dup(region.fd)] if region.mappable and region.fd is not None else []
     return region.describe(request.index, request.argsz), fds
 
 
-def get_region_io_fds(session: Session, message: Message) -> Reply:
+def get_region_io_fds(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_GET_REGION_IO_FDS``: each descriptor goes out once."""
     request = RegionIoFds.parse(message.payload)
-    _check_argsz(request.argsz, RegionIoFds.SIZE, session.limits.max_data_xfer_size)
+    _check_argsz(request.argsz, RegionIoFds.SIZE, link.limits.max_data_xfer_size)
     if request.flags or request.count:
         raise RequestError(errno.EINVAL, "GET_REGION_IO_FDS with flags or count")
-    region = _region(session, request.index)
+    region = _region(device, request.index)
     if not region.size:
         raise RequestError(errno.EINVAL, f"region {request.index} is empty")
     events = region.io_events
@@ -197,24 +192,24 @@ def get_region_io_fds(session: Session, message: Message) -> Reply:
     if request.argsz < needed:
         events = []
     files = list(dict.fromkeys(event.fd for event in events))
-    if session.client is not None and len(files) > session.client.max_msg_fds:
+    if link.client is not None and len(files) > link.client.max_msg_fds:
         raise RequestError(errno.ENOSPC, f"{len(files)} descriptors are more than max_msg_fds")
     reply = RegionIoFds(argsz=needed, flags=0, index=request.index, count=len(events)).build()
     reply += b"".join(event.describe(files.index(event.fd)) for event in events)
     return reply, [os.dup(fd) for fd in files]
 
 
-def get_irq_info(session: Session, message: Message) -> Reply:
+def get_irq_info(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_GET_IRQ_INFO``."""
     request = IrqInfo.parse(message.payload)
     _check_argsz(request.argsz, IrqInfo.SIZE)
-    return session.device.irqs.describe(request.index), []
+    return device.irqs.describe(request.index), []
 
 
-def set_irqs(session: Session, message: Message) -> Reply:
+def set_irqs(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_SET_IRQS``."""
     request, data = _split(IrqSet, message.payload)
-    session.device.irqs.set(request, data, message.fds)
+    device.irqs.set(request, data, message.fds)
     message.fds.clear()  # the interrupt table's now
     return b"", []
 
@@ -222,29 +217,29 @@ def set_irqs(session: Session, message: Message) -> Reply:
 # -- regions --------------------------------------------------------------------------------------
 
 
-def region_read(session: Session, message: Message) -> Reply:
+def region_read(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_REGION_READ``."""
     request = RegionAccess.parse(message.payload)
-    if request.count > _transfer_limit(session):
+    if request.count > link.transfer_limit:
         raise RequestError(errno.EINVAL, f"REGION_READ of {request.count} bytes")
-    region = _region(session, request.region)
+    region = _region(device, request.region)
     return message.payload + region.access_read(request.offset, request.count), []
 
 
-def region_write(session: Session, message: Message) -> Reply:
+def region_write(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_REGION_WRITE``: the way of every doorbell, so without an object for the head."""
     payload = message.payload
     size = len(payload) - _ACCESS.size
     if size < 0:
         raise RequestError(errno.EINVAL, f"REGION_WRITE with {len(payload)} bytes")
     offset, index, count = _ACCESS.unpack_from(payload)
-    if count != size or count > _transfer_limit(session):
+    if count != size or count > link.transfer_limit:
         raise RequestError(errno.EINVAL, f"REGION_WRITE of {count} with {size} bytes")
-    _region(session, index).access_write(offset, payload[_ACCESS.size :])
+    _region(device, index).access_write(offset, payload[_ACCESS.size :])
     return payload[: _ACCESS.size], []
 
 
-def region_write_multi(session: Session, message: Message) -> Reply:
+def region_write_multi(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_REGION_WRITE_MULTI``: in order, up to the first that is refused."""
     head, body = _split(WriteMulti, message.payload)
     if head.wr_cnt * WriteOne.SIZE != len(body):
@@ -255,7 +250,7 @@ def region_write_multi(session: Session, message: Message) -> Reply:
     done = 0
     for offset, index, count, data in writes.tolist():
         try:
-            _region(session, index).access_write(offset, bytes(data[:count]))
+            _region(device, index).access_write(offset, bytes(data[:count]))
         except RequestError:
             if not done:
                 raise
@@ -267,39 +262,39 @@ def region_write_multi(session: Session, message: Message) -> Reply:
 # -- the device as a whole ------------------------------------------------------------------------
 
 
-def device_reset(session: Session, message: Message) -> Reply:
+def device_reset(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_RESET``."""
     if message.payload:
         raise RequestError(errno.EINVAL, "DEVICE_RESET with a payload")
-    session.device.full_reset()
+    device.full_reset()
     return b"", []
 
 
-def device_feature(session: Session, message: Message) -> Reply:
+def device_feature(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_FEATURE``."""
-    return features.handle(session.device, message.payload, limit=_transfer_limit(session)), []
+    return features.handle(device, message.payload, limit=link.transfer_limit), []
 
 
-def mig_data_read(session: Session, message: Message) -> Reply:
+def mig_data_read(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_MIG_DATA_READ``."""
     request = MigData.parse(message.payload)
     _check_argsz(request.argsz, MigData.SIZE + request.size)
-    if request.size > _transfer_limit(session):
+    if request.size > link.transfer_limit:
         raise RequestError(errno.EINVAL, f"MIG_DATA_READ of {request.size} bytes")
-    data = session.device.migration.read(request.size)
+    data = device.migration.read(request.size)
     return MigData(argsz=MigData.SIZE + len(data), size=len(data)).build() + data, []
 
 
-def mig_data_write(session: Session, message: Message) -> Reply:
+def mig_data_write(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_MIG_DATA_WRITE``."""
     request, data = _split(MigData, message.payload)
-    if request.size != len(data) or request.size > _transfer_limit(session):
+    if request.size != len(data) or request.size > link.transfer_limit:
         raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE of {request.size}, {len(data)} bytes")
-    session.device.migration.write(data)
+    device.migration.write(data)
     return b"", []
 
 
-_HANDLERS: dict[int, tuple[Callable[[Session, Message], Reply], int]] = {
+_HANDLERS: dict[int, tuple[Callable[[Link, PciDevice, Message], Reply], int]] = {
     Command.VERSION: (version, 0),
     Command.DMA_MAP: (dma_map, 1),
     Command.DMA_UNMAP: (dma_unmap, 0),

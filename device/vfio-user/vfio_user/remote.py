@@ -16,14 +16,11 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vfio_user.errors import DmaError
+from vfio_user.link import Link
 from vfio_user.stream import Message
 from virtio_formats.vfio_user import Command, DmaAccess, DmaAccess32, HeaderFlags
-
-if TYPE_CHECKING:
-    from vfio_user.session import Session
 
 __all__ = ("DmaRequests", "Layout")
 
@@ -44,15 +41,23 @@ class Layout(enum.Enum):
 
 
 class DmaRequests:
-    """The server's own commands on one connection, and the answers to them."""
+    """The server's own commands on one connection, and the answers to them.
 
-    def __init__(self, session: Session, wait: Callable[[Callable[[], bool]], None] | None) -> None:
+    *wait(done)* lets the driver exchange messages until *done()* is true; *idle()* is called
+    when the last answer that was waited for has arrived or was given up.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        wait: Callable[[Callable[[], bool]], None] | None,
+        idle: Callable[[], None],
+    ) -> None:
         self.layout = Layout.UNKNOWN
-        self.twin = False
-        """Whether the messages go over the socket for server commands."""
         self.sent = 0
-        self._session = session
+        self._link = link
         self._wait = wait
+        self._idle = idle
         self._next_id = 0
         self._pending: dict[int, Message | int | None] = {}
         self._abandoned: set[int] = set()
@@ -148,12 +153,12 @@ class DmaRequests:
         self._transact(Command.DMA_WRITE, payload)
 
     def _transact(self, command: Command, payload: bytes) -> Message:
-        if self._session.closed or self._wait is None:
+        if not self._link.is_open or self._wait is None:
             raise DmaError(errno.ENOTCONN, "no client to ask")
         msg_id = self._new_id()
         self._pending[msg_id] = None
         self.sent += 1
-        self._session.send(command, payload, [], msg_id=msg_id, flags=0, twin=self.twin)
+        self._link.send(command, payload, [], msg_id=msg_id, flags=0, twin=self._link.twin)
         try:
             self._wait(lambda: self._pending[msg_id] is not None)
         except TimeoutError:
@@ -164,19 +169,19 @@ class DmaRequests:
         finally:
             reply = self._pending.pop(msg_id)
             if not self.busy:
-                self._session.drain_later()
+                self._idle()
         return _checked(command, reply)
 
     def _limit(self) -> int:
-        client = self._session.client
-        if client is None or client.max_data_xfer_size <= 0:
-            raise DmaError(errno.ENOTCONN, "the client takes no data")
-        return min(client.max_data_xfer_size, self._session.limits.max_data_xfer_size)
+        limit = self._link.transfer_limit if self._link.client is not None else 0
+        if limit <= 0:
+            raise DmaError(errno.ENOTCONN, "the client did not negotiate max_data_xfer_size")
+        return limit
 
     def _new_id(self) -> int:
         # An id that may still be answered is not used again.
         if len(self._abandoned) > _ABANDONED_MAX:
-            self._session.fail("the client answers no DMA message")
+            self._link.close("the client answers no DMA message")
             raise DmaError(errno.ENOTCONN, "no client to ask")
         while True:
             self._next_id = (self._next_id + 1) & 0xFFFF
@@ -186,7 +191,7 @@ class DmaRequests:
 
 def _checked(command: Command, reply: Message | int | None) -> Message:
     if not isinstance(reply, Message):
-        raise DmaError(reply or errno.ECANCELED, f"{command.name} was given up")
+        raise DmaError(reply or errno.ECANCELED, f"{command.name} cancelled")
     if reply.flags & HeaderFlags.ERROR:
         raise DmaError(reply.error or errno.EIO, f"the client refused {command.name}")
     if reply.command != command:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a device as a program of its own.
+"""Run a device as a program of its own.
 
 *Backend Program Conventions* of the vfio-user specification (QEMU 11.1): stay in the foreground,
 end on SIGTERM, take ``--socket-path`` or ``--fd``.
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import fdsocket
 from vfio_user.device import PciDevice
+from vfio_user.link import SessionLimits
 from vfio_user.server import Server
-from vfio_user.session import SessionLimits
 
 __all__ = ("run_program", "serve")
 
@@ -31,27 +31,25 @@ async def serve(
 ) -> None:
     """Serve *device* on a socket at *path*, or on the inherited socket *fd*.
 
-    Ends on SIGTERM and SIGINT, or when a connection that was inherited ends.  Raises
-    :class:`OSError` when the socket cannot be had.
+    Return on SIGTERM and SIGINT, or when an inherited connection ends.  Raise :class:`OSError`
+    when the socket cannot be opened.
     """
     if (path is None) == (fd is None):
         raise ValueError("either a path or a descriptor")
     sock = fdsocket.listen(path) if path is not None else fdsocket.adopt(fd or 0)
     server = Server(device, sock, limits=limits)
-    server.start()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.finished.set)
+        loop.add_signal_handler(number, server.close)
     try:
-        await server.finished.wait()
+        await server.serve()
     finally:
-        server.close()
         if path is not None:
             os.unlink(path)
 
 
 def run_program(device: PciDevice, argv: Sequence[str] | None = None) -> int:
-    """The main function of a device program; returns its exit status."""
+    """Run a device program from its command line; return the exit status."""
     parser = argparse.ArgumentParser(description=(type(device).__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket-path", metavar="PATH", help="listen there for the client")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shell: a device on a Unix socket, on asyncio.
 
-One client at a time; another one that connects waits until the first has gone, and then finds the
+One client at a time; the next one waits until the first has disconnected, and then finds the
 device as it was left.
 """
 
@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import fdsocket
 from vfio_user.device import PciDevice
-from vfio_user.session import Session, SessionLimits
+from vfio_user.link import SessionLimits
+from vfio_user.session import Session
 
 __all__ = ("DMA_TIMEOUT", "Server")
 
@@ -30,7 +31,7 @@ _READ_SIZE = 1 << 16
 
 
 class Server:
-    """Serves *device* to whoever connects to *listener*, or on a connection that is there already.
+    """Serves *device* to whoever connects to *listener*, or on a connection that exists already.
 
     *listener* comes from :func:`fdsocket.listen` or :func:`fdsocket.adopt`; it is taken over.
     """
@@ -41,9 +42,10 @@ class Server:
         self.device = device
         self.limits = limits or SessionLimits()
         self.connection: Connection | None = None
-        self.finished = asyncio.Event()
-        """Set when the server is closed, or when its only connection has ended."""
-        self._only: socket.socket | None = None  # a connection that was there already
+        self.error: str | None = None
+        """Why the last connection ended; None for an orderly end."""
+        self._finished = asyncio.Event()
+        self._only: socket.socket | None = None  # a connection that exists already
         self._acceptor: fdsocket.Acceptor | None = None
         if fdsocket.is_listening(listener):
             self._acceptor = fdsocket.Acceptor(listener, self._connect, self._not_accepted)
@@ -51,8 +53,16 @@ class Server:
             self._only = listener
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def start(self) -> None:
-        """Accept clients from now on, in the running loop."""
+    async def serve(self) -> None:
+        """Serve clients until :meth:`close`; on an inherited connection, until it has ended."""
+        if not self._finished.is_set():
+            self._start()
+        try:
+            await self._finished.wait()
+        finally:
+            self.close()
+
+    def _start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.device.on_deferred(self._wake)
         for region in self.device.regions:
@@ -68,7 +78,7 @@ class Server:
             self._loop.call_soon(self.run_deferred)
 
     def run_deferred(self) -> None:
-        """Do what the device has put off, and send what comes of it."""
+        """Do what the device has deferred, and send what results."""
         self.device.run_deferred()
         if self.connection is not None:
             self.connection.flush()
@@ -83,19 +93,20 @@ class Server:
         self.connection = Connection(self, sock)
         self.connection.stream.start()
 
-    def disconnected(self, reason: str) -> None:
-        """The connection has ended (called by it): wait for the next client."""
-        log.info("client gone%s", f": {reason}" if reason else "")
+    def disconnected(self, error: str | None) -> None:
+        """Wait for the next client: the connection, which calls this, has ended."""
+        log.info("client disconnected%s", f": {error}" if error else "")
+        self.error = error
         self.connection = None
         if self._loop is None:
             return
         if self._acceptor is not None:
             self._acceptor.resume()
         else:
-            self.finished.set()
+            self._finished.set()
 
     def close(self) -> None:
-        """Close the socket and the connection; the device stays."""
+        """Close the socket and the connection; the device stays.  Safe to call again."""
         if self._loop is not None:
             for region in self.device.regions:
                 for event in region.io_events:
@@ -106,7 +117,7 @@ class Server:
             self.connection.close()
         if self._acceptor is not None:
             self._acceptor.close()
-        self.finished.set()
+        self._finished.set()
 
 
 class Connection:
@@ -123,37 +134,38 @@ class Connection:
     # -- what the stream asks of its receiver -----------------------------------------------------
 
     def wanted(self) -> int:
-        """A buffer full: the session knows which message descriptors belong to."""
+        """Return a buffer's size: the session knows which message descriptors belong to."""
         return _READ_SIZE
 
     def received(self, data: bytes, fds: list[int]) -> None:
-        """Bytes for the session; its replies go out, then what the device has put off is done.
+        """Feed the session, send its replies, then do what the device has deferred.
 
-        At once, not from the loop: behind other work there a doorbell would wait for all of it.
+        At once, not from the loop, where a doorbell would wait for all other work.
         """
         self.session.feed(data, fds)
         self.flush()
         self._server.run_deferred()
 
-    def closed(self, reason: str) -> None:
-        """The stream has ended."""
+    def closed(self, error: str | None) -> None:
+        """Release everything of the client: the stream has ended."""
+        self.session.receive_eof(error)
         self.close()
-        self._server.disconnected(reason or self.session.closed)
+        self._server.disconnected(self.session.error)
 
     # ---------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Send what the session has to say; close the connection if it says so."""
+        """Send what the session has to send; close the connection if the session has ended."""
         for data, fds in self.session.take_output():
             self.stream.send(data, fds)
         for data, fds in self.session.take_twin_output():
             if self._twin is not None:
                 self._twin.send(data, fds)
-        if self.session.closed:
+        if not self.session.is_open:
             self.stream.close_when_sent()
 
     def close(self) -> None:
-        """Let go of everything that is the client's."""
+        """Release everything of the client."""
         self.session.receive_eof()
         self.stream.close()
         if self._twin is not None:
@@ -183,7 +195,7 @@ class Connection:
 
 
 class _TwinReceiver:
-    """Between commands nothing is due on the twin socket, so whatever comes is judged as such."""
+    """Feeds what arrives between commands, when nothing is expected on the twin socket."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -195,9 +207,9 @@ class _TwinReceiver:
         self._connection.session.feed_twin(data, fds)
         self._connection.flush()
 
-    def closed(self, reason: str) -> None:
-        if not self._connection.session.closed:
-            self._connection.session.fail("the twin socket was closed")
+    def closed(self, error: str | None) -> None:
+        if self._connection.session.is_open:
+            self._connection.session.close("the twin socket was closed")
             self._connection.flush()
 
 
