@@ -6,9 +6,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import tomllib
 
 import pytest
-from tests.roots import PACKAGES
+from tests.roots import PACKAGES, REPOSITORY
+
+import vballoon
 
 PUBLIC = {
     "fdsocket": """MAX_FDS Acceptor AddressInUse FdStream Receiver TruncatedError adopt close_fds
@@ -42,6 +45,11 @@ PUBLIC = {
 @pytest.mark.parametrize("package", PUBLIC)
 def test_the_public_names_are_these(package):
     assert set(importlib.import_module(package).__all__) == set(PUBLIC[package].split())
+
+
+def test_version_is_the_one_in_pyproject():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert vballoon.__version__ == project["version"]
 
 
 def all_modules():

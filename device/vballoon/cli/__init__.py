@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import vballoon
 from vballoon.cli import bitmap, conform, ctl, export, map_, restore, serve, snapshot, status
 from vballoon.errors import VballoonError
 
@@ -50,12 +51,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Print the version and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"vballoon {version('vballoon')}")
+        print(f"vballoon {vballoon.__version__}")
         parser.exit()
 
 

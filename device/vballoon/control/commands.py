@@ -11,9 +11,9 @@ import asyncio
 import base64
 import os
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import vballoon
 from vballoon.control.operator import plain
 from vballoon.control.session import CommandError
 from vballoon.control.table import Argument, Reply, Table
@@ -25,19 +25,11 @@ from virtio_formats.virtio.balloon import stat_name
 if TYPE_CHECKING:
     from vballoon.control.operator import Operator
 
-__all__ = ("COMMANDS", "package_version")
+__all__ = ("COMMANDS",)
 
 COMMANDS = Table()
 MAX_CELLS = 1 << 16
 """Cells of a memory map: five bitmaps of as many bytes, 440 kB as JSON."""
-
-
-def package_version() -> str:
-    """The version of the installed package."""
-    try:
-        return version("vballoon")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "0.0.0"
 
 
 # The balloon, as QEMU means it.
@@ -241,7 +233,7 @@ def query_status(operator: Operator) -> dict[str, Any]:
     transport = plain(operator.transport.status())
     transport["transport-counters"] = transport.pop("counters", {})
     return {
-        "version": package_version(),
+        "version": vballoon.__version__,
         "pid": os.getpid(),
         "uptime": round(time.monotonic() - operator.started, 3),
         "guest-size": balloon.ram_bytes,

@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import fdsocket
-from vballoon.control.commands import package_version
+import vballoon
 from vballoon.control.commands_snapshot import COMMANDS
 from vballoon.control.events import EventThrottle
 from vballoon.control.session import REQUESTS_MAX, CommandError, QmpSession, Request
@@ -94,10 +94,10 @@ class Client:
     """One connection of the control socket."""
 
     def __init__(self, server: ControlServer, connection: socket.socket) -> None:
-        numbers = (package_version().split(".") + ["0"] * 3)[:3]
+        numbers = (vballoon.__version__.split(".") + ["0"] * 3)[:3]
         major, minor, micro = (int(n) if n.isdigit() else 0 for n in numbers)
         self._server = server
-        self._session = QmpSession((major, minor, micro), f"vballoon {package_version()}")
+        self._session = QmpSession((major, minor, micro), f"vballoon {vballoon.__version__}")
         self._requests: deque[Request] = deque()
         self._task: asyncio.Task[None] | None = None
         self._stream = fdsocket.FdStream(connection, self)
