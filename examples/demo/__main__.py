@@ -22,7 +22,7 @@ def on_qemu(folder: Path, kernel: str, transport: str) -> bool:
     from examples.demo.linux import LinuxGuest
     from tests.lab import Machine, setup
 
-    setup([kernel])
+    setup((kernel,))
     CONSOLE.print(f"booting Linux {kernel} on stock QEMU, attached over {transport}…")
     with (
         Backend(transport) as backend,

@@ -98,12 +98,16 @@ class Story:
         self.row("came back to the host", f"{100 * back / self.guest.freed:.1f} %", "≥ 95 %",
                  back >= 0.95 * self.guest.freed)  # fmt: skip
 
+    def wait_for_balloon(self, target: int, tolerance: int) -> None:
+        """Wait until the guest has *target* bytes, give or take *tolerance*."""
+        self.wait(lambda: abs(self.ctl("query-balloon")["actual"] - target) <= tolerance)
+
     def balloon(self) -> None:
         """Inflate to half of the guest, and deflate."""
         size = self.ctl("query-balloon")["actual"]
         for name, target in (("inflated", size // 2), ("deflated", size)):
             self.ctl("balloon", value=target)
-            self.wait(lambda t=target: abs(self.ctl("query-balloon")["actual"] - t) <= size // 100)
+            self.wait_for_balloon(target, size // 100)
             actual = self.ctl("query-balloon")["actual"]
             self.row(f"{name}: guest has", mib(actual), f"{mib(target)} ± 1 %",
                      abs(actual - target) <= size // 100)  # fmt: skip

@@ -59,7 +59,7 @@ def _ranges(part: Part, options: Options) -> None:
         "C / ours",
         "memcpy of the records, GB/s",
     )  # fmt: skip
-    kinds = [(f"order {order}", order) for order in ORDERS]
+    kinds: list[tuple[str, int | str]] = [(f"order {order}", order) for order in ORDERS]
     kinds += [("orders 0 to 10 mixed", "mixed"), ("mixed, by address", "sorted")]
     kinds += [("unaligned, 1 to 2000 pages", "ragged")]
     for title, kind in kinds:

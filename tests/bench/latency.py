@@ -7,6 +7,7 @@ import os
 import select
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tests.bench.fronts import SPACE, Front, connect
@@ -204,7 +205,7 @@ def _statistics(part: Part, options: Options) -> None:
 
 def _ask(backend: Backend, front: Front) -> Callable[[], float]:
     ring = front.rings[STATS]
-    state = {"value": 0, "buffer": None}
+    state: dict[str, Any] = {"value": 0, "buffer": None}
 
     def send() -> None:
         state["value"] += 1

@@ -9,6 +9,7 @@ the order is reversed each time, because freed descriptors go to the front of it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from tests.fakes.memory import Arena
@@ -220,7 +221,7 @@ class FullPacked(FullRing):
         return 16 * self.slots + table + 8
 
 
-def make_load(memory: GuestMemory, size: int, features: int, arena: Arena, **how: int) -> FullRing:
+def make_load(memory: GuestMemory, size: int, features: int, arena: Arena, **how: Any) -> FullRing:
     """The driver for the ring that *features* choose."""
     kind = FullPacked if f.has(features, f.VIRTIO_F_RING_PACKED) else FullSplit
     return kind(memory, size, features, arena, **how)

@@ -98,7 +98,7 @@ class Job:
         areas = (addresses.desc, addresses.driver, addresses.device)
         self._views = [memory.window(a, n) for a, n in zip(areas, sizes, strict=True)]
         self._regions = (_Region * len(memory.regions))(
-            *((r.guest_phys_addr, r.size, _address(r.view)) for r in memory.regions)
+            *(_Region(r.guest_phys_addr, r.size, _address(r.view)) for r in memory.regions)
         )
         self.raw = _Job(
             num=size,

@@ -134,21 +134,21 @@ def _qemu(part: dict[str, Any]) -> Any:
         ("inflate, device CPU", "deflate, device CPU", "report, device CPU"),
         ("resident after inflate", "resident after report"),
     )
-    for axis, whats in zip(axes[0], pictures, strict=True):
+    for axis, works in zip(axes[0], pictures, strict=True):
         for number, device in enumerate(devices):
             found = {
                 s["name"]: statistics.median(s["values"])
                 for s in part["samples"]
                 if s["params"].get("device") == device and "beside" not in s["params"]
             }
-            places = [i + 0.2 * (number - 1.5) for i in range(len(whats))]
-            heights = [found.get(what, 0) for what in whats]
+            places = [i + 0.2 * (number - 1.5) for i in range(len(works))]
+            heights = [found.get(what, 0) for what in works]
             axis.bar(places, heights, 0.2, label=device, color=colours[number])
         names = [
             what.replace(", device CPU", "").replace("resident ", "").replace(", each", ",\neach")
-            for what in whats
+            for what in works
         ]
-        axis.set_xticks(range(len(whats)), names)
+        axis.set_xticks(range(len(works)), names)
     for axis, title in zip(
         axes[0], ("seconds", "CPU seconds of the device", "MiB resident"), strict=True
     ):

@@ -184,12 +184,12 @@ class Subject:
             return
         if self.role.work == Work.PFNS:
             self._area.view("<u4")[:] = self.payloads.pfns(self.buffers)
-            length = 4 * PFNS
+            size = 4 * PFNS
         else:
             self._write_walk()
-            length = 16 + 16 * WALK_RECORDS
+            size = 16 + 16 * WALK_RECORDS
         addr = self._base + self._each * np.arange(self.buffers, dtype=np.uint64)
-        self.load.fill(addr, np.full(self.buffers, length), writable=False)
+        self.load.fill(addr, np.full(self.buffers, size), writable=False)
 
     def _write_walk(self) -> None:
         rows = self._area.reshape(self.buffers, WALK_BUFFER)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tests.fakes.memory import Arena
 
 from vballoon.memory import GuestMemory
@@ -37,6 +38,8 @@ class DriverRing(ABC):
     """What both formats have in common."""
 
     addresses: RingAddresses
+    desc: NDArray[Any]
+    """The descriptor table or the packed ring, as rows."""
 
     def __init__(self, memory: GuestMemory, size: int, features: int, arena: Arena) -> None:
         self.memory, self.size, self.features, self.arena = memory, size, features, arena

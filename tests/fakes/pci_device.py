@@ -34,14 +34,14 @@ class Gadget(PciDevice):
             IoEvent(self.kick, 0, 4, lambda: self.log.append(("kick", 0))),
             IoEvent(self.kick, 8, 8, lambda: self.log.append(("kick", 8)), datamatch=7),
         ]
-        regions = {
+        regions: dict[int, Region] = {
             PciRegion.BAR0: Region(BAR0_SIZE, read=self.peek, write=self.poke, io_events=bells),
             PciRegion.BAR2: Region(
                 BAR2_SIZE, fd=self.file, fd_offset=0x8000, areas=areas, bar=BarFlags.MEMORY_64
             ),
             PciRegion.BAR4: Region(16, read=self.peek, bar=BarFlags.IO),
         }
-        irqs = {PciIrq.INTX: 1, PciIrq.MSIX: 2048, PciIrq.ERR: 1, PciIrq.REQ: 1}
+        irqs: dict[int, int] = {PciIrq.INTX: 1, PciIrq.MSIX: 2048, PciIrq.ERR: 1, PciIrq.REQ: 1}
         config = ConfigSpace(vendor_id=0x1234, device_id=0x11E8, interrupt_pin=1)
         super().__init__(config, regions, irqs)
 

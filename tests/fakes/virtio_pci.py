@@ -98,7 +98,9 @@ class Guest:
             self.client.write(cap.bar, cap.offset + offset + at, part, post=post)
 
     def _field(self, name: str) -> tuple[int, int]:
-        dtype, offset, *_ = (CommonConfig.dtype().fields or {})[name]
+        fields = CommonConfig.dtype().fields
+        assert fields is not None
+        dtype, offset, *_ = fields[name]
         return int(offset), dtype.itemsize
 
     def read_config(self, offset: int, size: int) -> bytes:

@@ -58,7 +58,7 @@ class Qmp:
             self._seen.append(self._loop.run_until_complete(self._listener.get()))
         return self._seen
 
-    def wait_event(self, name: str, timeout: float = 30, **data: Any) -> Message:
+    def wait_event(self, name: str, timeout: float = 30, **data: Any) -> dict[str, Any]:
         """The first event called ``name`` with these data that came since the start or comes in
         time.
 
@@ -69,7 +69,7 @@ class Qmp:
             for event in self.events():
                 if event["event"] == name and _matches(event, data):
                     self._seen.remove(event)
-                    return event
+                    return dict(event)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(

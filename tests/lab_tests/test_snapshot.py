@@ -8,6 +8,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.lab import NAMES, Machine
@@ -128,10 +129,16 @@ def test_vfio_user_device_with_msix_is_left_alone(tmp_path: Path) -> None:
 def test_memory_of_two_nodes(tmp_path: Path) -> None:
     """Two memfds of one size: each file must become the right backend's."""
     module = guest_module("6.12", tmp_path)
-    hardware = {"kernel": "6.12", "machine": "pc", "memory": 1024, "nodes": 2, "smp": 2}
+    hardware: dict[str, Any] = {
+        "kernel": "6.12",
+        "machine": "pc",
+        "memory": 1024,
+        "nodes": 2,
+        "smp": 2,
+    }
     with (
         Backend("vhost-user", "--no-discard") as backend,
-        balloon_guest(backend, module=module, **hardware) as vm,
+        balloon_guest(backend, module=module, nodes=2, **hardware) as vm,
     ):
         fill(vm, 300)
         done = snapshot(vm, backend, tmp_path / "saved", "--quit")

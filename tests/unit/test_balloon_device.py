@@ -89,7 +89,7 @@ class TestRoles:
         assert rig.balloon.roles[3] is Role.HINT
         rig.balloon.reset()
         rig.set_up((0, 1, 2, 3))
-        assert rig.balloon.roles[3] is Role.REPORT
+        assert rig.balloon.roles.get(3) is Role.REPORT
 
     def test_unused_rings_do_not_change_the_numbering(self) -> None:
         """A front-end may set up rings that the driver never asked for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,12 +53,12 @@ LENGTH = st.one_of(
 @settings(max_examples=300)
 @given(st.lists(st.tuples(ADDRESS, LENGTH), max_size=30))
 def test_contains_is_what_integers_say(memory: GuestMemory, ranges: list[tuple[int, int]]) -> None:
-    addr, length = column([a for a, _ in ranges]), column([n for _, n in ranges])
+    addrs, lengths = column([a for a, _ in ranges]), column([n for _, n in ranges])
     expected = [inside(a, n) for a, n in ranges]
-    assert memory.contains(addr, length).tolist() == expected
+    assert memory.contains(addrs, lengths).tolist() == expected
     assert [memory.holds(a, n) for a, n in ranges] == expected
-    short = length & np.uint64(0xFFFFFFFF)
-    assert memory.contains(addr, short.astype(np.uint32)).tolist() == [
+    short = lengths & np.uint64(0xFFFFFFFF)
+    assert memory.contains(addrs, short.astype(np.uint32)).tolist() == [
         inside(a, int(n)) for (a, _), n in zip(ranges, short, strict=True)
     ]
 
@@ -80,12 +81,12 @@ def test_locate_finds_the_region_or_faults(
             if start <= addr and addr + length <= start + size
         ]
         expected.append(within[-1] if within else None)
-    addr, length = column([a for a, _ in ranges]), column([n for _, n in ranges])
+    addrs, lengths = column([a for a, _ in ranges]), column([n for _, n in ranges])
     if None in expected:
         with pytest.raises(MemoryFault):
-            memory.locate(addr, length)
+            memory.locate(addrs, lengths)
     else:
-        region, offset = memory.locate(addr, length)
+        region, offset = memory.locate(addrs, lengths)
         assert list(zip(region.tolist(), offset.tolist(), strict=True)) == expected
 
 
@@ -197,7 +198,7 @@ def test_bad_regions_are_refused_and_their_descriptor_closed(
     rule: str, kwargs: dict[str, int]
 ) -> None:
     before = open_fds()
-    good = {"guest_phys_addr": 0, "size": PAGE, "file_offset": 0}
+    good: dict[str, Any] = {"guest_phys_addr": 0, "size": PAGE, "file_offset": 0}
     with pytest.raises(ProtocolError) as caught:
         MemoryRegion.map(**good | kwargs, fd=memfd(4 * PAGE))
     assert caught.value.rule == rule
@@ -228,7 +229,7 @@ def test_a_read_only_file_is_not_written_to(tmp_path: object) -> None:
     path = f"{tmp_path}/ram"
     with open(path, "wb") as file:
         file.truncate(PAGE)
-    where = {"guest_phys_addr": 0, "size": PAGE, "file_offset": 0}
+    where: dict[str, Any] = {"guest_phys_addr": 0, "size": PAGE, "file_offset": 0}
     with pytest.raises(ProtocolError, match="memory-region-map"):
         MemoryRegion.map(**where, fd=os.open(path, os.O_RDONLY))
     region = MemoryRegion.map(**where, fd=os.open(path, os.O_RDONLY), writable=False)

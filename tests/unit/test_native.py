@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fakes.driver import Element, make_driver
+from tests.fakes.driver import Element, SplitDriver, make_driver
 from tests.fakes.memory import Arena, make_memory
 
 from vballoon.errors import MemoryFault, QueueError
@@ -325,6 +325,7 @@ def test_no_address_outlives_its_mapping() -> None:
     assert SkipMap(memory).set_guest_records(Provenance.WALKED, memory, addr, u64(1), 1)[0] == 0
     with pytest.raises(MemoryFault):
         batch.readable(0, 64)
+    assert isinstance(driver, SplitDriver)
     driver.add(Element(1 << 20, 64))
     slot = driver.free.pop()
     driver.desc[slot] = (1 << 20, 16, 4, 0)  # an indirect table in the region that is gone

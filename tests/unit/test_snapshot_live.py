@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -106,8 +106,13 @@ def make(vm: QemuVm, guest: Guest, folder: Path, control: Control, **more: Any) 
     source = GuestSource([ram], None, "no module", None, None)
     store = DirectoryStore(folder / "snap")
     return LiveSnapshot(
-        vm, source, store, control=control, make_tracker=lambda blocks: guest, **more
-    )  # type: ignore[arg-type]
+        vm,
+        source,
+        store,
+        control=cast(Any, control),
+        make_tracker=lambda blocks: guest,
+        **more,
+    )
 
 
 class Busy(Observer):

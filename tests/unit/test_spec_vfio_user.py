@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ TABLES: dict[type[WireStruct], tuple[int, dict[str, int]]] = {
 def test_sizes_and_offsets_are_the_specifications(kind: type[WireStruct]) -> None:
     size, offsets = TABLES[kind]
     assert size == kind.SIZE == kind.dtype().itemsize
-    fields = kind.dtype().fields or {}
+    fields: dict[str, Any] = dict(kind.dtype().fields or {})
     assert {name: fields[name][1] for name in offsets} == offsets
 
 

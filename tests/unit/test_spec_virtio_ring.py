@@ -28,7 +28,7 @@ from virtio_formats.wire import WireStruct
 def test_layout(struct: type[WireStruct], layout: dict[str, tuple[int, int]]) -> None:
     fields = struct.dtype().fields
     assert fields is not None
-    found = {name: (offset, kind.itemsize) for name, (kind, offset) in fields.items()}
+    found = {name: (offset, kind.itemsize) for name, (kind, offset, *_) in fields.items()}
     assert found == layout
     assert struct.SIZE == struct.dtype().itemsize == sum(size for _, size in layout.values())
     for name, (offset, size) in layout.items():

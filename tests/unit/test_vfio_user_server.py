@@ -47,6 +47,8 @@ class Wire:
         self.sock = sock
         self.sock.settimeout(10)
         self.number = 0
+        self.version = b""
+        self.fds: list[int] = []
 
     @classmethod
     def connect(cls, path: Path, data: bytes = QEMU_VERSION_DATA) -> Wire:

@@ -305,7 +305,9 @@ class TestStream:
     def test_cut_anywhere(self, cuts: list[int]) -> None:
         conversation = a_conversation()
         places = sorted({0, len(conversation), *(c for c in cuts if c < len(conversation))})
-        chunks = [(conversation[a:b], []) for a, b in pairwise(places)]
+        chunks: list[tuple[bytes, list[int]]] = [
+            (conversation[a:b], []) for a, b in pairwise(places)
+        ]
         assert self.replies(chunks) == self.replies([(conversation, [])])
 
     def test_trailing_bytes_wait(self) -> None:

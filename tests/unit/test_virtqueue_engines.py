@@ -78,7 +78,7 @@ SCRIBBLE = st.tuples(
 def programs() -> st.SearchStrategy[list[tuple[Any, ...]]]:
     """Mostly whole rounds (fill, spoil something, publish, take, give), and odd steps between."""
     offer = st.tuples(st.just("many"), chains(), st.booleans(), st.integers(1, 20))
-    spoil = st.one_of(st.just([]), st.just([]), st.lists(SCRIBBLE, max_size=2))
+    spoil: Any = st.one_of(st.just([]), st.just([]), st.lists(SCRIBBLE, max_size=2))
     take = st.tuples(st.just("take"), st.one_of(st.none(), st.integers(0, 9)))
     back = st.tuples(st.just("give"), st.integers(1, 64), st.integers(0, 1 << 32))
     whole = st.builds(
@@ -173,7 +173,7 @@ class Run:
                 d.avail_ring[at] = value
             else:
                 d.avail[1] = (int(d.avail[1]) + value) % 65536
-        elif what in d.desc.dtype.names:
+        elif what in (d.desc.dtype.names or ()):
             d.desc[what][at] = value
         self.sound = False
 

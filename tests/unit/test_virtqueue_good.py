@@ -7,7 +7,7 @@ were passed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.fakes.driver import DriverRing, Element, PackedDriver, SplitDriver, make_driver
 from tests.fakes.memory import Arena, by_messages, make_memory
 
-from vballoon.virtqueue import RingState, Virtqueue, make_virtqueue
+from vballoon.virtqueue import Engine, RingState, Virtqueue, make_virtqueue
 from virtio_formats.virtio import features as f
 
 HIGH = 1 << 32
@@ -210,9 +210,8 @@ def test_table_at_an_odd_address_across_two_regions(kind: str, features: int) ->
     memory = make_memory((0, 1 << 20), (1 << 20, 1 << 20))
     d = make_driver(memory, 16, features | f.mask(f.VIRTIO_F_INDIRECT_DESC))
     other = by_messages(memory)[0] if kind == "messages" else memory
-    q = make_virtqueue(
-        other, 16, d.addresses, d.features, engine=kind if kind in ("scalar", "numpy") else "batch"
-    )
+    engine = cast("Engine", kind if kind in ("scalar", "numpy") else "batch")
+    q = make_virtqueue(other, 16, d.addresses, d.features, engine=engine)
     elements = tuple(Element(0x8000 + 8 * i, 8, i > 3) for i in range(9))
     d.arena.end = 2 << 20
     for table in ((1 << 20) - 24, (1 << 20) - 67, 0x70001, (1 << 20) + 1):

@@ -436,7 +436,8 @@ def test_what_was_taken_does_not_change_with_the_guest(
     batch = q.take()
     before = [c.copy() for c in (batch.ids, batch.addr, batch.len, batch.writable)]
     memory.window(0x10000, 0x80000)[:] = 0xFF
-    for old, new in zip(before, (batch.ids, batch.addr, batch.len, batch.writable), strict=True):
+    after: list[Any] = [batch.ids, batch.addr, batch.len, batch.writable]
+    for old, new in zip(before, after, strict=True):
         assert np.array_equal(old, new)
 
 

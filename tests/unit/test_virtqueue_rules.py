@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pytest
@@ -52,13 +52,15 @@ def memory() -> Iterator[GuestMemory]:
 
 def queue_of(engine: str, driver: DriverRing) -> Virtqueue:
     memory = driver.memory if engine != "messages" else by_messages(driver.memory)[0]
-    kind: Engine = engine if engine in ("scalar", "numpy") else "batch"
+    kind = cast("Engine", engine if engine in ("scalar", "numpy") else "batch")
     return make_virtqueue(
         memory,
         driver.size,
         driver.addresses,
         driver.features,
-        RingState(*[driver.next_avail] * 2) if isinstance(driver, SplitDriver) else None,
+        RingState(driver.next_avail, driver.next_avail)
+        if isinstance(driver, SplitDriver)
+        else None,
         engine=kind,
     )
 
