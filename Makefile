@@ -37,16 +37,17 @@ endif
 
 unit: venv ## all tests that need no virtual machine
 	$(BIN)/python -m tests.lab prerequisites
-	$(BIN)/python -m pytest -q -m "not lab" tests
+	$(BIN)/python -m pytest -q -m "not lab" --cov tests
 	VBALLOON_NATIVE=0 $(BIN)/python -m pytest -q $(PURE)
 
 bench: venv ## measure, beside C, QEMU's balloon and copying memory (FULL=1: every size, many turns)
 	$(BIN)/python -m tests.lab setup
 	$(BIN)/python -m tests.bench $(if $(FULL),--full)
 
-lint: venv ## formatting, style, types
+lint: venv ## formatting, style, spelling, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 format: venv ## put the formatting right
