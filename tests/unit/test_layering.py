@@ -36,7 +36,7 @@ MAY_IMPORT = {
 """Package to the other packages of the project that it may import."""
 VFIO_USER_FORMATS = ("virtio_formats.wire", "virtio_formats.vfio_user", "virtio_formats.pci")
 THIRD_PARTY = {
-    "vballoon": {"numpy", "qemu", "rich", "PIL"},
+    "vballoon": {"numpy", "qemu", "rich", "PIL", "pyseccomp"},
     "virtio_formats": {"construct", "numpy"},
     "virtio_conformance": {"numpy", "pytest", "rich"},
     "vballoon_spec": {"construct", "numpy"},
@@ -47,6 +47,7 @@ IO = {"socket", "selectors", "asyncio"}
 IO_ROOMS = {"control", "snapshot", "keeper", "cli"}
 MAPPING = {"mmap", "fcntl"}
 MAPPING_MODULES = {
+    "vballoon.native.guard": "names the type of a mapping, to find it under an array",
     "vballoon.memory": "maps guest memory",
     "vballoon.skipmap.store": "maps its own bitmap",
     "vballoon.vhost_user.inflight": "maps the inflight region, which is not guest memory",
