@@ -25,9 +25,10 @@ from vballoon.control.client import ControlClient
 from vballoon.snapshot.copy import copy_extents
 from vballoon.snapshot.extents import data_extents
 from vballoon.snapshot.qmp_vm import QemuVm
+from vballoon.snapshot.run import Run
 from vballoon.snapshot.source import GuestSource
 from vballoon.snapshot.store import DirectoryStore
-from vballoon.snapshot.take import Snapshot
+from vballoon.snapshot.take import take
 
 __all__ = ("run",)
 
@@ -166,8 +167,8 @@ def _ours(size: Size, place: Path, module: Path | None) -> Saved:
             ControlClient(backend.control_socket) as control,
             GuestSource.fetch(control) as source,
         ):
-            snapshot = Snapshot(monitor, source, DirectoryStore(place))
-            manifest = snapshot.take()
+            snapshot = Run(monitor, source, DirectoryStore(place))
+            manifest = take(snapshot)
         total = clock() - begin
         written = sum((place / m.file).stat().st_blocks * 512 for m in manifest.memory)
         alone = median(

@@ -22,11 +22,11 @@ from tests.lab.qmp import Qmp
 from tests.lab_tests.snapshot_lab import RestoredMachine
 
 from vballoon.control.client import ControlClient
-from vballoon.snapshot.live import LiveSnapshot
 from vballoon.snapshot.qmp_vm import QemuVm
+from vballoon.snapshot.run import Observer, Options, Run
 from vballoon.snapshot.source import GuestSource
 from vballoon.snapshot.store import DirectoryStore
-from vballoon.snapshot.take import Observer
+from vballoon.snapshot.take import take as take_snapshot
 from vballoon.snapshot.tracker import SoftDirty
 
 HARDWARE: dict[str, Any] = {"kernel": "6.12", "machine": "pc", "memory": 192, "cpu": "qemu64"}
@@ -117,15 +117,16 @@ def take(vm: Machine, backend: Backend, saved: Path, kind: str, seen: Steps) -> 
         ControlClient(backend.control_socket) as control,
         GuestSource.fetch(control) as source,
     ):
-        LiveSnapshot(
+        run = Run(
             monitor,
             source,
             DirectoryStore(saved),
-            observer=seen,
+            Options(live=True, unplug_seconds=SLOW),
+            seen,
             control=control,
-            unplug_seconds=SLOW,
             make_tracker=lambda blocks: TRACKERS[kind](monitor.pid, blocks),
-        ).take()
+        )
+        take_snapshot(run)
 
 
 def saved_and_restored(vm: Machine, backend: Backend, folder: Path, kind: str) -> dict[str, Any]:

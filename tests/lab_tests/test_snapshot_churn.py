@@ -27,9 +27,10 @@ from vballoon.control.client import ControlClient
 from vballoon.skipmap import Provenance, SkipExport
 from vballoon.snapshot.memmap import FreeMemory
 from vballoon.snapshot.qmp_vm import QemuVm
+from vballoon.snapshot.run import Run
 from vballoon.snapshot.source import GuestSource
 from vballoon.snapshot.store import DirectoryStore, open_snapshot
-from vballoon.snapshot.take import Snapshot
+from vballoon.snapshot.take import take as take_snapshot
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1200)]
 MOVES = 20
@@ -139,4 +140,4 @@ def take(
         GuestSource.fetch(control) as source,
     ):
         store = DirectoryStore(directory)
-        Snapshot(monitor, source, store, free_memory=free_memory).take()
+        take_snapshot(Run(monitor, source, store, free_memory=free_memory))

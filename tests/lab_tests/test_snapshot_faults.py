@@ -21,17 +21,19 @@ from tests.lab_tests.snapshot_lab import VBALLOON, balloon_guest, fill, snapshot
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.store import open_snapshot
+from vballoon.snapshot.take import COLD
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
-STEPS = ("look", "unplug", "stop", "state", "verify", "copy", "resume", "plug", "finish")
+STEPS = tuple(step.name for step in COLD)
 KILLED = """
 import os, signal, sys
 from vballoon.control.client import ControlClient
 from vballoon.snapshot.qmp_vm import QemuVm
+from vballoon.snapshot.run import Observer, Run
 from vballoon.snapshot.source import GuestSource
 from vballoon.snapshot.store import DirectoryStore
-from vballoon.snapshot.take import Observer, Snapshot
+from vballoon.snapshot.take import take
 
 qmp, control, directory, where = sys.argv[1:]
 
@@ -45,21 +47,21 @@ class Killer(Observer):
             os.kill(os.getpid(), signal.SIGKILL)
 
 with QemuVm(qmp) as vm, ControlClient(control) as client, GuestSource.fetch(client) as source:
-    Snapshot(vm, source, DirectoryStore(directory), observer=Killer()).take()
+    take(Run(vm, source, DirectoryStore(directory), observer=Killer()))
 """
 INTERRUPTED = """
 import os, signal, sys
 from vballoon.cli import main
-from vballoon.snapshot.take import Snapshot
+from vballoon.snapshot.run import Run
 
-where, begin = sys.argv.pop(1), Snapshot._begin
+where, begin = sys.argv.pop(1), Run.begin
 
 def interrupted(self, name):
     begin(self, name)
     if name == where:
         os.kill(os.getpid(), signal.SIGINT)
 
-Snapshot._begin = interrupted
+Run.begin = interrupted
 sys.exit(main())
 """
 
@@ -202,7 +204,7 @@ def test_guest_that_does_not_let_go(tmp_path: Path) -> None:
         vm.guest.sh("keeper make /tmp/kept 4")
         done = snapshot(vm, stuck, tmp_path / "snap", "--unplug-timeout", "2")
         assert done.returncode == 1
-        assert "did not let go" in done.stderr
+        assert "did not release" in done.stderr
         assert vm.qmp("query-status")["status"] == "running"
         assert has_balloon(vm)
         assert negotiated(stuck)

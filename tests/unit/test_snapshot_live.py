@@ -16,12 +16,12 @@ from tests.fakes.qemu_monitor import FakeQemu
 
 from vballoon.errors import UsageError
 from vballoon.snapshot import live, tracker
-from vballoon.snapshot.live import LiveSnapshot
 from vballoon.snapshot.pipe import StreamStore
 from vballoon.snapshot.qmp_vm import QemuVm
+from vballoon.snapshot.run import Observer, Options, Run
 from vballoon.snapshot.source import GuestSource, RamFile
 from vballoon.snapshot.store import DirectoryStore
-from vballoon.snapshot.take import Observer
+from vballoon.snapshot.take import take
 from vballoon.snapshot.tracker import PRESENT, SOFT_DIRTY, marked, objections
 
 PAGE = 4096
@@ -97,18 +97,19 @@ def vm(qemu: FakeQemu, tmp_path: Path) -> Iterator[QemuVm]:
 def told_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages 8 to 16 and 40 to 48 are told free."""
     ranges = np.array([[8, 16], [40, 48]], np.uint64)
-    monkeypatch.setattr(LiveSnapshot, "_export", lambda self, provenance: ranges)
+    monkeypatch.setattr(live, "export", lambda control, provenance: ranges)
     monkeypatch.setattr(live, "ENOUGH", 3 * PAGE)
 
 
-def make(vm: QemuVm, guest: Guest, folder: Path, control: Control, **more: Any) -> LiveSnapshot:
+def make(vm: QemuVm, guest: Guest, folder: Path, control: Control, **more: Any) -> Run:
     ram = RamFile(guest.fd, PAGES * PAGE, [(0, PAGES * PAGE, 0)], HOST)
     source = GuestSource([ram], None, "no module", None, None)
     store = DirectoryStore(folder / "snap")
-    return LiveSnapshot(
+    return Run(
         vm,
         source,
         store,
+        Options(live=True),
         control=cast(Any, control),
         make_tracker=lambda blocks: guest,
         **more,
@@ -156,7 +157,7 @@ def test_no_write_is_lost(qemu: FakeQemu, vm: QemuVm, tmp_path: Path) -> None:
     guest = Guest()
     control = Control(guest)
     seen = Busy(guest, dict(PLAN))
-    manifest = make(vm, guest, tmp_path, control, observer=seen).take()
+    manifest = take(make(vm, guest, tmp_path, control, observer=seen))
     assert control.tracked_when_asked
     assert seen.rounds >= 3
     check(guest, tmp_path, {8, 14, 15})
@@ -169,7 +170,7 @@ def test_tracker_that_tells_nothing_would_lose_them(
 ) -> None:
     """The test above can fail."""
     guest = BlindGuest()
-    make(vm, guest, tmp_path, Control(guest), observer=Busy(guest, dict(PLAN))).take()
+    take(make(vm, guest, tmp_path, Control(guest), observer=Busy(guest, dict(PLAN))))
     with pytest.raises(AssertionError):
         check(guest, tmp_path, {8, 14, 15})
 
@@ -189,7 +190,7 @@ def test_page_that_was_discarded_meanwhile_is_blank(
                 guest.fd, libc_punch, ctypes.c_int64(20 * PAGE), ctypes.c_int64(4 * PAGE)
             )
 
-    manifest = make(vm, guest, tmp_path, Control(guest), observer=Discards()).take()
+    manifest = take(make(vm, guest, tmp_path, Control(guest), observer=Discards()))
     copied = content(tmp_path)
     assert copied[20 * PAGE : 24 * PAGE] == bytes(4 * PAGE)
     check(guest, tmp_path, set(range(8, 16)))
@@ -212,7 +213,7 @@ def test_guest_is_asked_for_what_it_can_tell(
     guest = Guest()
     control = Control(guest)
     control.lacks, control.complete = lacks, complete
-    make(vm, guest, tmp_path, control).take()
+    take(make(vm, guest, tmp_path, control))
     assert control.asked == asked
     check(guest, tmp_path, left_out)
 
@@ -227,7 +228,7 @@ def test_guest_that_never_rests_is_stopped_in_the_end(
             if qemu.status == "running":
                 guest.write(*range(DATA))
 
-    make(vm, guest, tmp_path, Control(guest), observer=Restless()).take()
+    take(make(vm, guest, tmp_path, Control(guest), observer=Restless()))
     check(guest, tmp_path, set())
     assert qemu.log.count("stop") <= live.ROUNDS_MAX
     assert qemu.whole
@@ -251,7 +252,7 @@ def test_guest_stands_still_in_the_last_round_however_slowly_it_came_to_rest(
             if qemu.status == "running":
                 guest.write(*range(sizes.pop(0)))
 
-    make(vm, guest, tmp_path, Control(guest), observer=Calming()).take()
+    take(make(vm, guest, tmp_path, Control(guest), observer=Calming()))
     assert not sizes
     assert seen == ["paused"]
     check(guest, tmp_path, set())
@@ -268,7 +269,7 @@ def test_tracking_begins_while_the_guest_stands(qemu: FakeQemu, vm: QemuVm, tmp_
             super().start()
 
     guest = Watching()
-    make(vm, guest, tmp_path, Control(guest)).take()
+    take(make(vm, guest, tmp_path, Control(guest)))
     assert states == ["paused"]
 
 
@@ -280,7 +281,7 @@ def test_network_that_another_process_writes_is_refused(
     )
     guest = Guest()
     with pytest.raises(UsageError, match="type=vhost-user"):
-        make(vm, guest, tmp_path, Control(guest)).take()
+        take(make(vm, guest, tmp_path, Control(guest)))
     assert qemu.whole
     assert "device_del" not in qemu.log
 
@@ -298,7 +299,7 @@ def test_killed_between_rounds_the_note_is_right(
                 raise OSError(28, "No space left on device")
 
     with pytest.raises(UsageError, match="No space"):
-        make(vm, guest, tmp_path, Control(guest), observer=Fault(guest, dict(PLAN))).take()
+        take(make(vm, guest, tmp_path, Control(guest), observer=Fault(guest, dict(PLAN))))
     assert qemu.whole
     assert not (tmp_path / "snap").exists()
 
@@ -308,7 +309,7 @@ def test_stream_cannot_be_live(qemu: FakeQemu, vm: QemuVm, tmp_path: Path) -> No
     snapshot = make(vm, guest, tmp_path, Control(guest))
     snapshot.store = StreamStore(memfd(0))
     with pytest.raises(UsageError, match="needs a directory"):
-        snapshot.take()
+        take(snapshot)
     assert "device_del" not in qemu.log
 
 

@@ -153,7 +153,7 @@ def test_runs_that_cannot_be_are_refused(areas: list[Area]) -> None:
 
 def test_free_block_outside_memory_is_refused() -> None:
     guest = MadeUpGuest([Area(0, 8192, 0x100000)], [(4096, 10)])
-    with pytest.raises(VerificationRefused, match="not guest memory"):
+    with pytest.raises(VerificationRefused, match="outside guest memory"):
         free_memory(guest.layout(), guest.memory)
 
 

@@ -14,13 +14,15 @@ from tests.fakes.memory import memfd
 from tests.fakes.qemu_monitor import BALLOON, FakeQemu
 
 from vballoon.errors import UsageError
+from vballoon.snapshot.journal import Entry, Journal
 from vballoon.snapshot.memmap import FreeMemory, VerificationRefused
 from vballoon.snapshot.qmp_vm import QemuVm
-from vballoon.snapshot.recovery import MOVED, Note, go_back
+from vballoon.snapshot.recovery import GONE, undo
+from vballoon.snapshot.run import Observer, Options, Run, Step
 from vballoon.snapshot.source import GuestSource, RamFile
 from vballoon.snapshot.state import as_migration
 from vballoon.snapshot.store import DirectoryStore, open_snapshot
-from vballoon.snapshot.take import Observer, Snapshot
+from vballoon.snapshot.take import COLD, LIVE, steps_table, take
 from vballoon_spec.snapshot import SnapshotManifest, StateKind
 
 PAGE = 4096
@@ -54,14 +56,14 @@ def free(source: GuestSource) -> FreeMemory:
     return FreeMemory(np.array([[8, 16], [30, 40]], np.uint64), 2, 18, 0)
 
 
-def make(vm: QemuVm, source: GuestSource, folder: Path, **more: Any) -> Snapshot:
-    return Snapshot(vm, source, DirectoryStore(folder / "snap"), free_memory=free, **more)
+def make(vm: QemuVm, source: GuestSource, folder: Path, **more: Any) -> Run:
+    return Run(vm, source, DirectoryStore(folder / "snap"), free_memory=free, **more)
 
 
 def test_leaves_out_holes_and_free_pages(
     qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
 ) -> None:
-    manifest = make(vm, source, tmp_path).take()
+    manifest = take(make(vm, source, tmp_path))
     assert manifest == open_snapshot(tmp_path / "snap") or manifest.extra
     assert manifest.memory[0].data == (32 - 8 - 2) * PAGE
     assert manifest.left_out == {"holes": 32 * PAGE, "verified": 10 * PAGE}
@@ -87,9 +89,10 @@ def test_steps_come_in_this_order(
         def step(self, name: str) -> None:
             seen.append(name)
 
-    make(vm, source, tmp_path, observer=Steps()).take()
+    take(make(vm, source, tmp_path, observer=Steps()))
     assert seen == [
-        "look", "unplug", "stop", "state", "verify", "copy", "resume", "plug", "finish", "done",
+        "look", "unplug", "prepare", "stop", "state", "verify", "copy", "resume", "plug", "finish",
+        "done",
     ]  # fmt: skip
     order = [n for n in qemu.log if n in ("device_del", "stop", "xen-save-devices-state", "cont",
                                           "chardev-remove", "device_add")]  # fmt: skip
@@ -107,7 +110,7 @@ def test_free_memory_is_asked_of_a_stopped_guest_only(
         states.append(qemu.status)
         return free(source)
 
-    Snapshot(vm, source, DirectoryStore(tmp_path / "snap"), free_memory=watching).take()
+    take(Run(vm, source, DirectoryStore(tmp_path / "snap"), free_memory=watching))
     assert states == ["paused"]
 
 
@@ -117,9 +120,9 @@ def test_refused_verification_copies_all_data(
     def refused(source: GuestSource) -> FreeMemory:
         raise VerificationRefused("another kernel")
 
-    manifest = Snapshot(vm, source, DirectoryStore(tmp_path / "snap"), free_memory=refused).take()
+    manifest = take(Run(vm, source, DirectoryStore(tmp_path / "snap"), free_memory=refused))
     assert (manifest.verification, manifest.memory[0].data) == ("another kernel", 32 * PAGE)
-    other = Snapshot(vm, source, DirectoryStore(tmp_path / "other")).take()
+    other = take(Run(vm, source, DirectoryStore(tmp_path / "other")))
     assert (other.verification, other.memory[0].data) == ("no module", 32 * PAGE)
 
 
@@ -128,7 +131,7 @@ def test_poison_is_a_reason_to_copy(
 ) -> None:
     source.poison = 0xAAAAAAAA
     source.layout = object()  # type: ignore[assignment]
-    manifest = Snapshot(vm, source, DirectoryStore(tmp_path / "snap")).take()
+    manifest = take(Run(vm, source, DirectoryStore(tmp_path / "snap")))
     assert "0xaaaaaaaa" in manifest.verification
     assert manifest.memory[0].data == 32 * PAGE
 
@@ -148,7 +151,7 @@ def test_way_back_from_a_refused_command(
 
     qemu.on = once
     with pytest.raises(UsageError, match="refused"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
     assert qemu.chardevs == {"c0": "/run/balloon.sock"}
     assert not (tmp_path / "snap").exists()
@@ -165,7 +168,7 @@ def test_way_back_from_a_refused_migration(
 
     qemu.on = once
     with pytest.raises(UsageError, match="refused"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
 
 
@@ -180,7 +183,7 @@ def test_failed_migration_is_told_in_qemus_words(
 
     qemu.on = failing
     with pytest.raises(UsageError, match="no luck"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
 
 
@@ -193,7 +196,7 @@ def test_named_file_is_saved_by_migration(
     qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
 ) -> None:
     name_the_backend(qemu, source)
-    manifest = make(vm, source, tmp_path).take()
+    manifest = take(make(vm, source, tmp_path))
     assert manifest.state.kind is StateKind.IGNORE_SHARED
     assert (tmp_path / "snap" / "state").read_bytes() == b"device state"
     assert qemu.whole
@@ -205,7 +208,7 @@ def test_capability_of_another_kind_of_migration_is_refused(
     name_the_backend(qemu, source)
     qemu.mapped_ram = True
     with pytest.raises(UsageError, match="mapped-ram"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
     assert "device_del" not in qemu.log
 
@@ -213,13 +216,13 @@ def test_capability_of_another_kind_of_migration_is_refused(
 def test_state_of_a_memfds_machine_becomes_a_migrations_stream(
     qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
 ) -> None:
-    manifest = make(vm, source, tmp_path).take()
+    manifest = take(make(vm, source, tmp_path))
     assert manifest.state.kind is StateKind.DEVICES_ONLY
     assert (tmp_path / "snap" / "state").read_bytes() == (
         b"QEVM\0\0\0\3\7\0\0\0\x0bpc-q35-11.1device state\6\0\0\0\2{}"
     )
     for strange in (b"", b"device state", b"QEVM\0\0\0\3\7"):
-        with pytest.raises(UsageError, match="not known"):
+        with pytest.raises(UsageError, match="unknown format"):
             as_migration(strange, "pc")
 
 
@@ -228,7 +231,7 @@ def test_memfd_with_other_writable_ram_is_refused(
 ) -> None:
     qemu.graphics = True
     with pytest.raises(UsageError, match=r"vga\.vram"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
     assert "device_del" not in qemu.log
 
@@ -238,11 +241,11 @@ def test_file_that_is_no_backends_is_refused(
 ) -> None:
     qemu.host += PAGE
     with pytest.raises(UsageError, match="memory backend mem"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     qemu.host -= PAGE
     qemu.size *= 2
     with pytest.raises(UsageError, match="memory backend mem"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert "device_del" not in qemu.log
 
 
@@ -251,8 +254,8 @@ def test_guest_that_does_not_let_go(
 ) -> None:
     monkeypatch.setattr("vballoon.snapshot.recovery.UNPLUG_SECONDS", 0.1)
     qemu.lets_go = False
-    with pytest.raises(UsageError, match="did not let go"):
-        make(vm, source, tmp_path, unplug_seconds=0.1).take()
+    with pytest.raises(UsageError, match="did not release"):
+        take(make(vm, source, tmp_path, options=Options(unplug_seconds=0.1)))
     assert qemu.whole
     assert "stop" not in qemu.log
 
@@ -267,8 +270,8 @@ def test_guest_that_lets_go_late_gets_its_balloon_back(
             qemu.device = None if "device_add" not in qemu.log else qemu.device
 
     qemu.on = late
-    with pytest.raises(UsageError, match="did not let go"):
-        make(vm, source, tmp_path, unplug_seconds=0.05).take()
+    with pytest.raises(UsageError, match="did not release"):
+        take(make(vm, source, tmp_path, options=Options(unplug_seconds=0.05)))
     assert qemu.whole
     assert "device_add" in qemu.log
 
@@ -281,7 +284,7 @@ def test_disk_that_is_full(
 
     monkeypatch.setattr("vballoon.snapshot.store.copy_extents", full)
     with pytest.raises(UsageError, match="No space left"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
     assert not (tmp_path / "snap").exists()
 
@@ -291,7 +294,7 @@ def test_quit_comes_after_the_manifest(
 ) -> None:
     there = []
     qemu.on = lambda name: there.append((name, (tmp_path / "snap" / "manifest.json").exists()))
-    make(vm, source, tmp_path, quit=True).take()
+    take(make(vm, source, tmp_path, options=Options(quit=True)))
     assert ("quit", True) in there
     assert "cont" not in qemu.log
 
@@ -301,7 +304,7 @@ def test_snapshot_outlives_a_qemu_that_does_not_answer_its_end(
 ) -> None:
     """It is the only one that is left of the machine."""
     qemu.mute = True
-    make(vm, source, tmp_path, quit=True).take()
+    take(make(vm, source, tmp_path, options=Options(quit=True)))
     assert qemu.status == "ended"
     open_snapshot(tmp_path / "snap")
 
@@ -311,11 +314,11 @@ def test_interrupted_when_all_is_written_the_snapshot_stays(
 ) -> None:
     class Impatient(Observer):
         def step(self, name: str) -> None:
-            if name == "done":
+            if name == "end":
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make(vm, source, tmp_path, quit=True, observer=Impatient()).take()
+        take(make(vm, source, tmp_path, options=Options(quit=True), observer=Impatient()))
     open_snapshot(tmp_path / "snap")
     assert "cont" not in qemu.log
 
@@ -340,11 +343,11 @@ def test_machine_that_may_run_elsewhere_does_not_run_on_here(
             told.append(text)
 
     store = Moving(tmp_path / "snap")
-    snapshot = Snapshot(vm, source, store, Listening(), free_memory=free, quit=True)
+    snapshot = Run(vm, source, store, Options(quit=True), Listening(), free_memory=free)
     with pytest.raises(KeyboardInterrupt):
-        snapshot.take()
+        take(snapshot)
     assert qemu.status == "paused"
-    assert told == [MOVED]
+    assert told == [GONE]
 
 
 def test_machine_whose_last_bytes_did_not_go_out_runs_on(
@@ -353,7 +356,7 @@ def test_machine_whose_last_bytes_did_not_go_out_runs_on(
     store = Moving(tmp_path / "snap")
     store.fault = BrokenPipeError(32, "Broken pipe")
     with pytest.raises(UsageError, match="Broken pipe"):
-        Snapshot(vm, source, store, free_memory=free, quit=True).take()
+        take(Run(vm, source, store, Options(quit=True), free_memory=free))
     assert qemu.whole
 
 
@@ -366,7 +369,7 @@ def test_nothing_is_believed_of_a_machine_that_was_reset(
         qemu.reset = qemu.reset or name == "stop"
 
     qemu.on = reset
-    manifest = make(vm, source, tmp_path).take()
+    manifest = take(make(vm, source, tmp_path))
     assert (manifest.verification, manifest.left_out["verified"]) == (
         "the machine was reset meanwhile",
         0,
@@ -385,7 +388,7 @@ def test_memory_that_came_meanwhile_is_not_forgotten(
 
     qemu.on = hot_add
     with pytest.raises(UsageError, match="changed meanwhile"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
 
 
@@ -395,7 +398,7 @@ def test_machine_that_qemu_cannot_save_is_refused(
     """xen-save-devices-state would write the state of all but the device in question."""
     qemu.blocked = ["non-migratable device: 0000:00:04.0/ivshmem-plain"]
     with pytest.raises(UsageError, match="ivshmem"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.whole
     assert not (tmp_path / "snap").exists()
 
@@ -405,34 +408,74 @@ def test_machine_that_stands_still_is_refused(
 ) -> None:
     qemu.status = "paused"
     with pytest.raises(UsageError, match="must be running"):
-        make(vm, source, tmp_path).take()
+        take(make(vm, source, tmp_path))
     assert qemu.status == "paused"
 
 
-def test_note_survives_the_line(tmp_path: Path) -> None:
-    note = Note("/qmp", "/machine/x", dict(BALLOON), {"id": "c", "path": "p"}, True, True, True)
-    assert Note.loads(note.dumps()) == note
+def test_entry_survives_the_line(tmp_path: Path) -> None:
+    entry = Entry("/qmp", "/machine/x", dict(BALLOON), {"id": "c", "path": "p"}, True, True, True)
+    assert Entry.loads(entry.dumps()) == entry
 
 
 @pytest.mark.parametrize(
-    ("note", "commands"),
+    ("entry", "commands"),
     [
-        (Note("q"), set()),
-        (Note("q", stop=True), {"query-status", "cont"}),
-        (Note("q", migrate=True), {"query-migrate", "query-migrate-capabilities"}),
+        (Entry("q"), set()),
+        (Entry("q", stop=True), {"query-status", "cont"}),
+        (Entry("q", migrate=True), {"query-migrate", "query-migrate-capabilities"}),
     ],
 )
 def test_going_back_does_no_more_than_the_note_says(
-    qemu: FakeQemu, vm: QemuVm, note: Note, commands: set[str]
+    qemu: FakeQemu, vm: QemuVm, entry: Entry, commands: set[str]
 ) -> None:
     qemu.status = "paused"
     before = len(qemu.log)
-    assert go_back(vm, note) == []
+    assert undo(vm, entry) == []
     assert set(qemu.log[before:]) == commands
 
 
 def test_trouble_on_the_way_back_is_told_and_the_rest_is_done(qemu: FakeQemu, vm: QemuVm) -> None:
     qemu.status, qemu.device, qemu.refuse = "paused", None, {"cont"}
-    note = Note("q", "/machine/peripheral/balloon0", dict(BALLOON), None, unplug=True, stop=True)
-    assert go_back(vm, note) == ["the guest is still stopped: QEMU: cont is refused"]
+    entry = Entry("q", "/machine/peripheral/balloon0", dict(BALLOON), None, unplug=True, stop=True)
+    assert undo(vm, entry) == ["the guest is still stopped: QEMU: cont is refused"]
     assert qemu.device == BALLOON
+
+
+@pytest.mark.parametrize(("name", "way"), [("COLD", COLD), ("LIVE", LIVE)])
+def test_documentation_has_the_steps(name: str, way: tuple[Step, ...]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+    _, _, after = text.partition(f"<!-- steps: {name} -->\n\n")
+    assert after.startswith(steps_table(way) + "\n")
+
+
+def test_journal_is_written_ahead_and_cleared_after() -> None:
+    written: list[Entry] = []
+    journal = Journal(Entry("q"), written.append)
+    with journal.doing(stop=True):
+        assert written[-1].stop
+    with pytest.raises(ZeroDivisionError), journal.doing(unplug=True):
+        raise ZeroDivisionError
+    assert journal.entry == Entry("q", stop=True, unplug=True)
+    with journal.undoing("stop"):
+        assert written[-1].stop
+    assert not written[-1].stop
+    with pytest.raises(ZeroDivisionError), journal.undoing("unplug"):
+        raise ZeroDivisionError
+    assert journal.entry.unplug
+
+
+def test_entry_that_a_sink_did_not_take_is_not_acted_upon() -> None:
+    def broken(entry: Entry) -> None:
+        raise BrokenPipeError
+
+    journal, reached = Journal(Entry("q"), broken), False
+    with pytest.raises(BrokenPipeError), journal.doing(stop=True):
+        reached = True
+    assert not reached
+    assert journal.entry == Entry("q")
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b'{"qmp": "q", "more": 1}\n', b"\xff\n"])
+def test_strange_entry_is_refused(line: bytes) -> None:
+    with pytest.raises(UsageError, match="not an entry"):
+        Entry.loads(line)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a snapshot goes, on standard error."""
+"""Show the progress of a snapshot on standard error."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from vballoon.snapshot.take import Observer
+from vballoon.snapshot.run import Observer
 
 __all__ = ("Quiet", "Watching")
 
 
 class Quiet(Observer):
-    """Says only what must be said."""
+    """Print messages, and no progress."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -23,7 +23,7 @@ class Quiet(Observer):
 
 
 class Watching(Quiet):
-    """A bar of what is copied."""
+    """Print messages, and show a bar of the bytes copied."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -41,11 +41,11 @@ class Watching(Quiet):
         self._progress.update(self._task, description=name)
 
     def size(self, total: int) -> None:
-        """Now the bar has a length."""
+        """Set the length of the bar to *total* bytes."""
         self._progress.update(self._task, total=total)
 
     def copied(self, done: int) -> None:
-        """Move the bar on."""
+        """Advance the bar by *done* bytes."""
         self._progress.advance(self._task, done)
 
     def __enter__(self) -> Self:

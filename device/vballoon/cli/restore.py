@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon restore``: a snapshot becomes a running VM again."""
+"""``vballoon restore``: run a saved VM."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ __all__ = ("add", "run", "split")
 EXAMPLES = """\
   vballoon restore snap/ -- qemu-system-x86_64 -machine q35,memory-backend=mem ...
       run the command line with which the VM was started: its memory, its balloon and the
-      state to load are seen to; then it runs on where it was
+      state to load are filled in; the VM continues where it was saved
   vballoon restore snap/
       check the snapshot, fill files for the guest's memory, print the arguments
   vballoon restore snap/ --check
       only check it
   ssh elsewhere vballoon snapshot ... --output - | vballoon restore - -- qemu-system-x86_64 ...
-      a VM moves here; its memory is unpacked to where it is going to be used
+      a VM moves here; its memory is unpacked to where the VM will use it
 
-The balloon's backend ('vballoon serve') must be there already; --balloon-socket names it where
-it is not at the same path as before.
+The balloon's back-end ('vballoon serve') must be running. If its socket is at another path than
+before, give it with --balloon-socket.
 """
 
 
@@ -48,7 +48,7 @@ def add(commands: Subparsers) -> None:
         summary="run a saved VM",
         description=(
             "Check the snapshot in DIRECTORY and run COMMAND, the VM's QEMU command line, so that\n"
-            "it goes on where it was; without COMMAND, print what to add to it."
+            "the VM continues where it was saved. Without COMMAND, print what to add to it."
         ),
         examples=EXAMPLES,
     )
@@ -64,7 +64,7 @@ def add(commands: Subparsers) -> None:
         help="where the files of guest memory are made (default: /dev/shm)",
     )
     command.add_argument(
-        "--balloon-socket", metavar="SOCKET", help="where the balloon's backend is, if elsewhere"
+        "--balloon-socket", metavar="SOCKET", help="the balloon back-end's socket, if it has moved"
     )
     command.add_argument("--no-balloon", action="store_true", help="run without the balloon")
     command.add_argument("--no-verify", action="store_true", help="do not check memory's checksums")
@@ -72,7 +72,7 @@ def add(commands: Subparsers) -> None:
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our words, and those of the command behind ``--``."""
+    """Return our arguments, and the command after ``--``."""
     if words[:1] != ["restore"] or "--" not in words:
         return list(words), []
     at = words.index("--")
@@ -80,7 +80,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, then run or print."""
+    """Check the snapshot, then run or print the command. Return the exit status."""
     if options.directory != "-":
         return _restore(options, Path(options.directory), in_place=False)
     if not options.command_line and not options.check:
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _restore_stream(options: argparse.Namespace) -> int:
-    """Unpack and run; what has come whole is kept until it runs: it may be all that there is."""
+    """Unpack and run. A complete snapshot is kept until it runs: it may be the only copy."""
     from vballoon.snapshot.pipe import unpack
 
     try:
@@ -103,7 +103,7 @@ def _restore_stream(options: argparse.Namespace) -> int:
         return _restore(options, folder, in_place=True)
     finally:
         if whole and not options.check and any(folder.glob("*.ram")):
-            print(f"vballoon: the snapshot that came is kept in {folder}", file=sys.stderr)
+            print(f"vballoon: the received snapshot is kept in {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder)
 

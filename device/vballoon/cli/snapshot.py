@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon snapshot``: a running VM into a directory, without its free memory."""
+"""``vballoon snapshot``: save a running VM to a directory, without its free memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
     from vballoon.control.client import ControlClient
-    from vballoon.snapshot.qmp_vm import QemuVm
-    from vballoon.snapshot.source import GuestSource
+    from vballoon.snapshot.run import Observer
     from vballoon.snapshot.store import Store
-    from vballoon.snapshot.take import Observer, Snapshot
     from vballoon_spec.snapshot import SnapshotManifest
 
 __all__ = ("add", "run")
@@ -25,7 +23,7 @@ QUIET_SECONDS = 2.5
 
 EXAMPLES = """\
   vballoon snapshot --qmp qmp.sock --control control.sock snap/
-      the guest stands still while its live pages are copied, then it runs on
+      the guest is stopped while its live pages are copied, then it runs on
   vballoon snapshot --qmp qmp.sock --control control.sock snap/ --quit
       the machine ends, to be restored elsewhere
   vballoon snapshot --qmp qmp.sock --control control.sock --output - --quit |
@@ -34,7 +32,7 @@ EXAMPLES = """\
 
 QEMU needs a monitor that nobody else is connected to (-qmp unix:qmp.sock,server=on,wait=off),
 shared memory, and the balloon where it can be unplugged: in any slot of -machine pc, or behind a
-root port of q35. docs/migration.md has the whole story.
+root port of q35. See docs/migration.md for details.
 """
 
 
@@ -46,8 +44,8 @@ def add(commands: Subparsers) -> None:
         run,
         summary="save a running VM without its free memory",
         description=(
-            "Save the VM behind QEMU's monitor to a new DIRECTORY: its device state, and of its\n"
-            "memory what is neither a hole nor, by the guest's own free lists, free."
+            "Save the VM at QEMU's monitor to a new DIRECTORY: its device state, and all pages\n"
+            "of its memory that are neither holes nor in the guest's free lists."
         ),
         examples=EXAMPLES,
     )
@@ -60,14 +58,16 @@ def add(commands: Subparsers) -> None:
     command.add_argument("--quit", action="store_true", help="end QEMU instead of resuming")
     command.add_argument("--device", metavar="ID", help="the balloon, where there are several")
     command.add_argument(
-        "--device-socket", metavar="SOCKET", help="its socket, which QEMU does not tell (vfio-user)"
+        "--device-socket",
+        metavar="SOCKET",
+        help="its socket (QEMU does not report that of vfio-user)",
     )
     command.add_argument(
         "--unplug-timeout",
         metavar="SECONDS",
         type=float,
         default=20.0,
-        help="how long the guest may take to let go of the balloon (default: 20)",
+        help="how long the guest may take to release the balloon (default: 20)",
     )
     command.add_argument("--live", action="store_true", help="copy most of it while the guest runs")
     command.add_argument(
@@ -75,63 +75,55 @@ def add(commands: Subparsers) -> None:
         metavar="SECONDS",
         type=float,
         default=0.0,
-        help="wait so long, at most, until the guest has reported what it has freed",
+        help="first wait until the guest has reported what it has freed, at most so long",
     )
     command.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Take the snapshot and tell what it came to."""
+    """Take the snapshot and print a summary. Return the exit status."""
     from vballoon.control.client import ControlClient
     from vballoon.snapshot.qmp_vm import QemuVm
+    from vballoon.snapshot.run import Options, Run
     from vballoon.snapshot.source import GuestSource
+    from vballoon.snapshot.take import take
+    from vballoon.snapshot.tracker import SoftDirty, objections
 
+    if options.live and (reason := objections()):  # before there is a directory
+        raise UsageError(f"no live snapshot here: {reason}")
+    chosen = Options(
+        device_id=options.device,
+        device_socket=options.device_socket,
+        unplug_seconds=options.unplug_timeout,
+        live=options.live,
+        quit=options.quit,
+    )
     with (
         QemuVm(options.qmp) as vm,
         ControlClient(options.control) as control,
         GuestSource.fetch(control) as source,
     ):
         settle(control, options.settle)
-        snapshot = _make(options, vm, control, source)
         with observer(options.quiet) as watching:
-            snapshot.observer = watching
-            manifest = snapshot.take()
+            snapshot = Run(
+                vm,
+                source,
+                _store(options),
+                chosen,
+                watching,
+                control=control,
+                make_tracker=lambda blocks: SoftDirty(vm.pid, blocks),
+            )
+            manifest = take(snapshot)
     if not options.quiet:
         summary(manifest, snapshot.seconds())
     return 0
 
 
-def _make(
-    options: argparse.Namespace, vm: QemuVm, control: ControlClient, source: GuestSource
-) -> Snapshot:
-    from vballoon.snapshot.live import LiveSnapshot
-    from vballoon.snapshot.take import Snapshot
-    from vballoon.snapshot.tracker import SoftDirty, objections
-
-    if options.live and (reason := objections()):  # before there is a directory
-        raise UsageError(f"no live snapshot here: {reason}")
-    store = _store(options)
-    if options.live:
-        snapshot: Snapshot = LiveSnapshot(
-            vm,
-            source,
-            store,
-            control=control,
-            make_tracker=lambda blocks: SoftDirty(vm.pid, blocks),
-        )
-    else:
-        snapshot = Snapshot(vm, source, store)
-    snapshot.device_id = options.device
-    snapshot.device_socket = options.device_socket
-    snapshot.unplug_seconds = options.unplug_timeout
-    snapshot.quit = options.quit
-    return snapshot
-
-
 def settle(control: ControlClient, seconds: float) -> None:
-    """Wait until no more pages are reported for a while, at most *seconds*.
+    """Wait until the guest reports no more pages for a while, at most *seconds*.
 
-    Linux reports what was freed after 2 seconds, and then the next batch after 2 more.
+    Linux reports freed pages after 2 seconds, and the next batch after another 2.
     """
     deadline = time.monotonic() + seconds
     last, since = -1, time.monotonic()
@@ -151,19 +143,19 @@ def _store(options: argparse.Namespace) -> Store:
     if options.directory is not None:
         return DirectoryStore(options.directory)
     if sys.stdout.isatty():
-        raise UsageError("a stream is not for the terminal: lead it into a pipe or a file")
+        raise UsageError("refusing to write a stream to a terminal; redirect it")
     return StreamStore(sys.stdout.fileno())
 
 
 def observer(quiet: bool) -> Observer:
-    """Somebody to watch: a progress bar on a terminal, lines elsewhere."""
+    """Return what shows the progress: a bar on a terminal, lines elsewhere."""
     from vballoon.cli.progress import Quiet, Watching
 
     return Quiet() if quiet else Watching()
 
 
 def summary(manifest: SnapshotManifest, seconds: dict[str, float]) -> None:
-    """A few lines for the operator, on standard error."""
+    """Print a few lines for the operator on standard error."""
     copied = sum(memory.data for memory in manifest.memory)
     total = sum(memory.size for memory in manifest.memory)
     left = manifest.left_out
@@ -173,6 +165,6 @@ def summary(manifest: SnapshotManifest, seconds: dict[str, float]) -> None:
         file=sys.stderr,
     )
     if "stopped" in seconds:
-        print(f"the guest stood still for {seconds['stopped'] * 1000:.0f} ms", file=sys.stderr)
+        print(f"the guest was stopped for {seconds['stopped'] * 1000:.0f} ms", file=sys.stderr)
     if manifest.verification:
-        print(f"free pages were copied, too: {manifest.verification}", file=sys.stderr)
+        print(f"free pages were copied as well: {manifest.verification}", file=sys.stderr)

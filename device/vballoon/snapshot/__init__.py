@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference consumer of the skip bitmap: snapshot a running VM without its free memory.
+"""The reference consumer of the skip bitmap: save a running VM without its free memory.
 
-``steps`` is the order of things and the way back from each; ``qmp_vm`` knows QEMU, ``memmap`` the
-guest's free lists, ``copy`` the bytes, ``store`` the directory that comes out of it.
+``take`` has the two orders of steps, ``steps`` and ``live`` the steps, ``journal`` and
+``recovery`` the way back from each.  ``qmp_vm`` speaks to QEMU, ``memmap`` reads the guest's free
+lists, ``copy`` moves bytes, and ``store`` and ``pipe`` are what a snapshot is written to.
 """

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A QEMU command line, made one that restores a snapshot.
+"""Rewrite a QEMU command line so that it restores a snapshot.
 
-The machine has to be built as it was, with three differences: guest memory is in files of ours,
-the balloon is not there yet (it was unplugged when the state was saved), and there is a state to
-be loaded.
+The machine is built as it was, with three differences: guest memory is in our files, the balloon
+is missing (it was unplugged when the state was saved), and QEMU loads a state.
 """
 
 from __future__ import annotations
@@ -29,7 +28,10 @@ _KEPT = {"host-nodes", "policy", "merge", "dump", "reserve", "prealloc", "preall
 def memory_words(
     manifest: SnapshotManifest, ram: Mapping[str, Path], kept: Mapping[str, dict[str, Any]]
 ) -> dict[str, str]:
-    """The value of ``-object`` for each memory backend; *ram*: its file, *kept*: more of it."""
+    """Return the ``-object`` value for each memory backend.
+
+    *ram*: its file; *kept*: further properties of it.
+    """
     words = {}
     for memory in manifest.memory:
         backend = {
@@ -45,7 +47,7 @@ def memory_words(
 
 
 def incoming_words(manifest: SnapshotManifest, state: Path) -> list[str]:
-    """What makes QEMU load the state."""
+    """Return the arguments with which QEMU loads the state."""
     words = ["-incoming", f"file:{state}"]
     if manifest.state.kind is StateKind.IGNORE_SHARED:
         return ["-global", "migration.x-ignore-shared=on", *words]
@@ -55,9 +57,9 @@ def incoming_words(manifest: SnapshotManifest, state: Path) -> list[str]:
 def rewrite(
     words: Sequence[str], manifest: SnapshotManifest, ram: Mapping[str, Path], state: Path
 ) -> list[str]:
-    """The command line *words* of the machine that was saved, as one that restores it.
+    """Return the command line *words* of the saved machine, changed so that it restores it.
 
-    Raises :class:`~vballoon.errors.UsageError` where it is not the same machine's.
+    Raise :class:`~vballoon.errors.UsageError` where it is not the command line of that machine.
     """
     if not words:
         raise UsageError("no command to run")
@@ -92,7 +94,7 @@ def rewrite(
 
 
 def _properties(value: str, implied: str) -> dict[str, Any]:
-    """An option's value in either syntax: JSON, or ``type,key=value,…``."""
+    """Return an option's value in either syntax: JSON, or ``type,key=value,…``."""
     if value.startswith("{"):
         try:
             found = json.loads(value)

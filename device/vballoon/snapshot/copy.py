@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moving bytes: extents of one file into another, and the checksum of a sparse file."""
+"""Copy extents of one file into another, and compute the checksum of a sparse file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ("CHUNK", "SparseHash", "copy_extents", "sparse_digest")
 
 CHUNK = 65536
-"""Bytes of a checksum's chunk (spec: *Checksums*)."""
+"""Bytes of a chunk of a checksum (specification: *Checksums*)."""
 _ZEROES = bytes(CHUNK)
 PIECE = 8 << 20
 """Bytes moved between two calls of the progress callback, at most."""
@@ -34,11 +34,11 @@ def copy_extents(
     extents: NDArray[np.int64],
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Copy *extents* (int64[k, 2], bytes) to the same places of *target*; returns the bytes.
+    """Copy *extents* (int64[k, 2], bytes) to the same places of *target*. Return the bytes.
 
-    The kernel moves the bytes: by ``copy_file_range`` where both are on one file system (which
-    shares them where it can), else by ``sendfile``, else by reading and writing.  *progress* is
-    told how many bytes were moved since the last call.  Raises :class:`OSError`.
+    The kernel moves the bytes: with ``copy_file_range`` where both are on one file system (which
+    shares blocks where it can), else with ``sendfile``, else by reading and writing.  *progress*
+    gets the number of bytes moved since its last call.  Raise :class:`OSError`.
     """
     movers: list[Mover] = [_copy_file_range, _sendfile, _read_write]
     if os.fstat(source).st_dev != os.fstat(target).st_dev:
@@ -82,9 +82,9 @@ def _read_write(source: int, target: int, at: int, size: int) -> int:
 
 
 class SparseHash:
-    """SHA-256 of a file of *size* bytes that does not depend on which of its zeroes are holes.
+    """SHA-256 of a file of *size* bytes, whether its zeroes are stored or are holes.
 
-    Data must come in ascending order (spec: *Checksums*).
+    Data must be added in ascending order (specification: *Checksums*).
     """
 
     def __init__(self, size: int) -> None:
@@ -94,7 +94,7 @@ class SparseHash:
         self._start = -1
 
     def add(self, at: int, data: bytes | memoryview) -> None:
-        """*data* is at offset *at*; whatever was skipped since the last call is zero."""
+        """Add *data*, which is at offset *at*. Bytes skipped since the last call are zero."""
         view = memoryview(data)
         while view:
             start, inside = at - at % CHUNK, at % CHUNK
@@ -102,7 +102,7 @@ class SparseHash:
                 self._flush()
                 self._start = start
             part = view[: CHUNK - inside]
-            if len(part) == CHUNK:  # most are: no copy of those
+            if len(part) == CHUNK:  # the common case needs no copy
                 self._take(start, part)
                 self._start = -1
                 at, view = at + CHUNK, view[CHUNK:]
@@ -121,14 +121,14 @@ class SparseHash:
             self._digest.update(chunk[: min(CHUNK, self._size - start)])
 
     def hexdigest(self) -> str:
-        """The checksum; nothing may be added after that."""
+        """Return the checksum. Nothing may be added afterwards."""
         self._flush()
         self._start = -1
         return self._digest.hexdigest()
 
 
 def sparse_digest(fd: int) -> str:
-    """:class:`SparseHash` of the file behind *fd*."""
+    """Return the :class:`SparseHash` of the file at *fd*."""
     size = os.fstat(fd).st_size
     digest, buffer = SparseHash(size), memoryview(bytearray(16 * CHUNK))
     for start, end in data_extents(fd, size).tolist():
@@ -136,7 +136,7 @@ def sparse_digest(fd: int) -> str:
         while at < end:
             got = os.preadv(fd, [buffer[: end - at]], at)
             if not got:
-                break  # shorter than it was: the checksum will not fit
+                break  # the file was truncated meanwhile: the checksum will differ
             digest.add(at, buffer[:got])
             at += got
     return digest.hexdigest()

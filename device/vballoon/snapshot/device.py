@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balloon device in QEMU: find it, unplug it, plug it in again as it was.
+"""Find the balloon device in QEMU, unplug it, and plug it in again as it was.
 
-QEMU refuses to save a machine with one of these devices in it.  Unplugging is a request to the
-guest: it needs a bus that can do it (any slot of ``-machine pc``, a root port of ``q35``) and a
+QEMU refuses to save a machine that has one of these devices.  Unplugging is a request to the
+guest: it needs a bus that supports it (any slot of ``-machine pc``, a root port of ``q35``) and a
 guest that answers.
 """
 
@@ -28,18 +28,20 @@ _COPIED = (
     "addr", "virtio-id", "num_vqs", "vq_size", "config_size",
     "multifunction", "acpi-index", "iommu_platform", "ats", "page-per-vq",
 )  # fmt: skip
-"""Properties that are given again when they are set; ``bus`` and ``chardev`` need more thought."""
+"""Properties that are copied when they are set; ``bus`` and ``chardev`` are handled apart."""
 SOCKET_PREFIX = "unix:"
 POLL_SECONDS = 0.01
 RELEASE_SECONDS = 3.0
 PLUG_ATTEMPTS = 3
-"""A vfio-user backend may still be busy with the old connection: QEMU gives up after 5 s."""
+"""A vfio-user back-end may still be closing the old connection: QEMU gives up after 5 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class BalloonDevice:
-    """``path``: of the QOM object; ``arguments``: of ``device_add``, to have the same again;
-    ``chardev``: ``id`` and ``path`` of its socket (None: it has none that can be made anew).
+    """A balloon device.
+
+    ``path``: of the QOM object; ``arguments``: of ``device_add``, to make the same device again;
+    ``chardev``: ``id`` and ``path`` of its socket (None: it cannot be made again).
     """
 
     path: str
@@ -48,24 +50,24 @@ class BalloonDevice:
 
 
 def require_balloon(arguments: dict[str, Any]) -> None:
-    """Raise UsageError unless *arguments*, which somebody has sent, plug in a balloon and no more.
+    """Raise UsageError unless *arguments*, which are untrusted, plug in a balloon and no more.
 
-    (Any other device would have a reach of its own: a file of the host as its ROM, say.)
+    Any other device could reach into the host, for example with a file as its ROM.
     """
     known = {"driver", "id", "bus", "chardev", "socket", *_COPIED}
     plain = all(isinstance(v, str | int) for k, v in arguments.items() if k != "socket")
     driver = arguments["driver"]
     number = arguments.get("virtio-id", BALLOON_ID if driver == VFIO_USER else None)
     if driver not in (VHOST_USER, VFIO_USER) or set(arguments) - known or not plain:
-        raise UsageError(f"what the snapshot calls its balloon is none: {arguments}")
+        raise UsageError(f"the snapshot's balloon device is not a balloon: {arguments}")
     if number != BALLOON_ID or ("socket" in arguments) != (driver == VFIO_USER):
-        raise UsageError(f"what the snapshot calls its balloon is none: {arguments}")
+        raise UsageError(f"the snapshot's balloon device is not a balloon: {arguments}")
 
 
 def find_balloon(vm: QemuVm, name: str | None = None, socket: str | None = None) -> BalloonDevice:
-    """The balloon with id *name*, or the only one; *socket*: that of a vfio-user device.
+    """Return the balloon with id *name*, or the only one; *socket*: that of a vfio-user device.
 
-    Raises :class:`~vballoon.errors.UsageError` where there is none, or more than one.
+    Raise :class:`~vballoon.errors.UsageError` where there is none, or more than one.
     """
     found = [
         (path, kind)
@@ -75,7 +77,7 @@ def find_balloon(vm: QemuVm, name: str | None = None, socket: str | None = None)
     if len(found) != 1:
         which = f" with id {name}" if name else ""
         hint = "; name one with --device" if found else ""
-        raise UsageError(f"QEMU has {len(found) or 'no'} balloon devices of ours{which}{hint}")
+        raise UsageError(f"QEMU has {len(found) or 'no'} vballoon devices{which}{hint}")
     path, kind = found[0]
     return _describe(vm, path, kind, socket)
 
@@ -92,7 +94,7 @@ def _devices(vm: QemuVm) -> list[tuple[str, str]]:
 
 def _is_balloon(vm: QemuVm, path: str, kind: str) -> bool:
     if kind == VFIO_USER:
-        return True  # its PCI ids are asked for only while it is realized, and are not shown
+        return True  # QEMU does not report its PCI ids
     return bool(vm.execute("qom-get", path=path, property="virtio-id") == BALLOON_ID)
 
 
@@ -111,12 +113,12 @@ def _describe(vm: QemuVm, path: str, kind: str, socket: str | None) -> BalloonDe
     if kind == VFIO_USER:
         if any(name.startswith("VFIO MSIX PBA") for name in properties):
             raise UsageError(
-                "QEMU would end when this vfio-user device is unplugged, because it has MSI-X; "
+                "QEMU would abort when this vfio-user device is unplugged, because it has MSI-X; "
                 "serve it with --no-msix"
             )
         if socket is None:
             raise UsageError(
-                "QEMU does not tell a vfio-user device's socket: --device-socket is needed"
+                "QEMU does not report a vfio-user device's socket: --device-socket is needed"
             )
         arguments["socket"] = {"type": "unix", "path": socket}
         return BalloonDevice(path, arguments, None)
@@ -134,20 +136,23 @@ def _chardev(vm: QemuVm, label: str) -> dict[str, str] | None:
 
 
 def unplug(vm: QemuVm, device: BalloonDevice, timeout: float) -> None:
-    """Have the guest let go of *device*, within *timeout* seconds."""
+    """Have the guest release *device*. Raise UsageError if it has not within *timeout* seconds."""
     vm.execute("device_del", id=device.arguments.get("id", device.path))
     if not wait_until_gone(vm, device.path, timeout):
-        raise UsageError(f"the guest did not let go of the balloon within {timeout:g} s")
+        raise UsageError(f"the guest did not release the balloon within {timeout:g} s")
     if device.arguments["driver"] == VFIO_USER:
-        # Its connection lasts until QEMU has dropped the last reference, and a backend has one.
+        # QEMU keeps the connection until the last reference to the device is dropped.
         vm.wait_event("DEVICE_DELETED", RELEASE_SECONDS, path=device.path)
 
 
 def wait_until_gone(vm: QemuVm, path: str, timeout: float) -> bool:
-    """Whether the device at *path* is gone within *timeout* seconds; at once if it was refused."""
+    """Return whether the device at *path* is gone within *timeout* seconds.
+
+    Return at once when the guest refuses to release it.
+    """
     deadline = time.monotonic() + timeout
     while True:
-        # The event may come well after the device has gone: it waits for its last reference.
+        # The event may come well after the device is gone: it waits for its last reference.
         if vm.wait_event("DEVICE_DELETED", POLL_SECONDS, path=path) or not _exists(vm, path):
             return True
         if vm.wait_event("DEVICE_UNPLUG_GUEST_ERROR", 0, path=path):
@@ -162,15 +167,15 @@ def _exists(vm: QemuVm, path: str) -> bool:
 
 
 def plug(vm: QemuVm, arguments: dict[str, Any], chardev: dict[str, str] | None) -> None:
-    """Plug the balloon in; its socket is connected anew, as for a device that was never there.
+    """Plug the balloon in over a new connection of its socket.
 
-    (On the old connection the backend would be told of the same memory twice.)
+    On the old connection the back-end would receive the same memory table twice.
     """
     if chardev is not None:
         try:
             vm.execute("chardev-remove", id=chardev["id"])
         except QemuRefused:
-            pass  # there is none: this QEMU has never seen the device
+            pass  # this QEMU never had the device
         address = {"type": "unix", "data": {"path": chardev["path"]}}
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         vm.execute("chardev-add", id=chardev["id"], backend=backend)

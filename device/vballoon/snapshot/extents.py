@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes of a file of guest memory have to be copied: its data, less what may be left out."""
+"""Extents of a file of guest memory: its data, minus what may be left out."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PAGE_SHIFT = 12
 
 
 def data_extents(fd: int, size: int) -> I64:
-    """Where the first *size* bytes of the file hold data: int64[k, 2], half open, ascending.
+    """Return where the first *size* bytes hold data: int64[k, 2], bytes, half open, ascending.
 
-    A file system that cannot tell holes counts as data throughout.
+    On a file system that does not report holes, everything is data.
     """
     try:
         found = list(_extents(fd, size))
@@ -49,15 +49,15 @@ def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def length(extents: I64) -> int:
-    """Bytes in *extents*."""
+    """Return the number of bytes in *extents*."""
     return int((extents[:, 1] - extents[:, 0]).sum())
 
 
 def to_file(ranges: NDArray[np.uint64], regions: list[tuple[int, int, int]]) -> I64:
-    """Page ranges of guest memory as extents of the file that *regions* are in.
+    """Return page ranges of guest memory as extents of the file that *regions* are in.
 
     *ranges*: uint64[k, 2] in pages, disjoint; *regions*: (guest-physical address, size, offset in
-    the file), bytes.  What is in none of the regions vanishes; the result is sorted and merged.
+    the file), bytes.  Pages outside all regions are dropped; the result is sorted and merged.
     """
     bounds = (ranges << np.uint64(PAGE_SHIFT)).astype(np.int64)
     found = [np.empty((0, 2), np.int64)]
@@ -78,8 +78,8 @@ def _merged(extents: I64) -> I64:
 
 
 def without(extents: I64, left_out: I64) -> I64:
-    """*extents* less *left_out*; both sorted and disjoint in themselves."""
-    # A sweep over all borders: inside an extent (+1) and in nothing that is left out (-1 each).
+    """Return *extents* minus *left_out*. Each must be sorted and disjoint."""
+    # Sweep over all borders and count: +1 inside an extent, -1 inside what is left out.
     borders = np.concatenate((extents[:, 0], extents[:, 1], left_out[:, 0], left_out[:, 1]))
     steps = np.repeat(
         np.array([1, -1, -1, 1]),
@@ -93,5 +93,5 @@ def without(extents: I64, left_out: I64) -> I64:
 
 
 def common(left: I64, right: I64) -> I64:
-    """What lies in both; each sorted and disjoint in itself."""
+    """Return the intersection. Each must be sorted and disjoint."""
     return without(left, without(left, right))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guardian's program: reads notes until its input ends, then goes back by the last one.
+"""The guardian's program: read journal entries until the input ends, then undo the last one.
 
-It starts while the snapshot is in a hurry, so it loads what it needs only when it is needed.
+It starts while a snapshot begins, so it imports what undoing needs only when it has to undo.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CONNECT_SECONDS = 20.0
 
 
 def main() -> int:
-    """Guard; returns 1 when something could not be undone."""
+    """Guard one snapshot. Return 1 if something could not be undone."""
     last = b""
     for line in sys.stdin.buffer:
-        if line.endswith(b"\n"):  # one cut short was never acted upon
+        if line.endswith(b"\n"):  # an entry that was cut short was never acted upon
             last = line
     if not last or json.loads(last)["over"]:
         return 0
@@ -34,12 +34,13 @@ def main() -> int:
 
 def _undo(line: bytes) -> int:
     from vballoon.errors import UsageError
-    from vballoon.snapshot.recovery import Note, go_back
+    from vballoon.snapshot.journal import Entry
+    from vballoon.snapshot.recovery import undo
 
-    note = Note.loads(line)
+    entry = Entry.loads(line)
     try:
-        with _connect(note.qmp) as vm:
-            troubles = go_back(vm, note)
+        with _connect(entry.qmp) as vm:
+            troubles = undo(vm, entry)
     except UsageError as error:
         troubles = [str(error)]
     for trouble in troubles:

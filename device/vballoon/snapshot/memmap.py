@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verified skip: which pages of a *stopped* guest are in its buddy lists, read from its own memory.
+"""Verified skip: read which pages of a *stopped* guest are in its buddy lists.
 
-The guest module has told where the guest keeps its page structures (MEMMAP buffers,
-``vballoon_spec/walk/walk-queue.md``, *Memory map*).  Here that array is read by columns, and every
-block in it that is marked as free is taken if it passes the checks of WALK-D15.  Nothing the guest
-said earlier is believed: a layout that does not fit what is found in memory now, by the smallest
-detail, is refused, and then everything is copied.
+The guest module has sent where the guest keeps its page structures (MEMMAP buffers,
+``vballoon_spec/walk/walk-queue.md``, *Memory map*).  This module reads that array by columns and
+takes every block that is marked as free and passes the checks of WALK-D15.  Nothing that the guest
+sent earlier is trusted: a layout that differs in any detail from what is in memory now is refused,
+and then everything is copied.
 
-A guest can be stopped in the middle of a change of its free lists.  A block that is just being
-taken out or put in is marked but not linked properly; such blocks are dropped one by one, and as
-each zone has a lock there can only be a few.
+A guest can be stopped while it changes its free lists.  A block that is being added or removed is
+marked but not linked; such blocks are dropped.  Each zone has a lock, so there are few of them.
 """
 
 from __future__ import annotations
@@ -33,22 +32,22 @@ if TYPE_CHECKING:
 __all__ = ("FreeMemory", "VerificationRefused", "free_memory")
 
 STRUCTURE_MAX = 4096
-"""Bytes of a page structure, at most; Linux has 56 to 96."""
+"""Maximum bytes of a page structure; Linux has 56 to 96."""
 ORDER_MAX = 30
-"""Largest order that is believed; Linux stops at 10 (18 GiB blocks would be order 22)."""
+"""Largest accepted order; Linux stops at 10 (18 GiB blocks would be order 22)."""
 LOOSE_MAX = 64
-"""Blocks that may be marked but not linked: a list that is being changed has four at most, and
-only one list of each zone can be."""
+"""Maximum blocks that are marked but not linked: a list that is being changed has at most four,
+and in each zone only one list can be."""
 LISTS_MAX = 16
-"""Lists of free blocks of one zone and order: one for each migrate type, Linux has up to 7."""
+"""Maximum lists of free blocks of one zone and order: one per migrate type, up to 7 in Linux."""
 PAGES_MAX = 1 << 40
-"""Guest pages that can have a number: 52 bits of guest-physical address."""
+"""Maximum guest page number: 52 bits of guest-physical address."""
 RUN_CHUNK = 1 << 18
-"""Structures looked at in one go (16 MiB of them), which bounds the temporaries."""
+"""Structures read at a time (16 MiB), which bounds the temporary arrays."""
 
 
 class VerificationRefused(VballoonError):
-    """The layout is not believed: no page counts as free.  The text says what was wrong."""
+    """The layout is refused, so no page counts as free. The text says what was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class FreeMemory:
 
 @dataclass(slots=True)
 class _Heads:
-    """Columns of the structures that are marked as a free block's head."""
+    """Columns of the structures that are marked as the head of a free block."""
 
     pfn: U64
     order: U64
@@ -80,10 +79,10 @@ class _Heads:
 def free_memory(
     layout: MemmapLayout, memory: GuestMemory, *, managed_pages: int | None = None
 ) -> FreeMemory:
-    """The free blocks of the stopped guest in *memory* by *layout*.
+    """Return the free blocks of the stopped guest in *memory* according to *layout*.
 
-    *managed_pages*: what the guest's allocator manages, in guest pages, if known: more cannot be
-    free.  Raises :class:`VerificationRefused` where anything is off.
+    *managed_pages*: guest pages that the guest's allocator manages, if known; more cannot be free.
+    Raise :class:`VerificationRefused` where any check of WALK-D15 fails.
     """
     header = layout.header
     _check_header(header)
@@ -102,7 +101,7 @@ def free_memory(
 
 
 def _check_header(header: WalkMemmap) -> None:
-    """Refuse constants with which no column can be read, or any word would match."""
+    """Refuse constants with which no column can be read, or every word would match."""
     size = header.size
     fields = (
         (header.type_offset, 4),
@@ -114,27 +113,27 @@ def _check_header(header: WalkMemmap) -> None:
     if not 8 <= size <= STRUCTURE_MAX or size % 8:
         raise VerificationRefused(f"page structures of {size} bytes")
     if any(offset + width > size or offset % min(width, 8) for offset, width in fields):
-        raise VerificationRefused("a field lies outside its page structure")
+        raise VerificationRefused("a field is outside its page structure")
     if not 12 <= header.page_shift <= 16 or header.max_order > ORDER_MAX:
         raise VerificationRefused(f"page shift {header.page_shift}, order {header.max_order}")
     if not header.type_mask or header.type_value & ~header.type_mask:
-        raise VerificationRefused("the mark of a free block marks nothing")
+        raise VerificationRefused("the mark of a free block would match every page")
     if header.node_shift > 63 or header.zone_shift > 63:
-        raise VerificationRefused("node or zone lie outside their word")
+        raise VerificationRefused("node or zone are outside their word")
     if header.witness_value <= ORDER_MAX:
-        raise VerificationRefused("the witness could be anybody")
+        raise VerificationRefused("witness value too weak to be unique")
 
 
 def _checked_runs(layout: MemmapLayout, memory: GuestMemory) -> NDArray[Any]:
-    """The runs by page number [WALK-R14, WALK-D13]."""
+    """Return the runs sorted by page number [WALK-R14, WALK-D13]."""
     runs = layout.runs[np.argsort(layout.runs["pfn"], kind="stable")]
     if not runs.size:
         raise VerificationRefused("a layout without runs")
     pages_max = np.uint64(PAGES_MAX)
     if (runs["num"] == 0).any() or (runs["num"] > pages_max).any():
-        raise VerificationRefused("a run of no pages, or of more than there are")
+        raise VerificationRefused("a run is empty, or larger than guest memory can be")
     if (runs["pfn"] > pages_max - runs["num"]).any():
-        raise VerificationRefused("a run wraps")
+        raise VerificationRefused("a run wraps around")
     length = runs["num"] * np.uint64(layout.header.size)
     if not memory.contains(runs["addr"], length).all():
         raise VerificationRefused("page structures outside guest memory")
@@ -146,7 +145,7 @@ def _checked_runs(layout: MemmapLayout, memory: GuestMemory) -> NDArray[Any]:
 
 
 def _check_witness(header: WalkMemmap, runs: NDArray[Any], memory: GuestMemory) -> None:
-    """See the random number that the driver keeps in a structure of its own."""
+    """Check the random number that the driver keeps in a page structure that it owns."""
     index = int(np.searchsorted(runs["pfn"], np.uint64(header.witness_pfn), side="right")) - 1
     run = runs[max(index, 0)]
     place = header.witness_pfn - int(run["pfn"])
@@ -155,10 +154,10 @@ def _check_witness(header: WalkMemmap, runs: NDArray[Any], memory: GuestMemory) 
     structure = memory.read(int(run["addr"]) + place * header.size, header.size)
     at = header.order_offset
     if int.from_bytes(structure[at : at + 8], "little") != header.witness_value:
-        raise VerificationRefused("the witness is not there: another kernel, or another layout")
+        raise VerificationRefused("the witness value is missing: another kernel, or another layout")
     flags = int.from_bytes(structure[header.flags_offset :][:8], "little")
     if not _in_place(header, np.array([flags], np.uint64), run):
-        raise VerificationRefused("the witness is of another node or zone")
+        raise VerificationRefused("the witness is in another node or zone")
 
 
 def _in_place(header: WalkMemmap, flags: U64, run: np.void) -> bool:
@@ -168,7 +167,7 @@ def _in_place(header: WalkMemmap, flags: U64, run: np.void) -> bool:
 
 
 def _heads(header: WalkMemmap, runs: NDArray[Any], memory: GuestMemory) -> _Heads:
-    """Read the columns of all runs; refuses structures of a node or zone not their run's."""
+    """Read the columns of all runs. Refuse structures of another node or zone than their run."""
     found = []
     for run in runs:
         for first in range(0, int(run["num"]), RUN_CHUNK):
@@ -189,9 +188,9 @@ def _heads_of(
     marks = column(header.type_offset, "<u4")
     at = np.flatnonzero(marks & np.uint32(header.type_mask) == np.uint32(header.type_value))
     if column(header.refcount_offset, "<u4")[at].any():
-        raise VerificationRefused("a free block that somebody refers to")
+        raise VerificationRefused("a free block has references")
     if not _in_place(header, column(header.flags_offset, "<u8")[at], run):
-        raise VerificationRefused("a page structure is of another node or zone than its run")
+        raise VerificationRefused("a page structure is in another node or zone than its run")
     place = np.uint64(int(run["node"]) << 32 | int(run["zone"]))
     return (
         at.astype(np.uint64) + np.uint64(int(run["pfn"]) + first),
@@ -203,7 +202,7 @@ def _heads_of(
 
 
 def _bytes_at(memory: GuestMemory, addr: int, size: int) -> NDArray[np.uint8]:
-    """Guest memory without a copy where it lies in one region."""
+    """Return guest memory, without a copy where it is in one region."""
     try:
         return memory.window(addr, size)
     except MemoryFault:
@@ -211,12 +210,12 @@ def _bytes_at(memory: GuestMemory, addr: int, size: int) -> NDArray[np.uint8]:
 
 
 def _check_blocks(header: WalkMemmap, runs: NDArray[Any], heads: _Heads) -> None:
-    """Orders, alignment, that blocks do not overlap and lie in runs of one node and zone."""
+    """Check order and alignment, and that no block overlaps another or leaves its node and zone."""
     if (heads.order > header.max_order).any():
-        raise VerificationRefused("a free block of impossible order")
+        raise VerificationRefused("a free block has an impossible order")
     pages = np.uint64(1) << heads.order
     if (heads.pfn & (pages - np.uint64(1))).any():
-        raise VerificationRefused("a free block that is not aligned to its order")
+        raise VerificationRefused("a free block is not aligned to its order")
     end = heads.pfn + pages
     if (end[:-1] > heads.pfn[1:]).any():
         raise VerificationRefused("free blocks overlap")
@@ -227,7 +226,7 @@ def _check_blocks(header: WalkMemmap, runs: NDArray[Any], heads: _Heads) -> None
 
 
 def _areas(runs: NDArray[Any]) -> NDArray[Any]:
-    """Runs that follow one another in the same node and zone, as one."""
+    """Return the runs with adjacent ones of the same node and zone merged."""
     apart = (runs["pfn"][1:] != runs["pfn"][:-1] + runs["num"][:-1]) | (
         (runs["node"][1:] != runs["node"][:-1]) | (runs["zone"][1:] != runs["zone"][:-1])
     )
@@ -238,9 +237,9 @@ def _areas(runs: NDArray[Any]) -> NDArray[Any]:
 
 
 def _linked(header: WalkMemmap, heads: _Heads) -> NDArray[np.bool_]:
-    """Which blocks are in a list: each neighbour, where it is a page structure, points back.
+    """Return which blocks are in a list: each neighbour that is a page structure points back.
 
-    A neighbour that is none can only be the list's own head, which has one first and one last.
+    Any other neighbour can only be the list's head, which has one first and one last block.
     """
     own = np.uint64(header.base) + heads.pfn * np.uint64(header.size)
     own += np.uint64(header.list_offset)
@@ -260,16 +259,16 @@ def _linked(header: WalkMemmap, heads: _Heads) -> NDArray[np.bool_]:
 
 
 def _check_anchors(heads: _Heads, first: NDArray[np.bool_]) -> None:
-    """Refuse more lists than there can be: then the base is wrong, and nothing was a neighbour."""
+    """Refuse more lists than Linux has: then the base is wrong, and no neighbour was found."""
     lists = np.column_stack((heads.node_zone[first], heads.order[first]))
     if np.unique(lists, axis=0, return_counts=True)[1].max(initial=0) > LISTS_MAX:
-        raise VerificationRefused("free blocks in more lists than there are")
+        raise VerificationRefused("free blocks are in more lists than Linux has")
 
 
 def _look_up(
     own: U64, by_address: NDArray[np.intp], wanted: U64, header: WalkMemmap
 ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Index of the head with its list node at *wanted*; -2: in the page structures, but no head.
+    """Return the index of the head whose list node is at *wanted*; -2: a page structure, no head.
 
     The second array is True where there is such a head.
     """
@@ -277,7 +276,7 @@ def _look_up(
     place = np.minimum(np.searchsorted(ordered, wanted), max(ordered.size - 1, 0))
     found = ordered[place] == wanted if ordered.size else np.zeros(0, np.bool_)
     low = np.uint64(header.base)
-    with np.errstate(over="ignore"):  # the base is the guest's word
+    with np.errstate(over="ignore"):  # the base is untrusted
         inside = wanted - low < own.max(initial=low) - low + np.uint64(header.size)
     index = np.where(found, by_address[place], np.where(inside, -2, -1))
     return index, found
@@ -288,7 +287,7 @@ def _at(column: U64, index: NDArray[np.intp]) -> U64:
 
 
 def _paired(ends: U64, starts: U64) -> U64:
-    """Addresses that are exactly once a list's end and exactly once its start."""
+    """Return the addresses that are the end of exactly one list and the start of exactly one."""
     end_values, end_counts = np.unique(ends, return_counts=True)
     start_values, start_counts = np.unique(starts, return_counts=True)
     both = np.intersect1d(end_values[end_counts == 1], start_values[start_counts == 1])
@@ -302,7 +301,7 @@ def _as_ranges(
     shift = np.uint64(header.page_shift - 12)
     start, size = pfn << shift, pages << shift
     if not memory.contains(start << np.uint64(12), size << np.uint64(12)).all():
-        raise VerificationRefused("a free block that is not guest memory")
+        raise VerificationRefused("a free block is outside guest memory")
     end = start + size
     apart = start[1:] != end[:-1]
     first, last = np.append(True, apart)[: start.size], np.append(apart, True)[: start.size]

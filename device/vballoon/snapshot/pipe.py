@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot through a pipe: written as frames, unpacked into a directory at the other end."""
+"""Write a snapshot to a stream as frames, and unpack it into a directory at the other end."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 __all__ = ("StreamStore", "unpack")
 
 PIECE = 16 * CHUNK
-"""Bytes of memory in one frame, at most."""
+"""Maximum bytes of memory in one frame."""
 FILES_MAX = 1024
 STATE_MAX = 1 << 30
 STATE_ROOM = 16 << 20
-"""Room for the device state, more than it takes."""
+"""Space kept free for the device state, more than it needs."""
 MANIFEST_MAX = 16 << 20
-"""What a reader takes: more memory backends, or more device state, no machine has."""
+"""Limits of a reader; no real machine exceeds them."""
 
 
 class StreamStore:
-    """Writes a snapshot to the descriptor *fd*, which stays the caller's."""
+    """Write a snapshot to the descriptor *fd*, which the caller keeps."""
 
     moves = True
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._digests: list[str] = []
-        self._write(STREAM_MAGIC)  # fails where nobody reads; nothing is open yet
+        self._write(STREAM_MAGIC)  # fails if the pipe has no reader; nothing is open yet
         self._state = os.memfd_create("vballoon-state", os.MFD_CLOEXEC)
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -61,11 +61,11 @@ class StreamStore:
         self._write(data)
 
     def expect(self, size: int) -> None:
-        """Tell the other side how much will come."""
+        """Announce to the reader how many bytes of memory follow."""
         self._frame(FrameKind.SIZE, b"", offset=size)
 
     def open_state(self) -> int:
-        """A descriptor for QEMU to write the device state to."""
+        """Return a descriptor for QEMU to write the device state to."""
         return os.open(f"/proc/self/fd/{self._state}", os.O_WRONLY | os.O_CLOEXEC)
 
     def copy(
@@ -77,7 +77,7 @@ class StreamStore:
         extents: NDArray[np.int64],
         progress: Callable[[int], None],
     ) -> int:
-        """Send the extents, hashing on the way: nobody can read them back."""
+        """Send the extents and hash them on the way: they cannot be read back."""
         del name
         digest, total = SparseHash(size), 0
         for start, end in extents.tolist():
@@ -93,25 +93,25 @@ class StreamStore:
         return total
 
     def change_state(self, change: Callable[[bytes], bytes]) -> None:
-        """Change it before it is sent."""
+        """Change the device state before it is sent."""
         state = change(os.pread(self._state, os.fstat(self._state).st_size, 0))
         os.ftruncate(self._state, 0)
         os.pwrite(self._state, state, 0)
 
     def digests(self) -> tuple[int, str, list[str]]:
-        """Send the state; its size and checksum, and those of the memory that was sent."""
+        """Send the state. Return its size and checksum, and the checksums of the memory sent."""
         size = os.fstat(self._state).st_size
         state = os.pread(self._state, size, 0)
         self._frame(FrameKind.STATE, state)
         return size, hashlib.sha256(state).hexdigest(), self._digests
 
     def finish(self, manifest: SnapshotManifest) -> None:
-        """Send the manifest, the end."""
+        """Send the manifest, which ends the stream."""
         self._frame(FrameKind.MANIFEST, manifest.dumps().encode())
         self._close()
 
     def discard(self) -> None:
-        """End the stream where it is."""
+        """End the stream without a manifest."""
         self._close()
 
     def _close(self) -> None:
@@ -123,22 +123,22 @@ class StreamStore:
 def unpack(fd: int, directory: Path) -> None:
     """Read a stream from *fd* into the existing, empty *directory*.
 
-    The manifest is written last, under its name, so that a directory of a stream that ended early
-    is refused like any other half snapshot.  A machine that moves is at its end over there when the
-    stream ends, so that is waited for.  Raises :class:`~vballoon.errors.UsageError`.
+    The manifest is written last, so that the directory of a stream that ended early is refused
+    like any incomplete snapshot.  The sender of a moving machine ends the stream after it has
+    ended QEMU, so wait for that.  Raise :class:`~vballoon.errors.UsageError`.
     """
     if _read(fd, len(STREAM_MAGIC)) != STREAM_MAGIC:
-        raise UsageError("this is not a snapshot's stream")
+        raise UsageError("not a snapshot stream")
     reader = _Unpacker(directory)
     try:
         while reader.manifest is None:
             try:
                 frame = Frame.parse(_read(fd, Frame.SIZE))
             except WireError:
-                raise UsageError("the snapshot's stream ended before its end") from None
+                raise UsageError("the snapshot stream ended early") from None
             reader.take(fd, frame)
         if _read(fd, 1):
-            raise UsageError("the stream goes on after its end")
+            raise UsageError("data after the end of the snapshot stream")
         reader.finish()
     except OSError as error:
         raise UsageError(f"{directory}: {error.strerror or error}") from None
@@ -147,7 +147,7 @@ def unpack(fd: int, directory: Path) -> None:
 
 
 def _read(fd: int, size: int) -> bytes:
-    """*size* bytes, or what there is before the end."""
+    """Return *size* bytes, or fewer at the end of the stream."""
     parts: list[bytes] = []
     while size and (part := os.read(fd, min(size, 1 << 20))):
         parts.append(part)
@@ -182,13 +182,13 @@ class _Unpacker:
         status = os.statvfs(self.directory)
         free = status.f_bavail * status.f_frsize
         if free < size + STATE_ROOM:
-            raise UsageError(f"{self.directory}: {size >> 20} MiB will come, {free >> 20} are free")
+            raise UsageError(f"{self.directory}: need {size >> 20} MiB, have {free >> 20} MiB")
 
     @staticmethod
     def _body(fd: int, frame: Frame) -> bytes:
         data = _read(fd, frame.length)
         if len(data) != frame.length:
-            raise UsageError("the snapshot's stream ended before its end")
+            raise UsageError("the snapshot stream ended early")
         return data
 
     def _file(self, index: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU over QMP, for whoever waits: the few things that a snapshot asks of it."""
+"""Blocking QMP client with the few commands that a snapshot needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vballoon.errors import UsageError
 __all__ = ("Memdev", "QemuGone", "QemuRefused", "QemuVm", "RamBlock")
 
 ANSWER_SECONDS = 60.0
-"""How long QEMU may take for an answer: its monitor waits while the main loop is busy."""
+"""How long QEMU may take to answer: its monitor waits while the main loop is busy."""
 POLL_SECONDS = 0.01
 _BLOCK = re.compile(
     r"^\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+(r[ow])$"
@@ -31,7 +31,7 @@ class QemuRefused(UsageError):
 
 
 class QemuGone(UsageError):
-    """There is no QEMU at the other end any more."""
+    """QEMU has closed the connection, or does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Memdev:
 class RamBlock:
     """A block of QEMU's RAM at *host*, its address in QEMU's own memory.
 
-    ``read_only`` ones are firmware, made anew by each QEMU.
+    ``read_only`` blocks are firmware, which every QEMU loads itself.
     """
 
     name: str
@@ -58,12 +58,12 @@ class RamBlock:
 
 
 class QemuVm:
-    """A monitor connection; a context manager.  Raises QemuRefused and QemuGone."""
+    """A monitor connection; a context manager. Methods raise QemuRefused and QemuGone."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 10.0) -> None:
         self.path = os.fspath(path)
         self.pid = 0
-        """Of the process that made the monitor's socket: QEMU, as a rule."""
+        """The process listening on the monitor: QEMU, unless a manager opened the socket for it."""
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("vballoon")
         self._events = EventListener()
@@ -76,7 +76,7 @@ class QemuVm:
             raise
 
     def _connected_socket(self) -> socket.socket:
-        """A socket of our own making, because it can be asked whose the other end is."""
+        """Return a connected socket. We make it ourselves to read the peer's credentials."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.connect(self.path)
@@ -98,16 +98,19 @@ class QemuVm:
             raise QemuGone(f"{self.path}: {error}") from None
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """Run *command*, argument names as QEMU writes them (use ``**{"a-b": 1}`` for dashes)."""
+        """Run *command* and return its result. For names with dashes use ``**{"a-b": 1}``."""
         return self._run(self._client.execute(command, arguments or None), ANSWER_SECONDS)
 
     def send_fd(self, fd: int) -> int:
-        """Give QEMU *fd*; returns the number of its descriptor set (``/dev/fdset/<number>``)."""
+        """Send *fd* to QEMU. Return the number of its descriptor set (``/dev/fdset/<number>``)."""
         self._client.send_fd_scm(fd)
         return int(self.execute("add-fd")["fdset-id"])
 
     def wait_event(self, name: str, timeout: float, **data: Any) -> dict[str, Any] | None:
-        """The first event *name* with *data* since the connection began; None: not in time."""
+        """Return and consume the first event *name* with *data* since the connection began.
+
+        Return None if there is none within *timeout* seconds.
+        """
         deadline = time.monotonic() + timeout
         while True:
             for event in self._seen:
@@ -125,13 +128,13 @@ class QemuVm:
                 return None
 
     def has_seen(self, name: str) -> bool:
-        """Whether event *name* came before the latest answer, and since the connection began."""
+        """Return whether event *name* has come between connecting and the latest answer."""
         while not self._events.empty():
             self._seen.append(self._loop.run_until_complete(self._events.get()))
         return any(event["event"] == name for event in self._seen)
 
     def wait_gone(self, timeout: float) -> bool:
-        """Whether QEMU, told to end, has closed its monitor within *timeout* seconds."""
+        """Return whether QEMU closes its monitor within *timeout* seconds, after ``quit``."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             try:
@@ -142,16 +145,16 @@ class QemuVm:
         return False
 
     def status(self) -> str:
-        """QEMU's run state: ``running``, ``paused`` …"""
+        """Return QEMU's run state: ``running``, ``paused`` and so on."""
         return str(self.execute("query-status")["status"])
 
     def memdevs(self) -> list[Memdev]:
-        """All memory backends."""
+        """Return all memory backends."""
         found = []
         for entry in self.execute("query-memdev"):
             name = entry.get("id")
             if name is None:
-                raise UsageError("a memory backend without an id cannot be named in a snapshot")
+                raise UsageError("a memory backend has no id; give it one with id=NAME")
             kind = self.execute("qom-get", path=f"/objects/{name}", property="type")
             path = None
             if kind == "memory-backend-file":
@@ -160,12 +163,12 @@ class QemuVm:
         return found
 
     def ram_blocks(self) -> list[RamBlock]:
-        """All blocks of RAM, the backends' among them."""
+        """Return all blocks of RAM, those of the memory backends among them."""
         text = self.execute("x-query-ramblock")["human-readable-text"]
         lines = [line for line in text.splitlines() if "0x" in line]
         found = [_BLOCK.match(line) for line in lines]
         if not lines or not all(found):
-            raise UsageError("QEMU lists its RAM in a way that is not known here")
+            raise UsageError("the output of x-query-ramblock is in an unknown format")
         return [
             RamBlock(m[1].removeprefix("/objects/"), int(m[2], 16), int(m[3], 16), m[4] == "ro")
             for m in found

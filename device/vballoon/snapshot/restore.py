@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot becomes a running machine again."""
+"""Restore a snapshot as a running machine."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ __all__ = (
 
 START_SECONDS = 30.0
 LOAD_SECONDS = 60.0
-"""How long QEMU may take to open its monitor, and to load a state."""
+"""How long QEMU may take to open its monitor, and to load the state."""
 
 
 @dataclass(slots=True)
 class RamPlace:
     """Files for guest memory, filled from a snapshot, in *folder*.
 
-    QEMU keeps the memory when the file's name is gone, so the names need only last until it runs.
+    QEMU has the files open, so their names are removed as soon as it runs.
     """
 
     folder: Path
     files: dict[str, Path] = field(default_factory=dict)
 
     def fill(self, snapshot: Path, manifest: SnapshotManifest) -> None:
-        """Copy all memory; raises :class:`~vballoon.errors.UsageError`."""
+        """Copy all memory. Raise :class:`~vballoon.errors.UsageError`."""
         mark = secrets.token_hex(4)
         for memory in manifest.memory:
             path = self.folder / f"vballoon-{mark}-{memory.file}"
@@ -61,11 +61,11 @@ class RamPlace:
                 raise UsageError(f"{path}: {error.strerror}") from None
 
     def use(self, snapshot: Path, manifest: SnapshotManifest) -> None:
-        """Take the snapshot's own files, which are used up by it."""
+        """Use the snapshot's own files, which the guest then overwrites."""
         self.files = {memory.id: snapshot / memory.file for memory in manifest.memory}
 
     def keep(self) -> None:
-        """The names stay, for somebody else to use and remove."""
+        """Keep the names: the caller uses and removes them."""
         self.files = {}
 
     def _fill(self, source: Path, path: Path, ident: str) -> None:
@@ -90,14 +90,17 @@ class RamPlace:
 def balloon_arguments(
     manifest: SnapshotManifest, socket: str | None
 ) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """``device_add`` arguments and chardev of the balloon, at *socket* where that is another.
+    """Return the ``device_add`` arguments and the chardev of the balloon.
 
-    Raises :class:`~vballoon.errors.UsageError` where the snapshot names anything but a balloon.
+    *socket*: the back-end's socket, if it differs from the saved one.  Raise
+    :class:`~vballoon.errors.UsageError` where the snapshot names anything but a balloon.
     """
     device, chardev = dict(manifest.balloon["device"]), manifest.balloon["chardev"]
     require_balloon(device)
     if "chardev" in device and chardev is None and socket is None:
-        raise UsageError("the snapshot does not know its balloon's socket: --balloon-socket")
+        raise UsageError(
+            "the snapshot does not have its balloon's socket; give it with --balloon-socket"
+        )
     if socket is not None:
         if "socket" in device:
             device["socket"] = {"type": "unix", "path": socket}
@@ -109,7 +112,7 @@ def balloon_arguments(
 def printed_arguments(
     snapshot: Path, manifest: SnapshotManifest, ram: dict[str, Path]
 ) -> list[str]:
-    """The arguments of QEMU that replace the memory backends and load the state."""
+    """Return QEMU arguments that replace the memory backends and load the state."""
     words: list[str] = []
     for value in memory_words(manifest, ram, {}).values():
         words += ["-object", value]
@@ -117,7 +120,7 @@ def printed_arguments(
 
 
 def printed_commands(device: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is to be said to QEMU's monitor when the state is loaded."""
+    """Return the QMP commands to be sent when the state is loaded."""
     off = {"capabilities": [{"capability": CAPABILITY, "state": False}]}
     return [
         {"execute": "migrate-set-capabilities", "arguments": off},
@@ -128,13 +131,13 @@ def printed_commands(device: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(slots=True)
 class Restored:
-    """A started QEMU: the process, and a monitor of our own."""
+    """A started QEMU: its process, and a monitor that only we use."""
 
     process: subprocess.Popen[bytes]
     vm: QemuVm
 
     def load(self, manifest: SnapshotManifest) -> None:
-        """Wait until the state is loaded, and let the guest run."""
+        """Wait until the state is loaded, then resume the guest."""
         deadline = time.monotonic() + LOAD_SECONDS
         while (status := self.vm.status()) == "inmigrate":
             if time.monotonic() > deadline:
@@ -146,7 +149,7 @@ class Restored:
         migration = self.vm.execute("query-migrate")
         if migration.get("status") != "completed":
             raise UsageError(f"QEMU did not load the state: {migration}")
-        # Or QEMU would leave out all memory when somebody migrates this machine later.
+        # Otherwise a later migration of this machine would leave out all memory.
         set_ignore_shared(self.vm, False)
         if status != "running":
             self.vm.execute("cont")
@@ -156,9 +159,9 @@ class Restored:
 def start(
     words: Sequence[str], snapshot: Path, manifest: SnapshotManifest, ram: dict[str, Path]
 ) -> Any:
-    """Run the machine's command line so that it restores *snapshot*; gives a Restored.
+    """Run the machine's command line so that it restores *snapshot*. Yield a Restored.
 
-    On an error the process is ended.  Raises :class:`~vballoon.errors.UsageError`.
+    On an error, kill the process.  Raise :class:`~vballoon.errors.UsageError`.
     """
     command = rewrite(words, manifest, ram, snapshot.resolve() / manifest.state.file)
     with tempfile.TemporaryDirectory(prefix="vballoon-") as folder:

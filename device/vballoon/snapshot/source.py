@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the balloon's backend has to give: guest memory's files and the guest's memmap layout."""
+"""Fetch the files of guest memory and the guest's memmap layout from the back-end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ("GuestSource", "RamFile")
 class RamFile:
     """A file of guest memory; ``regions`` are (guest-physical address, size, offset), bytes.
 
-    ``host_address``: where its first byte is in QEMU's own memory, 0 if not known.
+    ``host_address``: address of its first byte in QEMU's process, 0 if not known.
     """
 
     fd: int
@@ -37,7 +37,7 @@ class RamFile:
 
 @dataclass(slots=True)
 class GuestSource:
-    """Guest memory as the backend knew it; a context manager that closes the descriptors.
+    """Guest memory as the back-end had it; a context manager that closes the descriptors.
 
     ``no_layout`` says why ``layout`` is None.
     """
@@ -50,7 +50,7 @@ class GuestSource:
 
     @classmethod
     def fetch(cls, control: ControlClient) -> Self:
-        """Ask the backend behind *control*; raises :class:`~vballoon.errors.UsageError`."""
+        """Return what the back-end at *control* has. Raise :class:`~vballoon.errors.UsageError`."""
         answer = control.execute("query-guest-memory")
         files: list[RamFile] = []
         try:
@@ -63,10 +63,10 @@ class GuestSource:
         return cls(files, layout, why, managed, answer["poison"])
 
     def free_memory(self) -> FreeMemory:
-        """The free pages of the guest, which must be stopped.
+        """Return the free pages of the guest, which must be stopped.
 
-        Raises :class:`VerificationRefused` where they cannot be told for certain, or where a free
-        page must keep the guest's poison value.
+        Raise :class:`VerificationRefused` where they cannot be verified, or where free pages must
+        keep the guest's poison value.
         """
         if self.layout is None:
             raise VerificationRefused(self.no_layout)
@@ -115,7 +115,7 @@ def _fetch_file(
 ) -> RamFile:
     control.execute("get-guest-memory-fd", {"file": number})
     if not control.fds:
-        raise UsageError("the backend hands out no guest memory")
+        raise UsageError("the back-end did not send a descriptor of guest memory")
     fd = control.fds.pop()
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != (identity["device"], identity["inode"]):
@@ -135,7 +135,7 @@ def _fetch_file(
 
 
 def _fetch_layout(control: ControlClient) -> tuple[MemmapLayout | None, int | None, str]:
-    """The layout, the guest's managed pages, and why there is no layout."""
+    """Return the layout, the guest's managed pages, and why there is no layout."""
     try:
         answer, fd = control.execute_fd("get-memmap-layout")
     except UsageError as error:
@@ -144,7 +144,7 @@ def _fetch_layout(control: ControlClient) -> tuple[MemmapLayout | None, int | No
         data = file.read()
     queues = control.execute("query-status")["queues"]
     if not any(queue["state"] == "running" for queue in queues):
-        # After a reset the front-end says no more than that: the layout is of the kernel before.
+        # After a reset the front-end only stops the queues: the layout is of the previous kernel.
         return None, None, "the guest's driver is not running"
     runs = np.frombuffer(data, WalkMemmapRun.dtype(), offset=WalkMemmap.SIZE)
     header = WalkMemmap.parse(data[: WalkMemmap.SIZE])

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU's device state without the guest's memory, written by QEMU itself.
+"""Have QEMU write its device state without guest memory.
 
-Two ways, both in every QEMU.  ``migrate`` with ``x-ignore-shared`` leaves out shared memory of
+Every QEMU has two ways.  ``migrate`` with ``x-ignore-shared`` leaves out shared memory of
 ``memory-backend-file`` and nothing else.  It does not leave out a memfd, which has no name; then
-``xen-save-devices-state`` writes the devices and no RAM at all, which is the whole truth as long as
-all other RAM is firmware that each QEMU loads anew.
+``xen-save-devices-state`` writes the devices and no RAM at all.  That is complete if all other RAM
+is firmware, which every QEMU loads itself.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ __all__ = (
 CAPABILITY = "x-ignore-shared"
 STREAM_HEAD = b"QEVM" + (3).to_bytes(4, "big")
 CONFIGURATION, DESCRIPTION = b"\x07", b"\x06"
-"""The magic and version of a migration's stream, and types of two of its sections."""
+"""Magic and version of a migration stream, and the types of two of its sections."""
 MIGRATION_SECONDS = 60.0
-"""Device state is a few hundred kilobytes; longer than this is a fault."""
+"""Device state is a few hundred kilobytes; taking longer than this is a fault."""
 _FOREIGN = {
     "background-snapshot", "mapped-ram", "multifd", "pause-before-switchover", "postcopy-ram",
     "x-colo",
 }  # fmt: skip
-"""Capabilities that somebody may have set for a migration of another kind than this one."""
+"""Capabilities that may be set for another kind of migration, and change the stream."""
 _RUNNING = {"setup", "active", "device", "cancelling", "wait-unplug", "pre-switchover"}
 
 
 def choose_kind(vm: QemuVm, memdevs: Sequence[Memdev]) -> StateKind:
-    """How this machine's state can be had; UsageError where no way is complete.
+    """Return how this machine's state can be saved. Raise UsageError where no way is complete.
 
-    *memdevs* are the backends whose memory is copied by us.
+    *memdevs* are the backends whose memory the snapshot copies.
     """
     if all(memdev.path for memdev in memdevs):
         if strange := sorted(_capabilities(vm) & _FOREIGN):
@@ -61,18 +61,18 @@ def choose_kind(vm: QemuVm, memdevs: Sequence[Memdev]) -> StateKind:
 
 
 def ignores_shared(vm: QemuVm) -> bool:
-    """Whether the capability is set."""
+    """Return whether the capability is set."""
     return CAPABILITY in _capabilities(vm)
 
 
 def _capabilities(vm: QemuVm) -> set[str]:
-    """Those that are on."""
+    """Return the migration capabilities that are on."""
     entries = vm.execute("query-migrate-capabilities")
     return {str(entry["capability"]) for entry in entries if entry["state"]}
 
 
 def set_ignore_shared(vm: QemuVm, on: bool) -> bool:
-    """Set the capability; returns what it was."""
+    """Set the capability. Return what it was."""
     before = ignores_shared(vm)
     if before != on:
         capability = {"capability": CAPABILITY, "state": on}
@@ -81,11 +81,11 @@ def set_ignore_shared(vm: QemuVm, on: bool) -> bool:
 
 
 class DeviceState:
-    """The machine's state on its way to *fd*, open for writing only.
+    """The machine's device state, to be written to *fd*, which is open for writing only.
 
-    Made while the guest runs, so that it stands still for no more than the writing: :meth:`begin`
-    it when the machine is stopped, :meth:`wait` for it before anything else is read or changed
-    but the guest's page structures, and :meth:`put_away` what it needed.
+    Make it while the guest runs, so that the guest is stopped only for the writing.  Call
+    :meth:`begin` when the guest is stopped, :meth:`wait` before reading or changing anything but
+    the guest's page structures, and :meth:`put_away` at the end.
     """
 
     def __init__(self, vm: QemuVm, kind: StateKind, fd: int) -> None:
@@ -97,14 +97,14 @@ class DeviceState:
             _require_migratable(vm)  # its command does not ask
 
     def begin(self) -> None:
-        """Have QEMU write; of ``migrate`` it does not wait for the end."""
+        """Have QEMU begin to write. With ``migrate``, return before it has finished."""
         if self._kind is StateKind.DEVICES_ONLY:
             self._vm.execute("xen-save-devices-state", filename=self._path)
         else:
             self._vm.execute("migrate", uri=f"file:{self._path}")
 
     def wait(self) -> None:
-        """Until all is written; raises :class:`~vballoon.errors.UsageError` where it cannot be."""
+        """Wait until all is written. Raise :class:`~vballoon.errors.UsageError` where it fails."""
         if self._kind is StateKind.DEVICES_ONLY:
             return
         status = migration_over(self._vm, MIGRATION_SECONDS)
@@ -113,21 +113,21 @@ class DeviceState:
             raise UsageError(f"QEMU could not save the device state: {words}")
 
     def put_away(self) -> None:
-        """Leave QEMU as it was."""
+        """Restore the capability and remove the descriptor set."""
         if self._kind is StateKind.IGNORE_SHARED:
             set_ignore_shared(self._vm, self._before)
         self._vm.execute("remove-fd", **{"fdset-id": self._number})
 
 
 def as_migration(state: bytes, machine: str) -> bytes:
-    """What ``xen-save-devices-state`` wrote, as the stream of a migration of *machine*.
+    """Return the output of ``xen-save-devices-state`` as the stream of a migration of *machine*.
 
-    It lacks the section with the machine's type and the description at the end.  A QEMU that was
-    told not to expect the first (``send-configuration=off``) would never send it either, and
-    11.1 ends with a failed assertion when it then migrates.
+    That output lacks the section with the machine's type and the description at the end.  QEMU can
+    be configured not to expect the first (``send-configuration=off``), but then it never sends it
+    either, and QEMU 11.1 aborts on a failed assertion when it is migrated later.
     """
     if state[:8] != STREAM_HEAD or state[8:9] == CONFIGURATION:
-        raise UsageError("QEMU wrote its device state in a way that is not known here")
+        raise UsageError("QEMU wrote its device state in an unknown format")
     name = machine.encode()
     configuration = CONFIGURATION + len(name).to_bytes(4, "big") + name
     description = DESCRIPTION + (2).to_bytes(4, "big") + b"{}"
@@ -141,7 +141,10 @@ def _require_migratable(vm: QemuVm) -> None:
 
 
 def migration_over(vm: QemuVm, timeout: float) -> str:
-    """Wait until no migration runs; one that takes longer than *timeout* s is cancelled."""
+    """Wait until no migration runs. Cancel one that takes longer than *timeout* seconds.
+
+    Return its status.
+    """
     deadline = time.monotonic() + timeout
     pause = 0.001
     while (status := str(vm.execute("query-migrate").get("status", "none"))) in _RUNNING:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a snapshot goes: a directory, whole or refused."""
+"""Write a snapshot to a directory, and open one: complete, or refused."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 __all__ = ("DirectoryStore", "Store", "open_snapshot", "ram_name")
 
 MANIFEST_MAX = 16 << 20
-"""Bytes of a manifest that are read."""
+"""Maximum bytes of a manifest."""
 
 
 _ZEROES = bytes(1 << 20)
 
 
 class Store(Protocol):
-    """Takes a snapshot's parts.  Everything raises :class:`OSError` where it cannot."""
+    """What a snapshot is written to. Methods raise :class:`OSError` where writing fails."""
 
     moves: bool
-    """Whether somebody may run the machine as soon as :meth:`finish` has returned."""
+    """Whether the machine may run elsewhere as soon as :meth:`finish` has returned."""
 
     def open_state(self) -> int:
-        """A descriptor for QEMU to write the device state to; the caller closes it."""
+        """Return a descriptor for QEMU to write the device state to. The caller closes it."""
 
     def expect(self, size: int) -> None:
-        """*size* bytes of guest memory will be copied in all."""
+        """Announce that *size* bytes of guest memory will be copied in total."""
 
     def copy(
         self,
@@ -59,29 +59,29 @@ class Store(Protocol):
         extents: NDArray[np.int64],
         progress: Callable[[int], None],
     ) -> int:
-        """Copy a file of guest memory, *size* bytes with data at *extents*; returns bytes."""
+        """Copy *extents* of a file of guest memory of *size* bytes. Return the bytes copied."""
 
     def change_state(self, change: Callable[[bytes], bytes]) -> None:
-        """Put what *change* makes of the device state in its place."""
+        """Replace the device state by what *change* returns for it."""
 
     def digests(self) -> tuple[int, str, list[str]]:
-        """Size and checksum of the state, checksums of the memory files in order."""
+        """Return size and checksum of the state, and the memory files' checksums in order."""
 
     def finish(self, manifest: SnapshotManifest) -> None:
-        """Everything is there: make it a snapshot."""
+        """Make what was written a snapshot."""
 
     def discard(self) -> None:
-        """It will never be one; safe to call at any time, also twice."""
+        """Remove what was written; safe to call at any time, also twice."""
 
 
 def ram_name(ident: str) -> str:
-    """The file name for the memory of backend *ident*."""
+    """Return the file name for the memory of backend *ident*."""
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in ident)
     return f"{safe}.ram"
 
 
 class DirectoryStore:
-    """A new directory at *path* (an empty one will do).  Raises UsageError where it cannot be."""
+    """A snapshot in the directory *path*, new or empty. Raise UsageError where it cannot be."""
 
     moves = False
 
@@ -100,18 +100,18 @@ class DirectoryStore:
 
     def _create(self, name: str, mode: int) -> int:
         path = self.path / name
-        if path in self._files:  # one of ours, for another round
+        if path in self._files:  # a further round of a live snapshot
             return os.open(path, mode | os.O_CLOEXEC)
         fd = os.open(path, mode | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._files.append(path)
         return fd
 
     def open_state(self) -> int:
-        """A descriptor for QEMU to write the device state to."""
+        """Return a descriptor for QEMU to write the device state to."""
         return self._create(STATE_FILE, os.O_WRONLY)
 
     def expect(self, size: int) -> None:
-        """Nothing: where the file system can share blocks, no room is needed for them."""
+        """Do nothing: where the file system can share blocks, they need no space."""
 
     def copy(
         self,
@@ -122,7 +122,7 @@ class DirectoryStore:
         extents: NDArray[np.int64],
         progress: Callable[[int], None],
     ) -> int:
-        """Copy into a sparse file of its own; again and again if need be."""
+        """Copy into the sparse file *name*, which an earlier round may have made."""
         del index
         fd = self._create(name, os.O_RDWR)
         try:
@@ -132,7 +132,7 @@ class DirectoryStore:
             os.close(fd)
 
     def keep_only(self, name: str, extents: NDArray[np.int64]) -> int:
-        """Blank what was copied outside *extents*; returns the bytes that are left."""
+        """Blank what was copied outside *extents*. Return the bytes that are left."""
         fd = os.open(self.path / name, os.O_RDWR | os.O_CLOEXEC)
         try:
             there = data_extents(fd, os.fstat(fd).st_size)
@@ -144,12 +144,12 @@ class DirectoryStore:
             os.close(fd)
 
     def change_state(self, change: Callable[[bytes], bytes]) -> None:
-        """Write the file anew."""
+        """Rewrite the device state."""
         path = self.path / STATE_FILE
         path.write_bytes(change(path.read_bytes()))
 
     def digests(self) -> tuple[int, str, list[str]]:
-        """Read everything back from the files, while they are written to the disk."""
+        """Read everything back from the files, while they are synced to disk."""
         memory, state = [], (0, "")
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(path.open("rb")) for path in self._files]
@@ -165,7 +165,7 @@ class DirectoryStore:
         return *state, memory
 
     def finish(self, manifest: SnapshotManifest) -> None:
-        """The manifest appears last, whole, and only after everything else is on the disk."""
+        """Write the manifest last, atomically, after everything else is on the disk."""
         draft = self.path / f".{MANIFEST_FILE}"
         self._files.append(draft)
         with draft.open("w") as file:
@@ -180,7 +180,7 @@ class DirectoryStore:
             os.close(directory)
 
     def discard(self) -> None:
-        """Remove what was written, and the directory if it is ours."""
+        """Remove what was written, and the directory if this object made it."""
         for path in [self.path / MANIFEST_FILE, *self._files]:
             path.unlink(missing_ok=True)
         if self._made:
@@ -192,9 +192,9 @@ class DirectoryStore:
 
 
 def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> SnapshotManifest:
-    """The manifest of the snapshot at *path*, everything it names checked.
+    """Check the snapshot at *path* and every file that it names. Return its manifest.
 
-    *verify* off leaves the checksums of memory alone (sizes are always compared).  Raises
+    Without *verify*, memory's checksums are not compared; sizes always are.  Raise
     :class:`~vballoon.errors.UsageError` for anything that is not a whole snapshot.
     """
     directory = Path(path)
@@ -212,7 +212,7 @@ def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> Snaps
 
 
 def _open_plain(path: Path) -> BufferedReader:
-    """A file of a snapshot that may be anybody's: no link to elsewhere, no device, no pipe."""
+    """Open a file of an untrusted snapshot: no link to elsewhere, no device, no pipe."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -231,9 +231,9 @@ def _check_files(directory: Path, manifest: SnapshotManifest, verify: bool) -> N
         good = os.fstat(file.fileno()).st_size == manifest.state.bytes
         digest = hashlib.file_digest(file, "sha256").hexdigest() if good else ""
     if digest != manifest.state.sha256:
-        raise UsageError(f"{state} is not what the manifest says")
+        raise UsageError(f"{state} differs from the manifest")
     for memory in manifest.memory:
         with _open_plain(directory / memory.file) as file:
             good = os.fstat(file.fileno()).st_size == memory.size
             if not good or (verify and sparse_digest(file.fileno()) != memory.sha256):
-                raise UsageError(f"{directory / memory.file} is not what the manifest says")
+                raise UsageError(f"{directory / memory.file} differs from the manifest")

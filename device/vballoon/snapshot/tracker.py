@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which guest pages were written since a moment: the other half of the safety rule.
+"""Track which guest pages were written since a moment: the other half of the safety rule.
 
 :class:`SoftDirty` reads the marks that Linux keeps in QEMU's page tables
 (``CONFIG_MEM_SOFT_DIRTY``: /proc/PID/clear_refs and bit 55 of /proc/PID/pagemap).  The marks are
-complete only under conditions, and those are checked: where one does not hold there is no tracker.
+complete only under conditions.  Those are checked: where one does not hold there is no tracker.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class WriteTracker(Protocol):
-    """Tells written pages of the guest's memory files."""
+    """Finds the written pages of the guest's memory files."""
 
     def start(self) -> None:
-        """From now on every write is seen."""
+        """Begin to track writes."""
 
     def collect(self) -> list[NDArray[np.int64]]:
-        """For each file what was written since the last call (or the start), int64[k, 2] in bytes.
+        """Return for each file what was written since the last call or the start.
 
-        The guest must be stopped: writes between the reading and the next beginning are lost.
+        int64[k, 2] in bytes.  The guest must be stopped: writes between reading and clearing the
+        marks would be lost.
         """
 
 
 def objections() -> str:
-    """Why soft-dirty marks cannot be relied upon on this host, or ``""``."""
+    """Return why soft-dirty marks are not reliable on this host, or ``""``."""
     if not _kernel_marks():
         return "this kernel does not track writes (CONFIG_MEM_SOFT_DIRTY)"
     if len(SWAPS.read_text().splitlines()) > 1:
@@ -56,15 +57,15 @@ def objections() -> str:
 
 
 def _kernel_marks() -> bool:
-    """Whether a write to a page of ours is seen, and none before it.
+    """Return whether a write to a page of this process is marked, and not marked before it.
 
-    A mapping that grows meanwhile counts as written all over, so this may take some attempts.
+    A mapping that grows meanwhile is marked throughout, so this may take some attempts.
     """
     return any(_mark_is_seen() for _ in range(5))
 
 
 def _mark_is_seen() -> bool:
-    memory = np.ones(4 << 20, np.uint8)  # so large that it gets a mapping of its own
+    memory = np.ones(4 << 20, np.uint8)  # large enough to get its own mapping
     middle = memory.ctypes.data + memory.size // 2
     pagemap = Path("/proc/self/pagemap")
     try:
@@ -86,9 +87,9 @@ def _read_marks(pagemap: Path, first: int, pages: int) -> NDArray[np.uint64]:
 
 
 def marked(entries: NDArray[np.uint64], first: int = 0) -> NDArray[np.int64]:
-    """Runs of pagemap entries that are written, or not there: their marks are gone with them.
+    """Return the runs of pagemap entries that are written or not present.
 
-    int64[k, 2] in bytes; entry 0 is page *first*.
+    An entry that is not present has lost its mark.  int64[k, 2] in bytes; entry 0 is page *first*.
     """
     written = (entries & SOFT_DIRTY != 0) | (entries & PRESENT == 0)
     edges = np.flatnonzero(np.diff(written.astype(np.int8), prepend=0, append=0))
@@ -96,9 +97,9 @@ def marked(entries: NDArray[np.uint64], first: int = 0) -> NDArray[np.int64]:
 
 
 class SoftDirty:
-    """The marks of process *pid*; *blocks*: (address in it, size) of each file, bytes.
+    """Soft-dirty marks of process *pid*; *blocks*: (address in it, size) of each file, bytes.
 
-    Raises :class:`~vballoon.errors.UsageError` where marks cannot be relied upon, or not be had.
+    Raise :class:`~vballoon.errors.UsageError` where marks are not reliable or not accessible.
     """
 
     def __init__(self, pid: int, blocks: Sequence[tuple[int, int]]) -> None:

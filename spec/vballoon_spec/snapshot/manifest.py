@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``manifest.json`` of a snapshot, version 1: typed, and checked when read.
 
-The fields' meaning is in ``README.md`` beside this file.  Reading is strict about what is there
-and lenient about what is more: keys that this version does not know are ignored, a version that
-it does not know is refused.
+The fields' meaning is in ``README.md`` beside this file.  Reading is strict about known keys.
+Unknown keys are ignored; an unknown version is refused.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ T = TypeVar("T")
 
 
 class SnapshotManifestError(ValueError):
-    """Not a manifest of a whole snapshot; the text names the field."""
+    """This is not the manifest of a whole snapshot. The text names the field."""
 
 
 class StateKind(StrEnum):
     """How QEMU wrote the device state, which decides how it must be told to read it."""
 
     IGNORE_SHARED = "ignore-shared"
-    """``migrate`` with the capability ``x-ignore-shared``: all but shared files of RAM."""
+    """``migrate`` with the capability ``x-ignore-shared``: everything but shared files of RAM."""
     DEVICES_ONLY = "devices-only"
     """``xen-save-devices-state``: devices, and no RAM at all."""
 
@@ -93,12 +92,12 @@ class SnapshotManifest:
     """Times and figures of the making, for people."""
 
     def dumps(self) -> str:
-        """The JSON text."""
+        """Return the JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def loads(cls, text: str | bytes) -> SnapshotManifest:
-        """Read and check; raises :class:`SnapshotManifestError`."""
+        """Read and check a manifest. Raise :class:`SnapshotManifestError`."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:

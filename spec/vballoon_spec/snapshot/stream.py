@@ -5,7 +5,7 @@ Each frame is a header and ``length`` bytes.  DATA goes to ``offset`` of the fil
 whose place in the manifest is ``file``; STATE is the next piece of the device state; MANIFEST is
 ``manifest.json`` and ends the stream.  A stream that ends without it is no snapshot.  SIZE comes
 before the first DATA and has no body: ``offset`` is how many bytes of memory will follow, so that
-a reader without room for them says so while the machine is still where it was.
+a reader without space for them reports it while the machine is still at its old place.
 """
 
 from __future__ import annotations

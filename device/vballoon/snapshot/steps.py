@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a snapshot of a stopped guest; ``live`` has those of a running one.
+
+Each is a function of a :class:`~vballoon.snapshot.run.Run` and raises
+:class:`~vballoon.errors.VballoonError` or OSError where it cannot be done.  What it changes on the
+machine goes through the run's journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from vballoon.errors import UsageError
+from vballoon.snapshot import device
+from vballoon.snapshot import extents as ext
+from vballoon.snapshot.match import match_memory
+from vballoon.snapshot.memmap import VerificationRefused
+from vballoon.snapshot.qmp_vm import QemuGone
+from vballoon.snapshot.run import Copied, Plan
+from vballoon.snapshot.state import DeviceState, as_migration, choose_kind, ignores_shared
+from vballoon.snapshot.store import ram_name
+from vballoon_spec.snapshot import MemoryFile, SnapshotManifest, StateFile, StateKind
+
+if TYPE_CHECKING:
+    from vballoon.snapshot.memmap import FreeMemory
+    from vballoon.snapshot.qmp_vm import QemuVm
+    from vballoon.snapshot.run import Run
+
+__all__ = (
+    "copy", "copy_extents", "end", "finish", "look", "plug", "prepare", "resume", "state", "stop",
+    "unplug", "verify",
+)  # fmt: skip
+
+QUIT_SECONDS = 60.0
+"""How long QEMU may take to end: its disks may have much to write."""
+
+
+def look(run: Run) -> None:
+    """Find out what QEMU and the back-end have. Nothing is changed yet."""
+    vm = run.vm
+    status = vm.status()
+    if status != "running":  # a stopped guest cannot release its balloon
+        raise UsageError(f"the machine is {status}; it must be running")
+    balloon = device.find_balloon(vm, run.options.device_id, run.options.device_socket)
+    device.require_balloon(balloon.arguments)  # restore would refuse anything else
+    run.journal.write(device_path=balloon.path, device=balloon.arguments, chardev=balloon.chardev)
+    memdevs = vm.memdevs()
+    memory = match_memory(vm, run.source)
+    kind = choose_kind(vm, [memdev for memdev, _ in memory])
+    run.plan = Plan(kind, memdevs, memory, balloon, _qemu(vm))
+
+
+def _qemu(vm: QemuVm) -> dict[str, str]:
+    """Return the manifest's description of this QEMU."""
+    version = vm.execute("query-version")["qemu"]
+    machine = vm.execute("qom-get", path="/machine", property="type")
+    return {
+        "version": "{major}.{minor}.{micro}".format(**version),
+        "machine": str(machine).removesuffix("-machine"),
+        "target": str(vm.execute("query-target")["arch"]),
+    }
+
+
+def unplug(run: Run) -> None:
+    """Unplug the balloon."""
+    with run.journal.doing(unplug=True):
+        device.unplug(run.vm, run.plan.device, run.options.unplug_seconds)
+
+
+def prepare(run: Run) -> None:
+    """Give QEMU a file for the device state and have it leave out shared memory."""
+    if run.plan.kind is StateKind.IGNORE_SHARED:
+        run.journal.write(ignore_shared=ignores_shared(run.vm))
+    with run.journal.doing(migrate=True):
+        fd = run.store.open_state()
+        try:
+            run.state = DeviceState(run.vm, run.plan.kind, fd)
+        finally:
+            os.close(fd)
+
+
+def stop(run: Run) -> None:
+    """Stop the guest."""
+    run.stop_guest()
+
+
+def state(run: Run) -> None:
+    """Have QEMU begin to write the device state. ``verify`` waits until it is written."""
+    run.state.begin()
+
+
+def verify(run: Run) -> None:
+    """Read the guest's free lists while QEMU writes: QEMU does not change page structures."""
+    run.free, run.verification = _free(run)
+    run.state.wait()
+
+
+def _free(run: Run) -> tuple[FreeMemory | None, str]:
+    """Return the free pages, or None and why they are not known.
+
+    After a reset the memory may still hold the page structures of the previous kernel.  They would
+    verify perfectly yet describe a dead kernel, so they are refused.
+    """
+    try:
+        if run.vm.has_seen("RESET"):
+            raise VerificationRefused("the machine was reset meanwhile")
+        if run.free_memory is not None:
+            return run.free_memory(run.source), ""
+        return run.source.free_memory(), ""
+    except VerificationRefused as error:
+        return None, str(error)
+
+
+def copy(run: Run) -> None:
+    """Copy all data of guest memory except its free pages."""
+    run.wanted, holes, verified = [], 0, 0
+    for _, file in run.plan.memory:
+        data = ext.data_extents(file.fd, file.size)
+        wanted = data
+        if run.free is not None:
+            wanted = ext.without(data, ext.to_file(run.free.ranges, file.regions))
+        holes += file.size - ext.length(data)
+        verified += ext.length(data) - ext.length(wanted)
+        run.wanted.append(wanted)
+    run.store.expect(sum(ext.length(wanted) for wanted in run.wanted))
+    run.copied = Copied(copy_extents(run), {"holes": holes, "verified": verified})
+
+
+def copy_extents(run: Run) -> list[int]:
+    """Copy ``run.wanted`` of each file. Return the bytes copied of each."""
+    run.observer.size(sum(ext.length(wanted) for wanted in run.wanted))
+    return [
+        run.store.copy(
+            index, ram_name(memdev.id), file.fd, file.size, run.wanted[index], run.observer.copied
+        )
+        for index, (memdev, file) in enumerate(run.plan.memory)
+    ]
+
+
+def resume(run: Run) -> None:
+    """Resume the guest: everything is copied."""
+    run.resume_guest()
+
+
+def plug(run: Run) -> None:
+    """Plug the balloon in again and leave QEMU as it was."""
+    with run.journal.undoing("migrate"):
+        run.state.put_away()
+    _check_unchanged(run)
+    with run.journal.undoing("unplug"):
+        device.plug(run.vm, run.plan.device.arguments, run.plan.device.chardev)
+
+
+def _check_unchanged(run: Run) -> None:
+    """Raise UsageError if the machine has gained or lost memory since ``look``.
+
+    QEMU leaves the memory of every shared backend to us, also of one that the plan does not know.
+    Asking after the guest was resumed is enough: what was there when it stopped still is.
+    """
+    if run.vm.memdevs() != run.plan.memdevs:
+        raise UsageError("the machine's memory backends changed meanwhile; try again")
+
+
+def finish(run: Run) -> None:
+    """Compute the checksums, sync everything to disk, and write the manifest last."""
+    if not run.options.quit:
+        run.manifest = _manifest(run)
+        run.store.finish(run.manifest)
+        return
+    _check_unchanged(run)
+    run.manifest = _manifest(run)
+    with run.journal.doing(gone=run.store.moves):
+        try:
+            run.store.finish(run.manifest)
+        except OSError:
+            run.journal.write(gone=False)  # the last bytes were not sent
+            raise
+    run.journal.write(over=True)  # from now on the snapshot is the machine
+
+
+def _manifest(run: Run) -> SnapshotManifest:
+    plan = run.plan
+    if plan.kind is StateKind.DEVICES_ONLY:
+        run.store.change_state(lambda state: as_migration(state, plan.qemu["machine"]))
+    state_bytes, state_digest, digests = run.store.digests()
+    return SnapshotManifest(
+        created_ns=run.stopped_ns,
+        qemu=plan.qemu,
+        state=StateFile(plan.kind, state_bytes, state_digest),
+        memory=tuple(
+            MemoryFile(memdev.id, ram_name(memdev.id), file.size, size, digest)
+            for (memdev, file), size, digest in zip(
+                plan.memory, run.copied.sizes, digests, strict=True
+            )
+        ),
+        left_out=run.copied.left_out,
+        verification=run.verification,
+        balloon={"device": plan.device.arguments, "chardev": plan.device.chardev},
+        extra={"seconds": run.seconds()},
+    )
+
+
+def end(run: Run) -> None:
+    """End QEMU. The machine must never run both here and from the snapshot."""
+    with contextlib.suppress(QemuGone):  # it may have ended before it answered
+        run.vm.execute("quit")
+    if not run.vm.wait_gone(QUIT_SECONDS):
+        raise UsageError("the snapshot is complete, but QEMU does not end; do not resume it")
