@@ -115,13 +115,13 @@ def test_absurd_frames_are_refused(frame: Frame, tmp_path: Path) -> None:
 
 def test_reader_without_room_says_so_before_anything_has_come(tmp_path: Path) -> None:
     size = Frame(kind=FrameKind.SIZE, offset=1 << 50, length=0).build()
-    with pytest.raises(UsageError, match="will come"):
+    with pytest.raises(UsageError, match="need .* MiB, have"):
         unpacked(STREAM[:8] + size + STREAM[8:], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_stream_that_goes_on_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="goes on"):
+    with pytest.raises(UsageError, match="after the end"):
         unpacked(STREAM + b"x", tmp_path)
     with pytest.raises(UsageError, match="not a whole snapshot"):
         open_snapshot(tmp_path)
