@@ -115,7 +115,7 @@ def test_absurd_frames_are_refused(frame: Frame, tmp_path: Path) -> None:
 
 def test_reader_without_room_says_so_before_anything_has_come(tmp_path: Path) -> None:
     size = Frame(kind=FrameKind.SIZE, offset=1 << 50, length=0).build()
-    with pytest.raises(UsageError, match="need .* MiB, have"):
+    with pytest.raises(UsageError, match=r"need .* MiB, have"):
         unpacked(STREAM[:8] + size + STREAM[8:], tmp_path)
     assert not list(tmp_path.iterdir())
 
