@@ -141,3 +141,69 @@ def test_a_forked_child_can_signal():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert os.eventfd_read(event) == 2
     os.close(event)
+
+
+HELD = """
+        import fcntl, os
+        from vballoon.errors import ProtocolError
+        from vballoon.memory import BitmapLog, MemoryRegion
+        from vballoon.vhost_user.inflight import InflightArea
+        guard.install()
+        fd = os.memfd_create("front-end", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, 1 << 16)
+"""
+
+
+def test_guest_memory_that_the_front_end_truncates_is_survived():
+    done = run(
+        HELD
+        + """
+        region = MemoryRegion.map(guest_phys_addr=0, size=1 << 16, file_offset=0, fd=os.dup(fd))
+        os.ftruncate(fd, 0)
+        assert region.view.sum() == 0
+        assert guard.faults() == 16
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dirty_log_that_the_front_end_truncates_is_survived():
+    done = run(
+        HELD
+        + """
+        log = BitmapLog.map(os.dup(fd), 1 << 16, 0)
+        os.ftruncate(fd, 0)
+        log.mark(0, 1 << 20)
+        assert guard.faults() == 1
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_in_flight_area_that_the_front_end_truncates_is_survived():
+    done = run(
+        HELD
+        + """
+        area = InflightArea(os.dup(fd), 1 << 16, 0, 1, 128)
+        os.ftruncate(fd, 0)
+        assert area._bytes.sum() == 0
+        assert guard.faults() == 16
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_in_flight_area_that_is_handed_out_keeps_its_size():
+    done = run(
+        HELD
+        + """
+        area = InflightArea.create(2, 128)
+        for size in (0, 1 << 30):
+            try:
+                os.ftruncate(area.fd, size)
+            except PermissionError:
+                continue
+            print("resized")
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

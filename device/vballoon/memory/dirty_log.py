@@ -23,6 +23,7 @@ import numpy as np
 
 from vballoon.errors import ProtocolError
 from vballoon.memory import fence
+from vballoon.native import guard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +71,9 @@ class BitmapLog:
                 os.close(fd)
             except OSError:
                 pass  # not an open descriptor: the error is already on its way
-        return cls(np.frombuffer(mapping, np.uint8, count=size, offset=offset - start))
+        view = np.frombuffer(mapping, np.uint8, count=size, offset=offset - start)
+        guard.watch(view)
+        return cls(view)
 
     def mark(self, addr: int, length: int) -> None:
         """Mark the pages of *length* bytes at *addr* (and their neighbours in the same byte)."""

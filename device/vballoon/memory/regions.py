@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from vballoon.errors import ProtocolError
+from vballoon.native import guard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -168,7 +169,9 @@ def _map_file(fd: int, offset: int, size: int, page_size: int, writable: bool) -
         mapping = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=prot, offset=start)
     except (OSError, ValueError, OverflowError) as error:
         raise ProtocolError("memory-region-map", str(error)) from None
-    return np.frombuffer(mapping, np.uint8, count=size, offset=offset - start)
+    view = np.frombuffer(mapping, np.uint8, count=size, offset=offset - start)
+    guard.watch(view, page_size)
+    return view
 
 
 def _close_quietly(fd: int) -> None:

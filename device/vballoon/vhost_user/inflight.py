@@ -14,6 +14,7 @@ or its first flags (packed) were written, or they were not.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vballoon.errors import ProtocolError
+from vballoon.native import guard
 from virtio_formats.vhost_user import VhostUserInflight, queue_region_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ("InflightArea", "InflightRecord")
+
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""An area that this back-end made keeps its size, whoever holds its descriptor."""
 
 
 class InflightArea:
@@ -53,15 +59,17 @@ class InflightArea:
             self.close()
             raise
         self._bytes = np.frombuffer(mapping, np.uint8, count=size, offset=offset - start)
+        guard.watch(self._bytes)
 
     @classmethod
     def create(cls, num_queues: int, queue_size: int) -> InflightArea:
         """A new, zeroed area, large enough for either kind of ring (GET_INFLIGHT_FD)."""
         largest = max(queue_region_size(queue_size, packed=p) for p in (False, True))
         size = num_queues * largest
-        fd = os.memfd_create("vhost-inflight", os.MFD_CLOEXEC)
+        fd = os.memfd_create("vhost-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except OSError:
             os.close(fd)
             raise
