@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m vballoon``: the same as the program ``vballoon``."""
+"""Run the program ``vballoon`` as ``python -m vballoon``."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@
 
     VballoonError
     ├── PeerError            the guest or the front-end broke a rule; names the rule
-    │   ├── QueueError       that virtqueue stops; everything else goes on
+    │   ├── QueueError       that virtqueue stops; the others continue
     │   ├── MemoryFault      an address outside guest memory (becomes a QueueError or ProtocolError)
     │   └── ProtocolError    the message is refused, or the connection closed
-    └── UsageError           we or the operator asked for something that cannot be done
+    └── UsageError           this program or the operator asked for something impossible
 
-No byte that a guest or a front-end can write may raise anything outside the first family, and
-nothing of the first family leaves the loop that read the byte: it becomes a stopped queue, an
-error reply or a closed connection, and one line in the log.
+No byte that a guest or a front-end can write may raise anything outside the first family. The
+loop that read the byte handles every error of the first family: it stops the queue, sends an error
+reply or closes the connection, and logs one line.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = (
 
 
 class VballoonError(Exception):
-    """Anything that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class PeerError(VballoonError):
-    """The other side broke a rule.
+    """Report that the guest or the front-end broke a rule.
 
-    *rule* is a short stable name of the rule (``"desc-chain-loop"``), the same in the log, in the
-    ``QUEUE_BROKEN`` event, in the metrics and in the tests.
+    *rule* is the rule's short, stable name (``"desc-chain-loop"``). The log, the
+    ``QUEUE_BROKEN`` event, the metrics and the tests all use it.
     """
 
     def __init__(self, rule: str, detail: str = "") -> None:
@@ -45,16 +45,16 @@ class PeerError(VballoonError):
 
 
 class QueueError(PeerError):
-    """A virtqueue broke a rule of the standard: this queue stops, the others go on."""
+    """Report a virtqueue that broke a rule of the standard: it stops, the others continue."""
 
 
 class MemoryFault(PeerError):
-    """A guest-physical range that is not (wholly) guest memory."""
+    """Report a guest-physical range that is not entirely inside guest memory."""
 
 
 class ProtocolError(PeerError):
-    """A message that the protocol does not allow here."""
+    """Report a message that the protocol does not allow in the current state."""
 
 
 class UsageError(VballoonError):
-    """A request that cannot be carried out; the text says what to do next."""
+    """Report a request that cannot be carried out; the text says what to do next."""

@@ -155,12 +155,12 @@ def test_ctl_help_lists_the_server_s_commands(sock, capsys):
     ("words", "says"),
     [
         (["query-ballon"], "did you mean query-balloon"),
-        (["xyzzy"], "'help' lists the commands"),
-        (["balloon", "5"], "'5' is not KEY=VALUE"),
-        (["balloon", "size=5"], "this command's arguments: value"),
+        (["xyzzy"], "run 'help' to list the commands"),
+        (["balloon", "5"], "'5' is not of the form KEY=VALUE"),
+        (["balloon", "size=5"], "this command takes: value"),
         (["balloon", "value=lots"], "'lots' is not a number"),
         (["balloon", "value=1.3K"], "is not a number"),
-        (["start-hinting", "hold=maybe"], "neither true nor false"),
+        (["start-hinting", "hold=maybe"], "write true or false"),
         (["balloon"], "'value' is missing"),
         (["query-round", "kind=walk"], "no walk round yet"),
     ],
@@ -242,7 +242,7 @@ def test_bitmap_show_diff_verify(sock, balloon, tmp_path, capsys):
     assert "44 pages gained" in text
     assert "1 pages lost" in text
     assert main(["bitmap", "show", two]) == 0
-    assert "not to be used: hint round 4 is incomplete" in capsys.readouterr().out
+    assert "do not use: hint round 4 is incomplete" in capsys.readouterr().out
     assert main(["bitmap", "verify", two]) == 1
     assert "incomplete" in capsys.readouterr().err
     (tmp_path / "one" / "walked-1.bitmap").write_bytes(b"\1" + bytes(63))

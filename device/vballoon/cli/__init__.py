@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program ``vballoon``: a module for each subcommand, and errors in one line.
+"""The program ``vballoon``, with one module for each subcommand.
 
-A module declares its subcommand with ``add(subparsers)`` and loads what it needs when it runs, so
-that no command waits for the libraries of another.
+A module declares its subcommand with ``add(subparsers)``.  It imports libraries when the subcommand
+runs, so that no command waits for the libraries of another.  Errors are printed as one line.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from vballoon.errors import VballoonError
 __all__ = ("main", "vhost_user_main")
 
 PROLOGUE = """\
-A virtio memory balloon outside the virtual machine monitor: give free guest memory back to the
-host, and know which pages a snapshot or a migration may leave out."""
+A virtio memory balloon outside the virtual machine monitor. It gives free guest memory back to the
+host and records which pages a snapshot or a migration may leave out."""
 
 EPILOGUE = """\
 examples:
   vballoon serve --vhost-user balloon.sock --control control.sock
-                                        a balloon for QEMU, and a socket to command it
-  vballoon status control.sock          what is connected, and what it does
+                                        serve a balloon to QEMU, with a control socket
+  vballoon status control.sock          show the front-end, features, queues and counters
   vballoon ctl control.sock balloon value=2G
-                                        leave the guest 2 GiB
-  vballoon map control.sock --png m.png a picture of the guest's memory
-  vballoon export control.sock skip/    the skip bitmap as files
+                                        deflate or inflate until the guest has 2 GiB
+  vballoon map control.sock --png m.png write a picture of guest memory
+  vballoon export control.sock skip/    write the skip bitmap to files
 
-Each command has a --help of its own."""
+Run 'vballoon COMMAND --help' for the options of a command."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the command line."""
     top = argparse.ArgumentParser(
         prog="vballoon",
         description=PROLOGUE,
@@ -59,7 +59,7 @@ class _Version(argparse.Action):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
+    """Run the program; return 0 (done), 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _run(words)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vballoon: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # whoever read the output has seen enough; do not complain when Python flushes it at exit
+        # The reader closed the pipe.  Avoid a second error when Python flushes the output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -77,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words[:1] == ["conform"]:  # its options are not argparse's to know
+    if words[:1] == ["conform"]:  # the suite parses its own options
         return conform.pass_on(words[1:])
-    own, command = restore.split(words)  # what is behind -- is another program's
+    own, command = restore.split(words)  # the words after -- are another program's
     options = parser().parse_args(own)
     options.command_line = command
     run: Callable[[argparse.Namespace], int] = options.run
@@ -87,9 +87,9 @@ def _run(words: list[str]) -> int:
 
 
 def vhost_user_main() -> int:
-    """The program that vhost-user's conventions for back-end programs ask for.
+    """Run ``vballoon serve`` under the name that ``50-vballoon.json`` gives.
 
-    ``--socket-path PATH``, ``--fd NUMBER`` or ``--print-capabilities`` ("Backend program
-    conventions", vhost-user.rst of QEMU 11.1), and everything else that ``vballoon serve`` takes.
+    It takes ``--socket-path PATH``, ``--fd NUMBER`` and ``--print-capabilities`` (``Backend program
+    conventions``, vhost-user.rst of QEMU 11.1), and all options of ``vballoon serve``.
     """
     return main(["serve", *sys.argv[1:]])

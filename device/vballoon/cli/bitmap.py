@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon bitmap``: exported bitmaps, looked at, compared, combined and verified."""
+"""``vballoon bitmap``: show, compare, combine and verify exported bitmaps."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ __all__ = ("add", "run")
 
 EXAMPLES = """\
   vballoon bitmap verify skip/
-      checksums, sizes, counts, and the verdict on the rounds
+      check checksums, sizes, counts and rounds
   vballoon bitmap show skip/
   vballoon bitmap diff before/ after/
   vballoon bitmap and skip/hinted-0.bitmap --not dirty-0.bitmap --output skip-0.bitmap
-      the safety rule: what was hinted and not written since; dirty-0.bitmap is the dirty log
-      of the same memory slot, as KVM_GET_DIRTY_LOG gives it
+      the safety rule: pages hinted and not written since; dirty-0.bitmap is the dirty log
+      of the same memory slot, in the format of KVM_GET_DIRTY_LOG
 """
 
 
 def add(commands: Subparsers) -> None:
-    """Declare the subcommand and its own."""
+    """Declare the subcommand and its verbs."""
     command = add_command(
         commands,
         "bitmap",
         run,
         summary="work on exported bitmaps",
         description=(
-            "Work on files: directories written by 'vballoon export', and raw bitmaps in them."
+            "Work on directories written by 'vballoon export', and on the raw bitmaps in them."
         ),
         examples=EXAMPLES,
     )
     verbs = command.add_subparsers(metavar="VERB", required=True, title="verbs")
-    show = verbs.add_parser("show", help="what is in an export")
+    show = verbs.add_parser("show", help="show the contents of an export")
     show.add_argument("directory", metavar="DIRECTORY")
     show.set_defaults(verb=_show)
-    diff = verbs.add_parser("diff", help="what two exports of the same guest have not in common")
+    diff = verbs.add_parser("diff", help="show where two exports of one guest differ")
     diff.add_argument("first", metavar="BEFORE")
     diff.add_argument("second", metavar="AFTER")
     diff.set_defaults(verb=_diff)
     both = verbs.add_parser("and", help="combine raw bitmaps of the same region")
-    both.add_argument("files", metavar="FILE", nargs="+", help="bits that are set in all of these")
+    both.add_argument("files", metavar="FILE", nargs="+", help="keep bits set in all of these")
     both.add_argument(
         "--not", dest="without", metavar="FILE", action="append", default=[],
-        help="and in none of these; may be repeated",
+        help="and set in none of these; may be repeated",
     )  # fmt: skip
-    both.add_argument("--output", "-o", metavar="FILE", required=True, help="the raw result")
+    both.add_argument("--output", "-o", metavar="FILE", required=True, help="the result")
     both.set_defaults(verb=_and)
-    verify = verbs.add_parser("verify", help="check an export; fails unless every bit may be used")
+    verify = verbs.add_parser("verify", help="check an export; fail unless every bit may be used")
     verify.add_argument("directory", metavar="DIRECTORY", nargs="+")
     verify.set_defaults(verb=_verify)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the verb."""
+    """Run the verb and return its exit code."""
     code: int = options.verb(options)
     return code
 
@@ -83,7 +83,7 @@ def _show(options: argparse.Namespace) -> int:
         )
     for provenance, pages in export.verify().items():
         objection = export.objection(provenance)
-        note = f"  not to be used: {objection}" if objection else ""
+        note = f"  do not use: {objection}" if objection else ""
         runs = len(export.raw_bitmap(provenance).extents())
         share = size_text(pages * 4096)
         print(f"{provenance:<10} {pages:>12,} pages  {share:>10}  {runs:>9,} runs{note}")
@@ -107,7 +107,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     first, second = _open(options.first), _open(options.second)
     if first.layout != second.layout:
-        raise UsageError("the exports are of different guest memory")
+        raise UsageError(f"{options.first} and {options.second} have different memory regions")
     differs = False
     for provenance in first.provenances:
         before, after = first.raw_bitmap(provenance), second.raw_bitmap(provenance)

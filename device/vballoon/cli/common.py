@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several subcommands share: how they are declared, and how numbers are shown."""
+"""Helpers of several subcommands: declaring them, and printing and parsing sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_command(
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """Declare subcommand *name*: one line of *summary*, and a help that teaches."""
+    """Declare subcommand *name*, with a one-line *summary* and a --help with examples."""
     command = commands.add_parser(
         name,
         help=summary,
@@ -41,7 +41,7 @@ def add_command(
 
 
 def size_text(count: float) -> str:
-    """Bytes for people: ``1.5 GiB``."""
+    """Return *count* bytes in readable form, for example ``1.5 GiB``."""
     unit = "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(count) < 1024 or unit == "TiB":
@@ -51,7 +51,7 @@ def size_text(count: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """``2147483648``, ``0x80000000``, ``2G`` or ``2GiB`` in bytes; raises :class:`ValueError`."""
+    """Return the bytes in *text*: ``2147483648``, ``0x80000000``, ``2G``.  Raise ValueError."""
     number = text.strip()
     for suffix in ("iB", "B"):
         number = number.removesuffix(suffix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon ctl``: one command of the control socket, its answer as JSON."""
+"""``vballoon ctl``: run one command of the control socket and print the reply as JSON."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ def add(commands: Subparsers) -> None:
         summary="run a command on a control socket",
         description=(
             "Run one command on the control socket of a running 'vballoon serve' and print its\n"
-            "answer as JSON. The socket speaks QMP, so qmp-shell and every QMP client will do, too."
+            "reply as JSON. The socket speaks QMP, so qmp-shell and every QMP client also work."
         ),
         examples=EXAMPLES,
     )
     command.add_argument("socket", metavar="SOCKET", help="path of the control socket")
-    command.add_argument("command", metavar="COMMAND", help="a command, or 'help' for all of them")
+    command.add_argument("command", metavar="COMMAND", help="a command, or 'help' to list them")
     command.add_argument(
         "arguments",
         metavar="KEY=VALUE",
         nargs="*",
-        help="its arguments; numbers may end in K, M, G or T, a directory may be relative",
+        help="arguments; numbers may end in K, M, G or T, and a directory may be relative",
     )
-    command.add_argument("--wait", metavar="EVENT", help="wait for this event and print it, too")
+    command.add_argument("--wait", metavar="EVENT", help="then wait for this event and print it")
     command.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=float,
         default=60.0,
-        help="how long to wait for the answer, and for the event (default: 60)",
+        help="how long to wait for the reply, and for the event (default: 60)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask, and print the answer."""
+    """Run the command and print the reply."""
     from vballoon.control.client import ControlClient
 
     with ControlClient(options.socket, options.timeout) as client:
@@ -86,22 +86,22 @@ def _find(known: dict[str, Any], name: str) -> dict[str, Any]:
         found: dict[str, Any] = known[name]
     except KeyError:
         near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "'help' lists the commands"
-        raise UsageError(f"no command {name!r}; {hint}") from None
+        hint = f"did you mean {' or '.join(near)}?" if near else "run 'help' to list the commands"
+        raise UsageError(f"unknown command {name!r}; {hint}") from None
     return found
 
 
 def parse_arguments(given: Sequence[str], declared: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """``key=value`` words as the JSON that the command's declared arguments want."""
+    """Return ``key=value`` words as the JSON arguments that the command declares."""
     kinds = {argument["name"]: argument["type"] for argument in declared}
     arguments: dict[str, Any] = {}
     for word in given:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise UsageError(f"{word!r} is not KEY=VALUE")
+            raise UsageError(f"{word!r} is not of the form KEY=VALUE")
         if key not in kinds:
             names = ", ".join(kinds) or "none"
-            raise UsageError(f"no argument {key!r}; this command's arguments: {names}")
+            raise UsageError(f"unknown argument {key!r}; this command takes: {names}")
         arguments[key] = _value(key, text, kinds[key])
     return arguments
 
@@ -111,17 +111,19 @@ def _value(key: str, text: str, kind: str) -> Any:
         try:
             return parse_size(text)
         except ValueError:
-            raise UsageError(f"{key}: {text!r} is not a number (as 4096, 512M or 2G)") from None
+            raise UsageError(
+                f"{key}: {text!r} is not a number; write it as 4096, 512M or 2G"
+            ) from None
     if kind == "boolean":
         try:
             return {"true": True, "on": True, "false": False, "off": False}[text.lower()]
         except KeyError:
-            raise UsageError(f"{key}: {text!r} is neither true nor false") from None
+            raise UsageError(f"{key}: {text!r} is not a truth value; write true or false") from None
     return os.path.abspath(text) if key == "directory" else text
 
 
 def describe(command: dict[str, Any]) -> str:
-    """A command of ``query-commands`` as text."""
+    """Return a command of ``query-commands`` as text."""
     lines = [f"{command['name']}\n    {command.get('help', '')}"]
     for argument in command.get("arguments", []):
         optional = ", optional" if argument["optional"] else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon export``: the skip bitmap as files."""
+"""``vballoon export``: write the skip bitmap to files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ("add", "run")
 
 EXAMPLES = """\
   vballoon export control.sock skip/
-      manifest.json, and raw bitmaps in the layout of KVM_GET_DIRTY_LOG
+      write manifest.json and raw bitmaps in the layout of KVM_GET_DIRTY_LOG
   vballoon export control.sock skip/ --format ranges
-      besides, ranges.csv: provenance, first page, pages
+      also write ranges.csv: provenance, first page, pages
   vballoon export control.sock skip/ --format png
-      besides, map.png
+      also write map.png
 
-Read the safety rule in the format's description before you skip a page: hinted and walked
-bits hold only together with writes tracked since before the round was published.
+Read the safety rule in spec/vballoon_spec/skipmap/README.md before you skip a page: hinted and
+walked bits are valid only together with writes tracked since before the round was published.
 """
 
 
@@ -37,23 +37,25 @@ def add(commands: Subparsers) -> None:
         run,
         summary="write the skip bitmap to a directory",
         description=(
-            "Write the skip bitmap as it is now to a new DIRECTORY, whole or not at all. The\n"
-            "server writes it, so it must be able to."
+            "Write the current skip bitmap to a new DIRECTORY, complete or not at all. The server\n"
+            "writes the files, so it needs write access to the parent directory."
         ),
         examples=EXAMPLES,
     )
     command.add_argument("socket", metavar="SOCKET", help="path of the control socket")
-    command.add_argument("directory", metavar="DIRECTORY", help="must not be there yet")
+    command.add_argument(
+        "directory", metavar="DIRECTORY", help="directory to create; must not exist yet"
+    )
     command.add_argument(
         "--format",
         action="append",
         choices=("raw", "ranges", "png"),
-        help="what to add to the raw bitmaps, which are always written; may be repeated",
+        help="files to write in addition to the raw bitmaps; may be repeated",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Have it written, and add what else was asked for."""
+    """Have the server write the export, then add the other formats."""
     from vballoon.control.client import ControlClient
 
     directory = Path(os.path.abspath(options.directory))
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def write_ranges(export: SkipExport, path: Path) -> None:
-    """All runs of set bits as comma-separated values, a header line first."""
+    """Write all runs of set bits as comma-separated values, after a header line."""
     try:
         with path.open("w") as file:
             file.write("provenance,first_pfn,pages\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon map``: the guest's memory as a picture, in the terminal or as a PNG file."""
+"""``vballoon map``: show guest memory as a picture, in the terminal or as a PNG file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 __all__ = ("add", "run")
 
 EXAMPLES = """\
-  vballoon map control.sock                  in the terminal
-  vballoon map control.sock --png memory.png as a file
+  vballoon map control.sock                  show it in the terminal
+  vballoon map control.sock --png memory.png write it to a file
   vballoon map skip-bitmap/                  of an exported bitmap
 """
 TERMINAL_LINES = 24
-"""Lines of the picture in a terminal, at most."""
+"""Maximum number of lines of the picture in a terminal."""
 
 
 def add(commands: Subparsers) -> None:
@@ -31,8 +31,8 @@ def add(commands: Subparsers) -> None:
         run,
         summary="show the guest's memory as a picture",
         description=(
-            "Show which memory the host holds (resident), and what the guest gave back or said to\n"
-            "be free (ballooned, reported, hinted, walked)."
+            "Show which memory the host holds (resident), which the guest gave back (ballooned,\n"
+            "reported), and which it only reported free (hinted, walked)."
         ),
         examples=EXAMPLES,
     )
@@ -43,7 +43,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Fetch and draw."""
+    """Fetch the map and draw it."""
     source = Path(options.source)
     if options.png is None:
         from rich.console import Console

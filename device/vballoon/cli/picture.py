@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory as a picture: the data, and the colours; no output.
+"""Guest memory as a picture: cells and colours, without output.
 
-Memory is cut into cells, address rising from left to right and from top to bottom.  A cell's
-colour is a mixture: what more of its pages are, it looks more like; where pages are several things
-at once, the last one in :data:`CATEGORIES` is on top.
+Memory is split into cells; addresses rise from left to right and from top to bottom.  The colour of
+a cell mixes the colours of its categories, weighted by their share of its pages.  Later categories
+in :data:`CATEGORIES` are drawn over earlier ones.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ("BACKGROUND", "CATEGORIES", "COLOURS", "MemoryPicture", "PictureRegio
 Colour = tuple[int, int, int]
 
 CATEGORIES = ("resident", "hinted", "walked", "reported", "ballooned")
-"""Bottom to top: what was given back to the host is on top of what is said to be free."""
+"""From bottom to top: memory given back to the host is drawn over memory reported free."""
 COLOURS: dict[str, Colour] = {
-    # Okabe and Ito's palette, which people with colour-blindness can tell apart
+    # Okabe and Ito's palette, which colour-blind people can distinguish
     "resident": (0, 114, 178),
     "hinted": (240, 228, 66),
     "walked": (204, 121, 167),
@@ -32,33 +32,33 @@ COLOURS: dict[str, Colour] = {
     "ballooned": (213, 94, 0),
 }
 BACKGROUND: Colour = (44, 44, 44)
-"""A page that the host holds nothing of and that nobody said anything about."""
+"""Colour of pages that are neither resident nor in any other category."""
 MEANING = {
     "resident": "held by the host",
     "hinted": "hinted free",
     "walked": "on the guest's free lists",
     "reported": "reported free, given back, still a hole",
     "ballooned": "in the balloon",
-    "untouched": "never touched, nothing said",
+    "untouched": "never touched, not reported",
 }
 FAINTEST = 0.3
-"""Opacity of a cell with a single page: visible."""
+"""Opacity of a cell with a single page, so that it is visible."""
 
 
 @dataclass(frozen=True, slots=True)
 class PictureRegion:
-    """One region; *fill* is category → a byte for each cell, 0 to 255."""
+    """One region; *fill* maps a category to one byte for each cell, from 0 to 255."""
 
     guest_phys_addr: int
     size: int
     fill: dict[str, bytes]
 
     def cells(self) -> int:
-        """How many cells."""
+        """Return the number of cells."""
         return len(next(iter(self.fill.values()), b""))
 
     def colour(self, cell: int) -> Colour:
-        """The colour of *cell*."""
+        """Return the colour of *cell*."""
         red, green, blue = (float(c) for c in BACKGROUND)
         for category in CATEGORIES:
             fill = self.fill[category][cell] if category in self.fill else 0
@@ -71,7 +71,7 @@ class PictureRegion:
         return int(red), int(green), int(blue)
 
     def dominant(self, cell: int) -> str | None:
-        """The topmost category that at least half of *cell*'s pages are, or the fullest."""
+        """Return the topmost category with at least half of *cell*'s pages, else the largest."""
         present = [(self.fill[c][cell], c) for c in CATEGORIES if self.fill.get(c)]
         present = [(fill, c) for fill, c in present if fill]
         if not present:
@@ -82,7 +82,7 @@ class PictureRegion:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPicture:
-    """All regions, in cells of *cell_bytes* each; *pages* are the exact totals."""
+    """All regions, in cells of *cell_bytes* bytes; *pages* are the exact totals."""
 
     cell_bytes: int
     regions: Sequence[PictureRegion]
@@ -90,12 +90,12 @@ class MemoryPicture:
 
     @property
     def size(self) -> int:
-        """Guest memory in bytes."""
+        """Size of guest memory in bytes."""
         return sum(r.size for r in self.regions)
 
     @classmethod
     def from_reply(cls, reply: dict[str, Any]) -> MemoryPicture:
-        """From the answer to ``query-memory-map``."""
+        """Build the picture from the reply to ``query-memory-map``."""
         return cls(
             cell_bytes=reply["cell-pages"] * 4096,
             regions=[
@@ -111,7 +111,7 @@ class MemoryPicture:
 
     @classmethod
     def from_export(cls, export: SkipExport, cells: int) -> MemoryPicture:
-        """From an exported bitmap, which does not know what is resident."""
+        """Build the picture from an exported bitmap, which does not record resident pages."""
         from vballoon.skipmap.cells import cell_pages, fill_of_cells
 
         pages = cell_pages(export.layout, cells)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory picture as a PNG file: addresses at the side, the legend with totals below."""
+"""The memory picture as a PNG file, with addresses at the side and a legend below."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 __all__ = ("CELLS", "save")
 
 CELLS = 1 << 16
-"""Cells of a picture: 256 rows of 256 at most."""
+"""Maximum number of cells of a picture: 256 rows of 256."""
 COLUMNS = 256
 SCALE = 3
-"""Pixels of a cell's side."""
+"""Width and height of a cell in pixels."""
 MARGIN = 16
 GAP = 14
 """Pixels between two regions."""
 TEXT, FRAME, PAPER = (32, 32, 32), (160, 160, 160), (255, 255, 255)
 TICK = 40
-"""At least so many pixels between two address labels."""
+"""Minimum number of pixels between two address labels."""
 
 
 def save(picture: MemoryPicture, path: str | os.PathLike[str], title: str) -> None:
-    """Write *picture* to *path*; raises :class:`~vballoon.errors.UsageError`."""
+    """Write *picture* to *path*.  Raise UsageError if it cannot be written."""
     try:
         draw_picture(picture, title).save(path, format="PNG", optimize=True)
     except OSError as error:
@@ -40,7 +40,7 @@ def save(picture: MemoryPicture, path: str | os.PathLike[str], title: str) -> No
 
 
 def draw_picture(picture: MemoryPicture, title: str) -> Image.Image:
-    """The whole image."""
+    """Return the whole image."""
     small, large = ImageFont.load_default(13), ImageFont.load_default(17)
     left = MARGIN + int(small.getlength("0x0000 0000 0000")) + 10
     blocks = [_region_image(r) for r in picture.regions]
@@ -83,7 +83,7 @@ def _addresses(
     height: int,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """Label rows from the region's start on, with room between the labels."""
+    """Label rows from the start of the region, with space between the labels."""
     rows = 1
     while rows * SCALE < TICK:
         rows *= 2
@@ -97,7 +97,7 @@ def _addresses(
 
 
 def legend(picture: MemoryPicture) -> list[tuple[Colour, str]]:
-    """A colour and a text for each category that the picture knows."""
+    """Return a colour and a text for each category in the picture."""
     entries = []
     for name in CATEGORIES:
         if name in picture.pages:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon serve``: the balloon at the end of a socket, until it is told to stop."""
+"""``vballoon serve``: serve the balloon on a socket until a signal stops it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ EXAMPLES = """\
       then QEMU (10.1 or newer) with shared memory, and
       -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"balloon.sock"}}'
   vballoon serve --vhost-user balloon.sock --no-discard
-      the guest's memory is pinned by a passed-through device
+      do not discard, because a passed-through device has pinned guest memory
   vballoon serve --vhost-user balloon.sock --features=-FREE_PAGE_WALK
-      without the walk extension: config_size=16 and num_vqs=5 will do
+      leave out the walk extension; then config_size=16 and num_vqs=5 are enough
   vballoon serve --config vms.toml
-      several virtual machines in one process:
+      serve several virtual machines in one process:
       [[vm]]
       vhost-user = "/run/vm1/balloon.sock"
       control = "/run/vm1/control.sock"
@@ -51,19 +51,23 @@ def add(commands: Subparsers) -> None:
         ),
         examples=EXAMPLES,
     )
-    where = command.add_argument_group("where (exactly one)").add_mutually_exclusive_group()
+    where = command.add_argument_group(
+        "where to serve (exactly one)"
+    ).add_mutually_exclusive_group()
     where.add_argument(
         "--vhost-user", "--socket-path", metavar="SOCKET", help="listen here for vhost-user"
     )
     where.add_argument("--vfio-user", metavar="SOCKET", help="listen here for vfio-user")
     where.add_argument(
-        "--fd", metavar="N", type=int, help="vhost-user on this inherited descriptor"
+        "--fd", metavar="N", type=int, help="serve vhost-user on this inherited descriptor"
     )
-    where.add_argument("--config", metavar="FILE", help="several machines, described in TOML")
+    where.add_argument(
+        "--config", metavar="FILE", help="serve the machines described in this TOML file"
+    )
     where.add_argument(
         "--print-capabilities",
         action="store_true",
-        help="print what vhost-user's conventions ask of a back-end program, and exit",
+        help="print the capabilities (vhost-user's back-end program conventions) and exit",
     )
     _add_options(command)
 
@@ -73,30 +77,30 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--client",
         action="store_true",
-        help="connect to the --vhost-user socket, again and again, instead of listening",
+        help="connect to the --vhost-user socket, repeatedly, instead of listening",
     )
     command.add_argument(
         "--no-discard",
         action="store_true",
-        help="never free guest memory: for guests with passed-through devices",
+        help="never discard guest memory; needed for guests with passed-through devices",
     )
     command.add_argument(
         "--features",
         metavar="LIST",
         default="",
-        help="what to offer: names with + or - change the default, names without replace the "
+        help="features to offer: names with + or - change the default, other names replace the "
         "balloon's; for example -FREE_PAGE_WALK,+RING_PACKED or MUST_TELL_HOST,PAGE_REPORTING",
     )
     command.add_argument(
         "--no-msix",
         action="store_true",
-        help="vfio-user without MSI-X: QEMU 11.1 ends when it unplugs a function that has it",
+        help="offer no MSI-X over vfio-user: QEMU 11.1 aborts when a function with it is unplugged",
     )
     command.add_argument(
         "--engine",
         choices=("batch", "scalar"),
         default="batch",
-        help="how rings are served: whole batches with NumPy, or step by step (default: batch)",
+        help="serve rings in batches with NumPy, or one buffer at a time (default: batch)",
     )
     command.add_argument(
         "--log-level", choices=LOG_LEVELS, default="info", help="default: %(default)s"
@@ -104,7 +108,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until told to stop."""
+    """Serve until a signal or the command quit; return the exit code."""
     if options.print_capabilities:
         print('{\n  "type": "balloon"\n}')
         return 0
@@ -113,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     machines = _machines(options)
     listening = Listening()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)  # until the loop takes them over: the files go here, too
+        signal.signal(number, _end)  # until the loop takes over; removes the socket files
     try:
         for machine in machines:
             _listen(listening, machine)
@@ -130,7 +134,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def _listen(listening: Listening, machine: dict[str, Any]) -> None:
-    if "control" in machine:  # whoever may write to it commands the balloon
+    if "control" in machine:  # a process that can write to it controls the balloon
         listening.open(machine["control"], private=True)
     if "vfio-user" in machine:
         listening.open(machine["vfio-user"])
@@ -139,7 +143,7 @@ def _listen(listening: Listening, machine: dict[str, Any]) -> None:
 
 
 def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The machines to serve, each as the options that describe it."""
+    """Return the options of each machine to serve.  Raise UsageError if they are inconsistent."""
     given: dict[str, Any] = {
         "vhost-user": options.vhost_user,
         "vfio-user": options.vfio_user,
@@ -149,14 +153,14 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.config is not None:
         single = ("control", "client", "no_discard", "features", "no_msix")
         if any(getattr(options, name) for name in single) or options.engine != "batch":
-            raise UsageError("--config FILE takes everything but --log-level from the file")
+            raise UsageError("with --config FILE, give all options but --log-level in the file")
         from pathlib import Path
 
         from vballoon.keeper.config import read_config
 
         return read_config(Path(options.config))
     if not given:
-        raise UsageError("serve: one of --vhost-user, --vfio-user, --fd or --config is needed")
+        raise UsageError("serve: give one of --vhost-user, --vfio-user, --fd or --config")
     given |= {"client": options.client, "no-discard": options.no_discard}
     given |= {"features": options.features, "engine": options.engine}
     given |= {"no-msix": options.no_msix}

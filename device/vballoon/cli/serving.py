@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The running server: for each machine a balloon, its transport and its control socket."""
+"""The running server: a balloon, a transport and a control socket for each machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger("vballoon.serve")
 
 
 class _OneLine(logging.Formatter):
-    """One record, one line: whatever a peer sends ends up escaped, and tracebacks joined."""
+    """Format a record as one line: escape what a peer sent, and join tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return super().format(record).replace("\r", "\\r").replace("\n", " | ")
@@ -47,7 +47,7 @@ def set_up_logging(level: str) -> None:
 
 
 def serve(machines: list[dict[str, Any]], listening: Listening) -> int:
-    """Serve all *machines* until SIGTERM, SIGINT or ``quit``; returns the exit code."""
+    """Serve all *machines* until SIGTERM, SIGINT or ``quit``; return the exit code."""
     return asyncio.run(_serve(machines, listening))
 
 
@@ -61,12 +61,12 @@ async def _serve(machines: list[dict[str, Any]], listening: Listening) -> int:
         for options in machines:
             served.append(Machine(options, listening, stop.set))
         tasks = [asyncio.create_task(machine.run()) for machine in served]
-        told = asyncio.create_task(stop.wait())
-        # one machine's end (an inherited connection, a fault) does not end the others
-        while not told.done() and not all(task.done() for task in tasks):
+        stopping = asyncio.create_task(stop.wait())
+        # one machine's end (an inherited connection, a fault) leaves the others running
+        while not stopping.done() and not all(task.done() for task in tasks):
             running = [task for task in tasks if not task.done()]
-            await asyncio.wait([told, *running], return_when=asyncio.FIRST_COMPLETED)
-        told.cancel()
+            await asyncio.wait([stopping, *running], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
         for machine in served:
             machine.close()
         await asyncio.gather(*tasks)
@@ -77,7 +77,7 @@ async def _serve(machines: list[dict[str, Any]], listening: Listening) -> int:
 
 
 class Machine:
-    """One balloon and everything around it.  *options* are as in a ``[[vm]]`` table."""
+    """One balloon, its transport and its control socket; *options* are a ``[[vm]]`` table."""
 
     def __init__(
         self, options: dict[str, Any], listening: Listening, stop: Callable[[], None]
@@ -93,7 +93,7 @@ class Machine:
         log.info("serving %s", ", ".join(where))
 
     def status(self) -> BackendStatus:
-        """The transport's state."""
+        """Return the state of the transport."""
         return self._transport.status()
 
     async def run(self) -> None:
@@ -104,7 +104,7 @@ class Machine:
             pass
 
     def close(self) -> None:
-        """Let go of everything; safe to call again."""
+        """Close the transport and the control socket; may be called again."""
         self._transport.close()
         self._control.close()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon status``: what a server is doing, as tables."""
+"""``vballoon status``: show the state of a server as tables."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ("add", "run")
 
 EXAMPLES = """\
   vballoon status control.sock
-  vballoon status control.sock --watch 2     again every 2 seconds
-  vballoon status control.sock --json        for programs
+  vballoon status control.sock --watch 2     refresh every 2 seconds
+  vballoon status control.sock --json        print JSON, for programs
 """
 
 
@@ -28,18 +28,18 @@ def add(commands: Subparsers) -> None:
         commands,
         "status",
         run,
-        summary="show what a server is doing",
+        summary="show the state of a server",
         description="Show memory, front-end, features, queues, rounds and counters of a server.",
         examples=EXAMPLES,
     )
     command.add_argument("socket", metavar="SOCKET", help="path of the control socket")
     form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="the answers as they come")
-    form.add_argument("--watch", metavar="SECONDS", type=float, help="show again and again")
+    form.add_argument("--json", action="store_true", help="print the replies as JSON")
+    form.add_argument("--watch", metavar="SECONDS", type=float, help="refresh every SECONDS")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask and show."""
+    """Query the server and print the tables."""
     from vballoon.control.client import ControlClient
 
     with ControlClient(options.socket) as client:
@@ -66,7 +66,7 @@ def _ask(client: Any) -> dict[str, Any]:
 
 
 def render(answers: dict[str, Any]) -> RenderableType:
-    """The answers as something that rich can print."""
+    """Return the replies as a renderable of rich."""
     from rich.console import Group
 
     status = answers["status"]

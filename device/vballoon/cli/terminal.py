@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory picture in a terminal: half blocks in colour, letters where there is no colour."""
+"""The memory picture in a terminal: half blocks in colour, or letters without colour."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ("columns_for", "show")
 
 LETTERS = {"resident": "#", "reported": "r", "ballooned": "b", "hinted": "h", "walked": "w"}
 LABEL = 15
-"""Columns of an address."""
+"""Width of an address in columns."""
 
 
 def columns_for(width: int) -> int:
-    """Cells in a row of a terminal with *width* columns: a power of two where there is room."""
+    """Return the number of cells in a row of *width* columns, a power of two if it fits."""
     room = max(8, width - LABEL - 1)
     return 1 << (room.bit_length() - 1)
 
@@ -64,7 +64,7 @@ def _lines(region: PictureRegion, cell_bytes: int, columns: int, *, colour: bool
 
 
 def _half_blocks(line: Text, region: PictureRegion, first: int, columns: int) -> None:
-    """Two rows of cells in one line of text: the upper one's colour over the lower one's."""
+    """Return two rows of cells as one line of text, the upper colour over the lower one."""
     cells = region.cells()
     for at in range(first, min(first + columns, cells)):
         upper = _rich(region.colour(at))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's socket: QMP, the dialect that QEMU's users and tools already speak.
+"""The control socket, which speaks QMP, the protocol of QEMU's users and tools.
 
-``session`` is the protocol without a socket, ``commands`` the table of what can be asked,
-``server`` the shell around them, ``client`` the other end for programs that block.  Only the
-client is loaded with the package: a command line must not wait for the server's imports.
+``session`` is the protocol without I/O, ``commands`` the table of commands, ``server`` does the
+I/O, and ``client`` is a blocking client.  Importing the package loads only the client, so that a
+command line does not wait for the server's imports.
 """
 
 from __future__ import annotations

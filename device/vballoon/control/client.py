@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client of the control socket for programs that wait: one command, one answer.
+"""A blocking client of the control socket: one command, one reply.
 
-For programs on asyncio there is ``qemu.qmp.QMPClient``, which works with this server too; this
-client also takes the descriptors that come with a reply.  It loads neither asyncio nor NumPy, so
-that a command line is done before they would be there.
+Programs on asyncio can use ``qemu.qmp.QMPClient`` with this server.  This client also receives
+the descriptors that come with a reply.  It imports neither asyncio nor NumPy, because those imports
+take longer than most commands.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vballoon.errors import UsageError
 __all__ = ("ControlClient",)
 
 MESSAGE_MAX = 16 << 20
-"""Bytes of one message of the server; a memory map has half a megabyte."""
+"""Maximum size in bytes of a message from the server; a memory map takes half a megabyte."""
 
 
 class ControlClient:
     """A negotiated connection to the control socket at *path*; a context manager.
 
-    Raises :class:`~vballoon.errors.UsageError` for whatever goes wrong; *timeout* is in seconds
-    and for each answer.
+    *timeout* is in seconds and applies to each reply.  Every method raises
+    :class:`~vballoon.errors.UsageError` on failure.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 60.0) -> None:
@@ -34,9 +34,9 @@ class ControlClient:
         self._timeout = timeout
         self._buffer = bytearray()
         self.fds: list[int] = []
-        """Descriptors received and not yet taken."""
+        """Descriptors that were received and not yet taken."""
         self.events: list[dict[str, Any]] = []
-        """Events that came while an answer was awaited."""
+        """Events that arrived while a reply was awaited."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(timeout)
@@ -52,7 +52,7 @@ class ControlClient:
             raise
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run *command*; returns its result.  Its error raises UsageError with its words."""
+        """Run *command* and return its result.  Raise UsageError with the server's error text."""
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = arguments
@@ -63,14 +63,14 @@ class ControlClient:
             raise UsageError(f"{self._path}: {error.strerror or error}") from None
 
     def execute_fd(self, command: str) -> tuple[Any, int]:
-        """Run a command that hands out a descriptor: its result, and the descriptor to close."""
+        """Run *command* and return its result and the descriptor, which the caller closes."""
         result = self.execute(command)
         if not self.fds:
-            raise UsageError(f"{self._path}: {command} came without its descriptor")
+            raise UsageError(f"{self._path}: {command} returned no descriptor")
         return result, self.fds.pop()
 
     def wait_event(self, name: str, timeout: float) -> dict[str, Any]:
-        """The next event *name*, waiting *timeout* seconds at most."""
+        """Return the next event *name*.  Raise TimeoutError after *timeout* seconds."""
         deadline = time.monotonic() + timeout
         while True:
             for i, event in enumerate(self.events):
@@ -94,10 +94,10 @@ class ControlClient:
             self.events.append(message)
 
     def _receive(self, deadline: float) -> dict[str, Any]:
-        """The next message, whatever it is."""
+        """Return the next message of any kind."""
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > MESSAGE_MAX:
-                raise UsageError(f"{self._path}: an endless message")
+                raise UsageError(f"{self._path}: the message exceeds {MESSAGE_MAX} bytes")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(None, "no answer in time")
@@ -118,7 +118,7 @@ class ControlClient:
         return message
 
     def close(self) -> None:
-        """Close the connection and the descriptors that nobody took."""
+        """Close the connection and the descriptors that were not taken."""
         self._socket.close()
         for fd in self.fds:
             os.close(fd)
@@ -132,7 +132,7 @@ class ControlClient:
 
 
 def _why(error: OSError) -> str:
-    """Why there is no conversation, and what to do about it."""
+    """Explain why the connection failed and what to do about it."""
     if isinstance(error, TimeoutError):
         return "no greeting; is it the socket that 'vballoon serve --control' names?"
     if isinstance(error, FileNotFoundError | ConnectionRefusedError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's commands, declared in one table.
+"""The commands of the control socket, declared in one table.
 
 ``balloon``, ``query-balloon`` and the shape of the statistics are QEMU's (qapi/machine.json and
 docs/virtio-balloon-stats.txt of QEMU); the others are this device's own.
@@ -29,10 +29,10 @@ __all__ = ("COMMANDS",)
 
 COMMANDS = Table()
 MAX_CELLS = 1 << 16
-"""Cells of a memory map: five bitmaps of as many bytes, 440 kB as JSON."""
+"""Maximum number of cells of a memory map: five fill bytes for each cell, 440 kB as JSON."""
 
 
-# The balloon, as QEMU means it.
+# Commands that QEMU has too.
 
 
 @COMMANDS.command(
@@ -40,9 +40,9 @@ MAX_CELLS = 1 << 16
     {"value": Argument(int, "bytes of memory that the guest should have", minimum=1)},
 )
 def balloon(operator: Operator, value: int) -> dict[str, Any]:
-    """Ask the guest to give memory back, or to take it again.
+    """Ask the guest to inflate or deflate its balloon until it has *value* bytes.
 
-    The guest follows when it can: see query-balloon and the event BALLOON_CHANGE.
+    The guest does so in its own time: see query-balloon and the event BALLOON_CHANGE.
     """
     operator.balloon.set_target(value)
     return {}
@@ -50,14 +50,14 @@ def balloon(operator: Operator, value: int) -> dict[str, Any]:
 
 @COMMANDS.command("query-balloon")
 def query_balloon(operator: Operator) -> dict[str, Any]:
-    """Show how many bytes of memory the guest has, its balloon taken off."""
+    """Show how many bytes of memory the guest has, excluding the balloon."""
     operator.require_memory()
     return {"actual": operator.balloon.actual_bytes}
 
 
 @COMMANDS.command("query-guest-stats")
 def query_guest_stats(operator: Operator) -> dict[str, Any]:
-    """Show the guest's latest memory statistics and when they came (0: never yet)."""
+    """Show the guest's latest memory statistics and their UNIX time (0: none yet)."""
     latest = operator.balloon.stats()
     return {
         "stats": {stat_name(tag): value for tag, value in latest.values.items()},
@@ -70,7 +70,7 @@ def query_guest_stats(operator: Operator) -> dict[str, Any]:
     {"seconds": Argument(int, "seconds between two requests, 0 for none", maximum=86400 * 365)},
 )
 def set_guest_stats_interval(operator: Operator, seconds: int) -> dict[str, Any]:
-    """Ask the guest for its statistics now and then every so many seconds."""
+    """Request statistics from the guest now, and again each time the interval has passed."""
     operator.stats_interval = seconds
     operator.interval_changed()
     return {}
@@ -83,21 +83,21 @@ def set_guest_stats_interval(operator: Operator, seconds: int) -> dict[str, Any]
     "start-hinting",
     {
         "hold": Argument(
-            bool, "the guest keeps the hinted pages back until stop-hinting", optional=True
+            bool, "the guest keeps the hinted pages allocated until stop-hinting", optional=True
         )
     },
 )
 def start_hinting(operator: Operator, hold: bool = False) -> dict[str, Any]:
-    """Begin a free page hinting round; the event ROUND_COMPLETED tells its end.
+    """Begin a free page hinting round; the event ROUND_COMPLETED reports its end.
 
-    Tracking of writes must have begun before, or the bits cannot be used.
+    Start tracking writes before this command, or the bits cannot be used.
     """
     return {"round": operator.balloon.start_hinting(hold=hold)}
 
 
 @COMMANDS.command("stop-hinting")
 def stop_hinting(operator: Operator) -> dict[str, Any]:
-    """End hinting: a round that still goes is void, and the guest takes its pages back."""
+    """End hinting: a round still running is voided, and the guest frees the hinted pages."""
     operator.balloon.stop_hinting()
     return {}
 
@@ -106,18 +106,18 @@ def stop_hinting(operator: Operator) -> dict[str, Any]:
     "start-walk",
     {
         "min-order": Argument(
-            int, "smallest blocks to tell: 2^order pages", optional=True, maximum=63
+            int, "smallest block to report is 2^min-order pages", optional=True, maximum=63
         )
     },
 )
 def start_walk(operator: Operator, min_order: int = 0) -> dict[str, Any]:
-    """Have the guest's free lists walked; the event ROUND_COMPLETED tells the end."""
+    """Begin a walk of the guest's free lists; the event ROUND_COMPLETED reports its end."""
     return {"round": operator.balloon.start_walk(min_order)}
 
 
 @COMMANDS.command("stop-walk")
 def stop_walk(operator: Operator) -> dict[str, Any]:
-    """End the walk; one that still goes is void."""
+    """End the walk: a walk still running is voided."""
     operator.balloon.stop_walk()
     return {}
 
@@ -131,12 +131,13 @@ def stop_walk(operator: Operator) -> dict[str, Any]:
     },
 )
 def query_round(operator: Operator, kind: str | None = None) -> dict[str, Any]:
-    """Show a round: its times, whether it is complete, and why not."""
+    """Show a round: its times, whether it is complete, and if not, the reason."""
     rounds = operator.balloon.skipmap.rounds
     wanted = [RoundKind(kind)] if kind else list(RoundKind)
     found = [rounds[k] for k in wanted if k in rounds]
     if not found:
-        raise CommandError(f"there has been no {kind + ' ' if kind else ''}round yet")
+        name = f"{kind} round" if kind else "round"
+        raise CommandError(f"no {name} yet; start one with start-hinting or start-walk")
     return max(found, key=lambda r: r.published.monotonic_ns).as_dict()
 
 
@@ -145,9 +146,9 @@ def query_round(operator: Operator, kind: str | None = None) -> dict[str, Any]:
 
 @COMMANDS.command("query-skip-bitmap")
 def query_skip_bitmap(operator: Operator) -> dict[str, Any]:
-    """Show how many pages each provenance has, the guest's regions, and the rounds.
+    """Show the number of pages of each provenance, the guest's regions, and the rounds.
 
-    ``reported`` are the pages that are still holes of the backing file.
+    ``reported`` counts the pages that are still holes in the backing file.
     """
     skipmap = operator.require_memory()
     return {
@@ -168,10 +169,10 @@ def query_skip_bitmap(operator: Operator) -> dict[str, Any]:
 
 @COMMANDS.command(
     "export-skip-bitmap",
-    {"directory": Argument(str, "absolute path of a directory that is not there yet")},
+    {"directory": Argument(str, "absolute path of a directory that does not exist yet")},
 )
 async def export_skip_bitmap(operator: Operator, directory: str) -> dict[str, Any]:
-    """Write the skip bitmap as it is now: a manifest and raw bitmaps with checksums."""
+    """Write the current skip bitmap: a manifest and raw bitmaps with checksums."""
     if not os.path.isabs(directory) or "\0" in directory:
         raise CommandError("Parameter 'directory' expects an absolute path")
     frozen = FrozenExport(operator.require_memory())
@@ -181,9 +182,9 @@ async def export_skip_bitmap(operator: Operator, directory: str) -> dict[str, An
 
 @COMMANDS.command("get-skip-bitmap-fd")
 def get_skip_bitmap_fd(operator: Operator) -> Reply:
-    """Hand out the live bitmaps: a read-only memory descriptor comes with the reply (SCM_RIGHTS).
+    """Hand out the live bitmaps: the reply carries a read-only memfd (SCM_RIGHTS).
 
-    The reply says where each bitmap is in it.
+    The reply says where each bitmap is in the memfd.
     """
     skipmap = operator.require_memory()
     return Reply(skipmap.descriptor_layout(), (skipmap.open_fd(),))
@@ -191,12 +192,12 @@ def get_skip_bitmap_fd(operator: Operator) -> Reply:
 
 @COMMANDS.command(
     "query-memory-map",
-    {"cells": Argument(int, "at most so many cells", minimum=1, maximum=MAX_CELLS)},
+    {"cells": Argument(int, "maximum number of cells", minimum=1, maximum=MAX_CELLS)},
 )
 def query_memory_map(operator: Operator, cells: int) -> dict[str, Any]:
-    """Show guest memory from afar: in cells, how full each is of resident, ballooned … pages.
+    """Show guest memory downsampled to cells: the share of each provenance in each cell.
 
-    A cell's fill is a byte from 0 to 255, all bytes of a region base64-encoded.
+    The share is a byte from 0 to 255; the bytes of a region are base64-encoded.
     """
     skipmap = operator.require_memory()
     resident = PageBitmap(skipmap.layout)
@@ -256,6 +257,6 @@ def query_commands(operator: Operator) -> list[dict[str, Any]]:
 
 @COMMANDS.command("quit")
 def quit_(operator: Operator) -> dict[str, Any]:
-    """End the server. A front-end that cannot reconnect may end its guest: see the manual."""
+    """End the server. QEMU may abort when it loses the device: see docs/operating.md."""
     operator.stop()
     return {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands for whoever copies the guest's memory: its files, and where its page structures are.
+"""Commands for programs that copy guest memory: its files, and the guest's memmap layout.
 
-The files of guest memory go out by descriptor, so that a snapshot needs neither QEMU's process
-nor root, and still has them when the device is unplugged.
+The files of guest memory are handed out as descriptors.  So a snapshot needs neither access to
+QEMU's process nor root, and it keeps the files when the device is unplugged.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 __all__ = ("COMMANDS",)
 
 FILES_MAX = 4096
-"""Files of guest memory that can be asked for; QEMU has one for each memory backend."""
+"""Maximum number of guest memory files; QEMU has one for each memory backend."""
 
 
 def _files(operator: Operator) -> dict[tuple[int, int], MemoryRegion]:
-    """A region of each file of guest memory, by the file's identity, in address order."""
+    """Return one region for each file of guest memory, by the file's identity, in address order."""
     found: dict[tuple[int, int], MemoryRegion] = {}
     for region in operator.require_memory().memory.regions:
         if region.fd is not None:
@@ -37,9 +37,9 @@ def _files(operator: Operator) -> dict[tuple[int, int], MemoryRegion]:
 
 @COMMANDS.command("query-guest-memory")
 def query_guest_memory(operator: Operator) -> dict[str, Any]:
-    """Show guest memory's regions and the files they are in (null: memory without a file).
+    """Show the regions of guest memory and the file of each (null: memory without a file).
 
-    The files are numbered; get-guest-memory-fd hands them out.
+    Files are numbered from 0; get-guest-memory-fd hands them out.
     """
     files = list(_files(operator))
     regions = []
@@ -66,10 +66,10 @@ def query_guest_memory(operator: Operator) -> dict[str, Any]:
 
 @COMMANDS.command(
     "get-guest-memory-fd",
-    {"file": Argument(int, "its number in query-guest-memory", maximum=FILES_MAX)},
+    {"file": Argument(int, "number of the file in query-guest-memory", maximum=FILES_MAX)},
 )
 def get_guest_memory_fd(operator: Operator, file: int) -> Reply:
-    """Hand out a file of guest memory: a read-only descriptor comes with the reply (SCM_RIGHTS)."""
+    """Hand out a file of guest memory: the reply carries a read-only descriptor (SCM_RIGHTS)."""
     files = list(_files(operator).items())
     if file >= len(files):
         raise CommandError(f"there are {len(files)} files of guest memory")
@@ -79,7 +79,7 @@ def get_guest_memory_fd(operator: Operator, file: int) -> Reply:
 
 
 def _read_only(fd: int) -> int:
-    """The same file opened anew where that is possible: a position of its own, and no writing."""
+    """Return a new, read-only open of the same file, with its own position, where possible."""
     try:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -88,15 +88,17 @@ def _read_only(fd: int) -> int:
 
 @COMMANDS.command("get-memmap-layout")
 def get_memmap_layout(operator: Operator) -> Reply:
-    """Hand out where the guest keeps its page structures (from the guest module), as a descriptor.
+    """Hand out the guest's memmap layout, as the guest module reported it, in a memfd.
 
-    It holds a struct walk_memmap and the runs behind it. Only a stopped guest may be read by it,
-    and only after the checks of the walk queue's specification.
+    The memfd holds a struct walk_memmap followed by its runs. Use it only on a stopped guest, and
+    only after the checks of the walk queue's specification.
     """
     walk = cast("Balloon", operator.balloon).walk_queue
     layout = walk.memmap.layout
     if layout is None:
-        raise CommandError("the guest has not told where its page structures are (guest module?)")
+        raise CommandError(
+            "the guest has reported no memmap layout; load vballoon_walk in the guest"
+        )
     fd = os.memfd_create("vballoon-memmap", os.MFD_CLOEXEC)
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(layout.header.build())

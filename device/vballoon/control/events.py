@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events on their way to the clients: a guest must not be able to flood them.
+"""Rate limits for events, so that a guest cannot flood the clients.
 
-As in QEMU, an event that a guest can cause at will is told at most once a second; of those held
-back the last one is told when the second is over.
+As in QEMU, an event that a guest can cause at will is sent at most once a second.  Of the events
+held back, the last one is sent when the second has passed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ("EventThrottle",)
 INTERVAL = 1.0
 """Seconds between two events of the same kind (QEMU's for BALLOON_CHANGE)."""
 THROTTLED = {"BALLOON_CHANGE": None, "QUEUE_BROKEN": "queue"}
-"""Event → the member that tells kinds of it apart."""
+"""Event to the member that distinguishes its kinds."""
 KINDS_MAX = 1024
-"""Kinds kept apart; the queues of a device are far fewer."""
+"""Maximum number of kinds that are limited separately; a device has far fewer queues."""
 
 
 class EventThrottle:
-    """Passes ``(name, data, UNIX time)`` on to *emit*, some of them late, some of them never."""
+    """Pass ``(name, data, UNIX time)`` to *emit*, delaying or dropping events above the limit."""
 
     def __init__(
         self, emit: Callable[[str, dict[str, Any], float], None], interval: float = INTERVAL
@@ -35,7 +35,7 @@ class EventThrottle:
         self._held: dict[tuple[str, Any], tuple[dict[str, Any], float] | None] = {}
 
     def __call__(self, loop: asyncio.AbstractEventLoop, name: str, data: dict[str, Any]) -> None:
-        """*name* happened."""
+        """Emit the event *name* now, or hold it back."""
         now = time.time()
         if name not in THROTTLED:
             self._emit(name, data, now)

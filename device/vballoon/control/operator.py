@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operator's socket needs of the device and of the transports, and nothing more."""
+"""Protocols for the parts of the device and the transports that the control socket uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ("ControlledBalloon", "ControlledTransport", "Operator", "plain")
 class _Statistics(Protocol):
     @property
     def values(self) -> Mapping[Any, int]:
-        """Tag → value."""
+        """Statistics tag to value."""
 
     @property
     def last_update(self) -> float:
@@ -30,14 +30,14 @@ class _Statistics(Protocol):
 
 
 class ControlledBalloon(Protocol):
-    """The balloon as the operator sees it."""
+    """The part of the balloon that commands use."""
 
     events: Callable[[str, dict[str, Any]], None]
-    """Told of ``BALLOON_CHANGE``, ``ROUND_COMPLETED``, ``QUEUE_BROKEN`` …"""
+    """Called with each event, for example ``BALLOON_CHANGE`` or ``QUEUE_BROKEN``."""
 
     @property
     def skipmap(self) -> SkipMap:
-        """The map of the memory that is attached now."""
+        """The skip map of the memory that is attached now."""
 
     @property
     def counters(self) -> Any:
@@ -45,63 +45,63 @@ class ControlledBalloon(Protocol):
 
     @property
     def ram_bytes(self) -> int:
-        """Guest memory, 0 while there is none."""
+        """Size of guest memory in bytes, 0 while no front-end is connected."""
 
     @property
     def actual_bytes(self) -> int:
-        """Guest memory less what is in the balloon."""
+        """Size of guest memory in bytes, excluding the balloon."""
 
     def set_target(self, value: int) -> None:
         """Ask the guest to have *value* bytes."""
 
     def stats(self) -> _Statistics:
-        """The latest statistics."""
+        """Return the latest statistics."""
 
     def request_stats(self) -> bool:
-        """Ask the driver for new ones; False when it has no buffer with the device."""
+        """Request new statistics.  Return False when the driver has made no buffer available."""
 
     def start_hinting(self, *, hold: bool = ...) -> int:
-        """Begin a hinting round; returns its id."""
+        """Begin a hinting round and return its id."""
 
     def stop_hinting(self) -> None:
         """End hinting."""
 
     def start_walk(self, min_order: int = ...) -> int:
-        """Begin a walk; returns its id."""
+        """Begin a walk and return its id."""
 
     def stop_walk(self) -> None:
         """End the walk."""
 
 
 class ControlledTransport(Protocol):
-    """A transport as the operator sees it."""
+    """The part of a transport that commands use."""
 
     def status(self) -> Any:
-        """A dataclass: what is connected, negotiated and running."""
+        """Return a dataclass of the connection, the negotiated features and the queues."""
 
 
 @dataclass(slots=True)
 class Operator:
-    """Everything that a command can reach."""
+    """The objects that a command can use."""
 
     balloon: ControlledBalloon
     transport: ControlledTransport
     stop: Callable[[], None] = lambda: None
-    """Ends the program, after the reply was sent."""
+    """Called to end the program, after the reply was sent."""
     stats_interval: int = 0
-    """Seconds between requests for statistics, 0: never."""
+    """Seconds between requests for statistics; 0 disables them."""
     interval_changed: Callable[[], None] = lambda: None
     started: float = field(default_factory=time.monotonic)
 
     def require_memory(self) -> SkipMap:
-        """The skip map; raises :class:`~vballoon.errors.UsageError` while there is no guest."""
+        """Return the skip map.  Raise UsageError while no guest memory is attached."""
         if not self.balloon.ram_bytes:
             raise UsageError("no guest memory yet: wait until a front-end has connected")
         return self.balloon.skipmap
 
 
 def plain(value: Any) -> Any:
-    """*value* as JSON knows it: dataclasses become objects, enumerations their values."""
+    """Return *value* in JSON types: dataclasses become objects, enumerations their values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = (f.name for f in dataclasses.fields(value))
         return {name.replace("_", "-"): plain(getattr(value, name)) for name in names}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's socket: any number of QMP clients, none of which can hold the device up.
+"""The server of the control socket, which serves several QMP clients without blocking the device.
 
-Requests of a client are run one after the other, a turn of the loop each; long ones run in a
+The requests of a client run one after the other, one for each turn of the loop.  Long ones run in a
 thread.  A client that does not read is disconnected when its output exceeds a bound.
 """
 
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 16
 CLIENTS_MAX = 64
-"""Clients at once; more are turned away."""
+"""Maximum number of clients; further ones are disconnected."""
 
 
 class ControlServer:
-    """Serves *operator* on a listening socket; everything happens in the running loop."""
+    """Serve *operator* on a listening socket, in the running loop."""
 
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
@@ -46,7 +46,7 @@ class ControlServer:
         self._poll: asyncio.TimerHandle | None = None
 
     def start(self, listener: socket.socket) -> None:
-        """Accept clients on *listener* (taken over), and subscribe to the balloon's events."""
+        """Accept clients on *listener*, which is owned from now on, and send them events."""
         self._loop = asyncio.get_running_loop()
         self._acceptor = fdsocket.Acceptor(listener, self._accepted, self._not_accepted)
         self._acceptor.resume()
@@ -63,7 +63,7 @@ class ControlServer:
             client.finish()
 
     def event(self, name: str, data: dict[str, Any]) -> None:
-        """Something happened that clients want to know."""
+        """Send the event *name* to all clients."""
         if self._loop is not None:
             self._throttle(self._loop, name, data)
 
@@ -76,7 +76,7 @@ class ControlServer:
 
     def _accepted(self, connection: socket.socket) -> None:
         if len(self.clients) >= CLIENTS_MAX:
-            log.warning("control: more than %d clients, one turned away", CLIENTS_MAX)
+            log.warning("control: more than %d clients; the new one was disconnected", CLIENTS_MAX)
             connection.close()
             return
         self.clients.add(Client(self, connection))
@@ -107,31 +107,31 @@ class Client:
     # fdsocket.Receiver
 
     def wanted(self) -> int:
-        """How much may be read at once."""
+        """Return how many bytes may be read at once."""
         return READ_BYTES
 
     def received(self, data: bytes, fds: list[int]) -> None:
-        """Bytes of the client; descriptors have no meaning here."""
+        """Handle bytes from the client; close descriptors, which no command takes."""
         fdsocket.close_fds(fds)
         self._requests.extend(self._session.feed(data))
         if len(self._requests) > REQUESTS_MAX:
-            self._session.end(f"more than {REQUESTS_MAX} commands wait for an answer")
+            self._session.end(f"more than {REQUESTS_MAX} commands are waiting for a reply")
             self._requests.clear()
         self._flush()
         if self._requests and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def closed(self, error: str | None) -> None:
-        """Drop the client's requests: its connection has ended."""
+        """Drop the client's requests after its connection has ended."""
         if error is not None:
             log.info("control: a client disconnected: %s", error)
         self._requests.clear()
         self._server.clients.discard(self)
 
-    # what goes out
+    # output
 
     def event(self, name: str, data: dict[str, Any], at: float) -> None:
-        """Tell the client of an event."""
+        """Send an event to the client."""
         self._session.event(name, data, at)
         self._flush()
 
@@ -151,7 +151,7 @@ class Client:
             while self._requests:
                 await self._answer(self._requests.popleft())
                 self._flush()
-                await asyncio.sleep(0)  # others have their turn
+                await asyncio.sleep(0)  # let other clients run
         finally:
             self._task = None
 
@@ -167,7 +167,7 @@ class Client:
             self._session.fail(request, CommandError(str(error)))
         except Exception:
             log.exception("control: command %s failed", request.name)
-            self._session.fail(request, CommandError("internal error, see the server's log"))
+            self._session.fail(request, CommandError("internal error; see the log of the server"))
         else:
             reply = result if isinstance(result, Reply) else Reply(result)
             self._session.reply(request, reply.value, reply.fds)

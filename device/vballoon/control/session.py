@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One client's side of a QMP conversation, without its socket.
+"""The QMP session of one client, without I/O.
 
 The QEMU Machine Protocol (QEMU's ``docs/interop/qmp-spec.rst``): the server greets, the client
-negotiates with ``qmp_capabilities``, then sends commands; replies come in order and echo the
-command's ``id``; events come whenever they happen once negotiation is done.
+negotiates with ``qmp_capabilities``, then sends commands.  Replies come in order and echo the
+command's ``id``.  After the negotiation, events are sent when they happen.
 
-Bytes in, requests out; answers and events in, bytes (and descriptors) out.  Nothing that a client
-can send raises: what is not QMP is answered with an error, and what would make the session grow
-without bound ends it.
+The session takes bytes and returns requests; it takes replies and events and returns bytes and
+descriptors.  No input raises: input that is not QMP gets an error reply, and input that would make
+the session grow without bound ends it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __all__ = ("CommandError", "QmpSession", "Request")
 
 MESSAGE_MAX = 64 << 10
-"""Bytes of one message from a client.  The longest honest one holds a path of 4096."""
+"""Maximum size in bytes of a client's message; the longest useful one holds a path of 4096."""
 REQUESTS_MAX = 4096
-"""Requests that may wait for an answer; a client that queues more is not reading replies."""
+"""Maximum number of waiting requests; a client that queues more is not reading replies."""
 
 _STRUCTURE = re.compile(rb'[{}\[\]"\\]')
 _GARBAGE_END = re.compile(rb"[\n{]")
@@ -37,7 +37,7 @@ _SPACE = b" \t\r\n\xff"
 
 
 class CommandError(Exception):
-    """An error for the client: ``GenericError`` or ``CommandNotFound``, and a sentence."""
+    """An error reply: the class ``GenericError`` or ``CommandNotFound``, and a sentence."""
 
     def __init__(self, desc: str, error_class: str = "GenericError") -> None:
         super().__init__(desc)
@@ -47,7 +47,7 @@ class CommandError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A command as it came: checked to be QMP, but the command and its arguments are not."""
+    """A command whose form was checked, but not its name and arguments."""
 
     name: str
     arguments: dict[str, Any]
@@ -56,12 +56,12 @@ class Request:
 
 
 class QmpSession:
-    """See the module's docstring.  *version* is (major, minor, micro)."""
+    """The session of one client; *version* is (major, minor, micro)."""
 
     def __init__(self, version: tuple[int, int, int], package: str) -> None:
         self.negotiated = False
         self.ended = False
-        """Nothing more will be read; close when the output is sent."""
+        """No more input is accepted; close the connection when the output is sent."""
         self._frames = _Frames()
         self._output: list[tuple[bytes, tuple[int, ...]]] = []
         major, minor, micro = version
@@ -69,7 +69,7 @@ class QmpSession:
         self._send(
             {
                 "QMP": {
-                    # the member's name is the protocol's: every client looks for it
+                    # QMP requires a member with this name, and clients read it
                     "version": {"qemu": numbers, "package": package},
                     "capabilities": [],
                 }
@@ -77,7 +77,7 @@ class QmpSession:
         )
 
     def feed(self, data: bytes) -> list[Request]:
-        """Take bytes of the client; returns the commands that are now to be run, in order."""
+        """Handle bytes from the client and return the commands to run, in order."""
         requests: list[Request] = []
         if self.ended:
             return requests
@@ -92,13 +92,13 @@ class QmpSession:
         return requests
 
     def _parse(self, frame: bytes) -> Request | None:
-        """A request; None where it was answered here (errors, negotiation)."""
+        """Return the request in *frame*, or None if it was answered here (error, negotiation)."""
         try:
             message = Message(frame)
-        except Exception:  # JSON, encoding, recursion: whatever the parser says, it is not QMP
+        except Exception:  # JSON, encoding or recursion: in any case not QMP
             self._error(CommandError("the input is not a JSON object"))
             return None
-        if not _has_finite_numbers(message):  # 1e999 would come back as Infinity, not JSON
+        if not _has_finite_numbers(message):  # 1e999 would be echoed as Infinity
             self._error(CommandError("the input holds a number that JSON cannot express"))
             return None
         try:
@@ -123,20 +123,22 @@ class QmpSession:
             )
         wanted = request.arguments.get("enable", [])
         if wanted or set(request.arguments) - {"enable"}:
-            raise CommandError("no capability is offered, so none can be enabled")
+            raise CommandError(
+                "no capability is offered; send 'qmp_capabilities' without arguments"
+            )
         self.negotiated = True
         self.reply(request, {})
 
     def reply(self, request: Request, value: Any, fds: Sequence[int] = ()) -> None:
-        """*request* succeeded with *value*; *fds* travel with the reply and are taken over."""
+        """Answer *request* with *value*; take over *fds* and send them with the reply."""
         self._send({"return": value} | _echo(request), tuple(fds))
 
     def fail(self, request: Request, error: CommandError) -> None:
-        """*request* failed."""
+        """Answer *request* with *error*."""
         self._error(error, {"id": request.id} if request.has_id else {})
 
     def event(self, name: str, data: Mapping[str, Any], at: float | None = None) -> None:
-        """Tell of an event (at UNIX time *at*, default now); nothing before negotiation."""
+        """Send an event (at UNIX time *at*, default now); before negotiation, send nothing."""
         if self.negotiated and not self.ended:
             seconds, fraction = divmod(time.time() if at is None else at, 1)
             stamp = {"seconds": int(seconds), "microseconds": int(fraction * 1e6)}
@@ -146,12 +148,12 @@ class QmpSession:
             self._send(message)
 
     def end(self, desc: str) -> None:
-        """Say why, and end the conversation."""
+        """Send the error *desc* and end the session."""
         self._error(CommandError(desc))
         self.ended = True
 
     def take_output(self) -> list[tuple[bytes, tuple[int, ...]]]:
-        """What is to be sent, with the descriptors that go along (the caller's from now on)."""
+        """Return the bytes to send, each with its descriptors, which the caller then owns."""
         output, self._output = self._output, []
         return output
 
@@ -178,7 +180,7 @@ def _echo(request: Request) -> dict[str, Any]:
 
 
 def _request(message: Mapping[str, Any]) -> Request:
-    """The command in *message*, whose members are those that QMP allows (qmp-spec, Commands)."""
+    """Return the command in *message*.  Raise CommandError if invalid (qmp-spec, Commands)."""
     for key in message:
         if key not in ("execute", "arguments", "id"):
             raise CommandError(f"QMP input member '{key}' is unexpected")
@@ -193,7 +195,7 @@ def _request(message: Mapping[str, Any]) -> Request:
 
 
 class _Frames:
-    """Cuts a byte stream into JSON values; garbage ends with its line, or where one begins."""
+    """Split a byte stream into JSON values; garbage ends at a newline or where a value begins."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -203,7 +205,7 @@ class _Frames:
         self._escaped_at = -1
 
     def feed(self, data: bytes) -> list[bytes | None]:
-        """The frames that *data* completes; a last None says that one grew too long."""
+        """Return the frames that *data* completes; a final None reports one that is too long."""
         self._buffer += data
         frames: list[bytes | None] = []
         while (end := self._frame_end()) is not None:
@@ -221,7 +223,7 @@ class _Frames:
         self._escaped_at = -1
 
     def _frame_end(self) -> int | None:
-        """Where the first frame in the buffer ends; leading white space is dropped."""
+        """Return where the first frame in the buffer ends, after dropping leading white space."""
         if self._scanned == 0:
             blank = len(self._buffer) - len(self._buffer.lstrip(_SPACE))
             del self._buffer[:blank]
@@ -235,7 +237,7 @@ class _Frames:
         return None
 
     def _structure(self, byte: bytes, at: int) -> bool:
-        """Account for one character of structure; whether it closes the outermost value."""
+        """Handle one structural character and return whether it closes the outermost value."""
         if self._in_string:
             if at == self._escaped_at:
                 pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command is declared: its name, typed arguments, help; and how a request is checked."""
+"""The declaration of commands (name, typed arguments, help) and the check of requests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ("Argument", "Command", "Reply", "Table")
 
 _JSON_NAMES = {int: "integer", str: "string", bool: "boolean"}
 INT_MAX = (1 << 63) - 1
-"""QMP's ``int`` has 64 bits."""
+"""Largest value of QMP's ``int``, which has 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A result that travels with descriptors; they are taken over."""
+    """A result and the descriptors that are sent with it, which the reply owns."""
 
     value: Any
     fds: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class Argument:
     choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
-        """Raise :class:`CommandError` unless *value* will do."""
+        """Raise :class:`CommandError` if *value* is not valid for the argument *name*."""
         expected = _JSON_NAMES[self.kind]
         if type(value) is not self.kind:
             raise CommandError(f"Invalid parameter type for '{name}', expected: {expected}")
@@ -60,7 +60,7 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command; *run* is called with the operator and the arguments, ``-`` written ``_``."""
+    """One command; *run* gets the operator and the arguments, with ``_`` for ``-`` in names."""
 
     name: str
     run: Run
@@ -68,11 +68,11 @@ class Command:
 
     @property
     def help(self) -> str:
-        """What it does: the docstring's first paragraph."""
+        """The help text: the first paragraph of the docstring."""
         return " ".join((inspect.getdoc(self.run) or "").split("\n\n")[0].split())
 
     def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The checked arguments as keywords; raises :class:`CommandError`."""
+        """Check *given* and return it as keyword arguments.  Raise CommandError if invalid."""
         for name in given:
             if name not in self.arguments:
                 raise CommandError(f"Parameter '{name}' is unexpected")
@@ -84,7 +84,7 @@ class Command:
         return {name.replace("-", "_"): value for name, value in given.items()}
 
     def describe(self) -> dict[str, Any]:
-        """The command as ``query-commands`` shows it."""
+        """Return the command in the form of ``query-commands``."""
         return {
             "name": self.name,
             "help": self.help,
@@ -118,7 +118,7 @@ class Table:
         return declare
 
     def find(self, name: str) -> Command:
-        """The command *name*; raises :class:`CommandError` ``CommandNotFound``."""
+        """Return the command *name*.  Raise CommandError (``CommandNotFound``) if unknown."""
         try:
             return self.commands[name]
         except KeyError:
