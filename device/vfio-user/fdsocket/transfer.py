@@ -30,14 +30,16 @@ def close_fds(fds: Iterable[int]) -> None:
             pass
 
 
-def receive_some(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
+def receive_some(sock: socket.socket, size: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """At most *size* bytes and the descriptors that came with them; ``b""`` at end of file.
 
+    *flags* are further ones for ``recvmsg``, such as MSG_PEEK.
     The descriptors are the caller's, and close-on-exec.  Raises :class:`BlockingIOError` when
     there is nothing yet, :class:`TruncatedError` when descriptors were lost on the way (those
     that did arrive are closed), and other :class:`OSError` as the socket has it.
     """
-    data, control, flags, _ = sock.recvmsg(size, _CONTROL_SIZE, socket.MSG_CMSG_CLOEXEC)
+    wanted = flags | socket.MSG_CMSG_CLOEXEC
+    data, control, flags, _ = sock.recvmsg(size, _CONTROL_SIZE, wanted)
     fds = array.array("i")
     for level, kind, payload in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
