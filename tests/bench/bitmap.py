@@ -16,7 +16,7 @@ from tests.bench.record import ROOT, Part
 from tests.bench.subjects import COMPILED
 from tests.fakes.memory import make_memory
 
-from vballoon.memory import GuestMemory, MemoryRegion
+from vballoon.memory import GuestMemory, MemoryRegion, PageRanges
 from vballoon.skipmap import Provenance, SkipMap
 from vballoon.virtqueue import RingAddresses
 from vballoon_spec.walk.formats import WalkRange
@@ -165,7 +165,7 @@ def _whole(part: Part, options: Options, size: int, title: str) -> None:
     rng = np.random.default_rng(3)
     for provenance in (Provenance.REPORTED, Provenance.WALKED):
         chosen = blocks[rng.random(blocks.size) < 0.5] << np.uint64(10)
-        skipmap.set_ranges(provenance, chosen, chosen + np.uint64(1024))
+        skipmap.set_ranges(provenance, PageRanges(chosen, chosen + np.uint64(1024)))
         skipmap.bitmap(provenance).words[:] |= np.uint64(0)  # all of it has memory now
     one = skipmap.bitmap(Provenance.WALKED)
     nbytes = one.words.nbytes
@@ -217,6 +217,7 @@ _CHILD = """
 import json, re, time
 import numpy as np
 from tests.bench.bitmap import TIB, _huge
+from vballoon.memory import PageRanges
 from vballoon.skipmap import Provenance, SkipMap
 def rss():
     text = open('/proc/self/status').read()
@@ -227,8 +228,8 @@ skipmap = SkipMap(memory)
 built, empty = time.perf_counter() - start, rss() - before
 for p in (Provenance.REPORTED, Provenance.WALKED):
     for region in skipmap.layout.regions:
-        first = np.array([region.first_pfn], np.uint64)
-        skipmap.set_ranges(p, first, first + np.uint64(region.pages))
+        first = region.first_pfn
+        skipmap.set_ranges(p, PageRanges([first], [first + region.pages]))
 print(json.dumps([built, empty, rss() - before, 2 * 16 * TIB // 4096 // 8]))
 """
 

@@ -13,7 +13,7 @@ from tests.bench.peer import Job, Work
 from tests.fakes.memory import Arena
 
 from vballoon.balloon import Balloon
-from vballoon.memory import GuestMemory
+from vballoon.memory import ByteRanges, GuestMemory
 from vballoon.skipmap import Provenance
 from vballoon.virtio import DeviceQueue
 from vballoon.virtqueue import make_virtqueue
@@ -39,6 +39,7 @@ COMPILED = tuple(
     f"vballoon.{module}.native"
     for module in (
         "memory.pages",
+        "memory.ranges",
         "memory.gather",
         "memory.discard",
         "skipmap.bitmap",
@@ -308,8 +309,8 @@ class OurSubject(Subject):
 class _Void:
     """In the place of the calls that free memory; cheaper than a mock."""
 
-    def __call__(self, _fd: int, first: np.ndarray, _last: np.ndarray) -> tuple[int, int]:
-        return first.size, 0
+    def __call__(self, _fd: int, ranges: ByteRanges) -> tuple[int, int]:
+        return len(ranges), 0
 
 
 def without_kernel() -> mock._patch[object]:

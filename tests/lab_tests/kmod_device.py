@@ -23,7 +23,7 @@ import fdsocket
 from vballoon.balloon import Balloon
 from vballoon.keeper.features import device_names, parse_features
 from vballoon.keeper.transports import VfioUser, VhostUser
-from vballoon.memory import GuestMemory, MemoryRegion
+from vballoon.memory import GuestMemory, MemoryRegion, PageRanges
 from vballoon.skipmap import Provenance
 from vballoon.snapshot.memmap import FreeMemory, free_memory
 
@@ -137,12 +137,11 @@ class LocalDevice:
         return free_memory(layout, self.balloon.transport.memory)
 
 
-def as_bools(ranges: NDArray[np.uint64]) -> Bools:
-    """Half-open page ranges as one bool for each page."""
-    steps = np.zeros(int(ranges.max(initial=0)) + 1, np.int8)
-    np.add.at(steps, ranges[:, 0].astype(np.intp), 1)
-    np.add.at(steps, ranges[:, 1].astype(np.intp), -1)
-    return np.cumsum(steps, dtype=np.int64)[:-1] > 0
+def as_bools(pages: PageRanges) -> Bools:
+    """Page ranges as one bool for each page."""
+    found = np.zeros(int(pages.end[-1]) if len(pages) else 0, np.bool_)
+    found[pages.numbers().astype(np.intp)] = True
+    return found
 
 
 def same_length(*arrays: Bools) -> list[Bools]:

@@ -174,8 +174,8 @@ def test_reports_no_smaller_block_than_asked_for(module: Any, order: int) -> Non
         applied = min(order, 10)
         assert (begin.min_order, begin.max_order) == (applied, 10)
         edges = device.ask(lambda: device.balloon.skipmap.extents("walked"))  # type: ignore[arg-type]
-        assert edges.size
-        assert not (edges % np.uint64(1 << applied)).any()
+        assert len(edges)
+        assert not (edges.rows() % np.uint64(1 << applied)).any()
 
 
 def test_churn_outdates_a_part_of_what_was_pushed(module: Any) -> None:

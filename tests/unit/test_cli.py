@@ -21,6 +21,7 @@ from vballoon.cli import main
 from vballoon.cli.common import parse_size, size_text
 from vballoon.cli.picture import CATEGORIES, COLOURS, MemoryPicture, PictureRegion
 from vballoon.cli.terminal import show
+from vballoon.memory import PageRanges
 from vballoon.skipmap import Provenance, RoundKind, SkipExport
 
 B, R, H, W = Provenance
@@ -230,7 +231,7 @@ def test_bitmap_show_diff_verify(sock, balloon, tmp_path, capsys):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     main(["export", sock, one])
     put(balloon.skipmap, B, (256, 300))
-    balloon.skipmap.clear_ranges(H, np.array([512], np.uint64), np.array([513], np.uint64))
+    balloon.skipmap.clear_ranges(H, PageRanges([512], [513]))
     balloon.skipmap.rounds[RoundKind.HINT].complete = False
     main(["export", sock, two])
     capsys.readouterr()

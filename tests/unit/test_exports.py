@@ -21,11 +21,11 @@ PUBLIC = {
         UsageError VfioUserError run_program serve""",
     "vballoon.errors": """MemoryFault PeerError ProtocolError QueueError UsageError
         VballoonError""",
-    "vballoon.memory": """PAGE_SIZE VHOST_LOG_PAGE BitmapLog DirtyLog Discarder GuestMemory
-        MemoryRegion RemoteMemory data_extents""",
+    "vballoon.memory": """PAGE_SHIFT PAGE_SIZE VHOST_LOG_PAGE BitmapLog ByteRanges DirtyLog
+        Discarder GuestMemory MemoryRegion PageRanges RemoteMemory data_extents file_extents""",
     "vballoon.virtqueue": """RULES ChainBatch Engine InflightLog NullInflight Resubmit RingAddresses
         RingState Virtqueue empty_batch make_virtqueue""",
-    "vballoon.skipmap": """PAGE_SHIFT PAGE_SIZE VOIDS BitmapLayout FrozenExport Instant PageBitmap
+    "vballoon.skipmap": """VOIDS BitmapLayout FrozenExport Instant PageBitmap
         Provenance RegionBits Round RoundKind SkipExport SkipMap VoidReason combine
         write_export""",
     "vballoon.virtio": "DeviceQueue Transport VirtioDevice",

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.memory import by_messages, column, make_memory, memfd
 
-from vballoon.memory import Discarder, GuestMemory, MemoryRegion, data_extents
+from vballoon.memory import ByteRanges, Discarder, GuestMemory, MemoryRegion, data_extents
 from vballoon.memory.regions import backing_page_size
 
 PAGE, MIB, HIGH = 4096, 1 << 20, 1 << 32
@@ -75,9 +75,7 @@ BOUND = st.one_of(
 @given(st.lists(st.tuples(BOUND, BOUND), max_size=12))
 def test_exactly_the_whole_pages_inside_guest_memory_go(ranges: list[tuple[int, int]]) -> None:
     memory = full_memory()
-    freed = Discarder().discard(
-        memory, column([a for a, _ in ranges]), column([b for _, b in ranges])
-    )
+    freed = Discarder().discard(memory, ByteRanges.of(ranges))
     gone = set()
     for first, (base, _) in ((GUARD, (0, MIB)), (GUARD + MIB, (HIGH, MIB))):
         covered = np.zeros(MIB, np.bool_)
@@ -94,7 +92,7 @@ def test_exactly_the_whole_pages_inside_guest_memory_go(ranges: list[tuple[int, 
 
 def test_what_was_freed_is_a_hole_and_reads_as_zero(memory: GuestMemory) -> None:
     start = column([8 * PAGE])
-    assert Discarder().discard(memory, start, start + np.uint64(PAGE)) == PAGE
+    assert Discarder().discard(memory, ByteRanges(start, start + np.uint64(PAGE))) == PAGE
     assert held(memory) == [set(range(256)) - {8}, set(range(256))]
     assert memory.read(8 * PAGE, PAGE) == bytes(PAGE)
 
@@ -107,7 +105,9 @@ def test_a_hundred_thousand_shuffled_duplicates_are_merged_in_milliseconds() -> 
     discarder, best = Discarder(), 1.0
     for _ in range(5):
         begin = time.perf_counter()
-        assert discarder.discard(memory, start, start + np.uint64(PAGE)) == 50_000 * PAGE
+        assert (
+            discarder.discard(memory, ByteRanges(start, start + np.uint64(PAGE))) == 50_000 * PAGE
+        )
         best = min(best, time.perf_counter() - begin)
     # A call for each page would take a quarter of a second at least.
     assert best < 0.06
@@ -116,13 +116,13 @@ def test_a_hundred_thousand_shuffled_duplicates_are_merged_in_milliseconds() -> 
 
 def test_not_enabled_frees_nothing(memory: GuestMemory) -> None:
     discarder = Discarder(enabled=False)
-    assert discarder.discard(memory, column([0]), column([MIB])) == 0
+    assert discarder.discard(memory, ByteRanges(column([0]), column([MIB]))) == 0
     assert held(memory)[0] == set(range(256))
 
 
 def test_memory_without_a_file_is_left_alone(memory: GuestMemory) -> None:
     other, peer = by_messages(memory)
-    assert Discarder().discard(other, column([0]), column([MIB])) == 0
+    assert Discarder().discard(other, ByteRanges([0], [MIB])) == 0
     assert peer.writes == 0
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_punched_is_reported_once(
     good = make_memory((HIGH, MIB)).regions[0]
     memory, discarder = GuestMemory([bad, good]), Discarder()
     for _ in range(3):
-        assert discarder.discard(memory, column([0]), column([HIGH + MIB])) == MIB
+        assert discarder.discard(memory, ByteRanges(column([0]), column([HIGH + MIB]))) == MIB
     assert discarder.refused == 1
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
     memory.close()
@@ -155,7 +155,7 @@ def test_what_the_guest_can_only_read_is_not_freed_for_it() -> None:
         guest_phys_addr=0, size=MIB, file_offset=0, fd=os.dup(fd), writable=False
     )
     memory = GuestMemory([rom])
-    assert Discarder().discard(memory, column([0]), column([MIB])) == 0
+    assert Discarder().discard(memory, ByteRanges(column([0]), column([MIB]))) == 0
     assert os.pread(fd, 3, 0) == b"rom"
     memory.close()
     os.close(fd)
@@ -182,7 +182,7 @@ def huge_memory(offset: int = 0) -> GuestMemory:
 
 
 def give(d: Discarder, m: GuestMemory, low: int, high: int, **kwargs: bool) -> int:
-    return d.discard(m, column([low]), column([high]), **kwargs)
+    return d.discard(m, ByteRanges(column([low]), column([high])), **kwargs)
 
 
 def test_only_whole_huge_pages_go() -> None:
@@ -218,7 +218,8 @@ def test_parts_of_a_huge_page_add_up_only_where_that_is_safe() -> None:
 def test_undo_takes_a_part_back() -> None:
     memory, d = huge_memory(), Discarder()
     assert give(d, memory, MIB, 2 * MIB, accumulate=True) == 0
-    d.undo(memory, column([MIB + 7 * PAGE + 1]), column([MIB + 7 * PAGE + 2]))  # a byte of page 7
+    byte = MIB + 7 * PAGE + 1  # of page 7
+    d.undo(memory, ByteRanges([byte], [byte + 1]))
     assert give(d, memory, 2 * MIB, 3 * MIB, accumulate=True) == 0  # page 7 is in use
     assert give(d, memory, MIB + 6 * PAGE, MIB + 7 * PAGE, accumulate=True) == 0
     assert held(memory) == [set(range(2048))]
@@ -229,7 +230,7 @@ def test_undo_takes_a_part_back() -> None:
 def test_after_a_part_was_taken_back_the_huge_page_goes_again() -> None:
     memory, d = huge_memory(), Discarder()
     assert give(d, memory, MIB, 5 * MIB, accumulate=True) == 4 * MIB
-    d.undo(memory, column([MIB + PAGE]), column([MIB + 2 * PAGE]))
+    d.undo(memory, ByteRanges(column([MIB + PAGE]), column([MIB + 2 * PAGE])))
     memory.write(MIB + PAGE, b"in use")
     assert give(d, memory, MIB, MIB + PAGE, accumulate=True) == 0
     assert memory.read(MIB + PAGE, 6) == b"in use"
@@ -265,7 +266,7 @@ def test_no_page_that_was_taken_back_is_ever_lost(steps: list[tuple[str, int, in
             mine[page : page + count] = False
             give(d, memory, low, high, accumulate=True)
         else:
-            d.undo(memory, column([low]), column([high]))
+            d.undo(memory, ByteRanges(column([low]), column([high])))
             mine[page : page + count] = True
             pages[page : page + count] = 0xAA
         assert (pages[mine] == 0xAA).all()
@@ -283,8 +284,7 @@ def test_data_extents() -> None:
     assert data_extents(region).tolist() == []
     for page in (15, 16, 20, 21, 31, 32, 40):
         os.pwrite(fd, b"x", page * PAGE)
-    assert (data_extents(region) // PAGE).tolist() == [[0, 1], [4, 6], [15, 16]]
-    assert data_extents(region).dtype == np.int64
+    assert data_extents(region).pages().tolist() == [[0, 1], [4, 6], [15, 16]]
     assert os.lseek(fd, 0, os.SEEK_CUR) == 0  # a peer may share the position
     region.close()
 

@@ -10,9 +10,10 @@ import os
 import numpy as np
 import pytest
 from tests.fakes.memory import make_memory
-from tests.unit.test_skipmap_map import MIB, begun, put, u64
+from tests.unit.test_skipmap_map import MIB, begun, put
 
 from vballoon.errors import UsageError
+from vballoon.memory import PageRanges
 from vballoon.skipmap import (
     PageBitmap,
     Provenance,
@@ -158,7 +159,7 @@ def test_skippable_follows_the_safety_rule(filled, tmp_path):
     untracked = export.skippable(None)
     assert untracked.extents().tolist() == [[0, 10], [100, 103], [200, 300]], "no hearsay"
     written = PageBitmap(export.layout)
-    written.set_ranges(u64(0, 600, 1 << 20), u64(1, 700, (1 << 20) + 1))
+    written.set_ranges(PageRanges([0, 600, 1 << 20], [1, 700, (1 << 20) + 1]))
     assert export.skippable(written).extents().tolist() == [
         [1, 10], [100, 103], [200, 300], [500, 600], [700, 900],
         [(1 << 20) + 1, (1 << 20) + 512],

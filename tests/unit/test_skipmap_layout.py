@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vballoon.memory import PageRanges
 from vballoon.skipmap import BitmapLayout, PageBitmap
 
 
@@ -46,7 +47,7 @@ def test_set_clip_and_list_agree_with_a_set(regions, data):
     pairs = data.draw(st.lists(st.tuples(st.integers(0, top), st.integers(0, top)), max_size=20))
     bitmap = PageBitmap(BitmapLayout(regions))
     start, end = u64(*[p[0] for p in pairs]), u64(*[p[1] for p in pairs])
-    clipped = bitmap.set_ranges(start, end)
+    clipped = bitmap._fill(start, end, True)
     asked = [set(range(a, b)) for a, b in pairs]
     expected = set().union(*asked) & memory
     assert {p for a, b in bitmap.extents().tolist() for p in range(a, b)} == expected
@@ -62,7 +63,7 @@ def test_bit_0_is_the_first_page_of_the_region():
     for index, r in enumerate(regions):
         bitmap = PageBitmap(layout)
         first = r.guest_phys_addr >> 12
-        bitmap.set_ranges(u64(first), u64(first + 1))
+        bitmap.set_ranges(PageRanges([first], [first + 1]))
         assert int(bitmap.region(index)[0]) == 1
         assert bitmap.region(index).size == -(-(r.size >> 12) // 64)
         assert sum(int(bitmap.region(i).sum()) for i in range(3)) == 1
@@ -87,20 +88,20 @@ def test_aligned_blocks_stay_aligned_in_every_region():
 )
 def test_numbers_that_wrap_or_are_no_memory_are_cut_and_counted(start, end):
     bitmap = PageBitmap(BitmapLayout([region(64, 64), region(1000, 7)]))
-    assert bitmap.set_ranges(u64(start), u64(end)) == 1
+    assert bitmap._fill(u64(start), u64(end), True) == 1
     assert bitmap.count() == (71 if (start, end) == (0, 2**64 - 1) else 0)
 
 
 def test_no_memory_at_all():
     bitmap = PageBitmap(BitmapLayout([]))
-    assert bitmap.set_ranges(u64(0), u64(10)) == 1
+    assert bitmap.set_ranges(PageRanges([0], [10])) == 1
     assert bitmap.count() == 0
-    assert bitmap.extents().shape == (0, 2)
+    assert not len(bitmap.extents())
 
 
 def test_a_partial_page_at_the_end_has_no_bit():
     odd = SimpleNamespace(guest_phys_addr=0, size=3 * 4096 + 100, file_offset=0)
     bitmap = PageBitmap(BitmapLayout([odd]))
     assert bitmap.layout.pages == 3
-    assert bitmap.set_ranges(u64(0), u64(4)) == 1
+    assert bitmap.set_ranges(PageRanges([0], [4])) == 1
     assert bitmap.extents().tolist() == [[0, 3]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.fakes.memory import make_memory, memfd
 
 from vballoon.errors import ProtocolError
-from vballoon.memory import GuestMemory, MemoryRegion
+from vballoon.memory import GuestMemory, MemoryRegion, PageRanges
 from vballoon.skipmap import VOIDS, Provenance, Round, RoundKind, SkipMap, VoidReason
 from vballoon_spec.skipmap import LIVE_MAGIC, LiveHeader, LiveRoundState
 
@@ -41,9 +41,7 @@ def u64(*values):
 
 
 def put(skipmap, provenance, *ranges):
-    return skipmap.set_ranges(
-        provenance, u64(*[a for a, _ in ranges]), u64(*[b for _, b in ranges])
-    )
+    return skipmap.set_ranges(provenance, PageRanges.of(ranges))
 
 
 def test_provenances_do_not_mix(skipmap):
@@ -57,7 +55,7 @@ def test_provenances_do_not_mix(skipmap):
 
 def test_clear_ranges_and_clear(skipmap):
     put(skipmap, B, (0, 100), (1 << 20, (1 << 20) + 7))
-    assert skipmap.clear_ranges(B, u64(3), u64(5)) == 0
+    assert skipmap.clear_ranges(B, PageRanges([3], [5])) == 0
     assert skipmap.extents(B).tolist() == [[0, 3], [5, 100], [1 << 20, (1 << 20) + 7]]
     skipmap.clear(B)
     assert skipmap.count(B) == 0
@@ -72,7 +70,7 @@ def test_ranges_outside_memory_are_cut_and_counted(skipmap):
 def test_the_safety_rule_is_and_not(skipmap):
     put(skipmap, H, (0, 64), (1 << 20, (1 << 20) + 10))
     written = skipmap.combined(B)  # empty
-    written.set_ranges(u64(5, (1 << 20) + 9), u64(6, (1 << 20) + 10))
+    written.set_ranges(PageRanges([5, (1 << 20) + 9], [6, (1 << 20) + 10]))
     skip = skipmap.combined(H).and_not(written)
     assert skip.extents().tolist() == [[0, 5], [6, 64], [1 << 20, (1 << 20) + 9]]
     assert (skipmap.combined(H) & written).count() == 2

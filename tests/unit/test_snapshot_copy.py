@@ -8,15 +8,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.memory import memfd
 
+from vballoon.memory import ByteRanges, PageRanges
 from vballoon.snapshot import copy
 from vballoon.snapshot.copy import copy_extents, sparse_digest
-from vballoon.snapshot.extents import data_extents, length, to_file, without
+from vballoon.snapshot.extents import data_extents, to_file
 
 PAGE = 4096
 extents = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), max_size=12).map(
@@ -24,32 +24,17 @@ extents = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), max_size=12
 )
 
 
-def as_extents(numbers: set[int]) -> np.ndarray:
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and found[-1][1] == number:
-            found[-1][1] += 1
-        else:
-            found.append([number, number + 1])
-    return np.array(found, np.int64).reshape(-1, 2)
+def as_extents(numbers: set[int]) -> PageRanges:
+    return PageRanges.of((n, n + 1) for n in numbers)
 
 
-def numbers(array: np.ndarray) -> set[int]:
-    return {n for start, end in array.tolist() for n in range(start, end)}
-
-
-@settings(deadline=None)
-@given(extents, extents)
-def test_without_is_set_difference(data: np.ndarray, left_out: np.ndarray) -> None:
-    result = without(data, left_out)
-    assert numbers(result) == numbers(data) - numbers(left_out)
-    assert length(result) == len(numbers(result))
-    assert (result[1:, 0] > result[:-1, 1]).all()
+def numbers(ranges: PageRanges | ByteRanges) -> set[int]:
+    return set(ranges.numbers().tolist())
 
 
 @settings(deadline=None)
 @given(extents)
-def test_guest_pages_are_found_in_their_file(pages: np.ndarray) -> None:
+def test_guest_pages_are_found_in_their_file(pages: PageRanges) -> None:
     """Two regions of one file, in the other order there, with a gap between them in the guest."""
     regions = [(0, 20 * PAGE, 15 * PAGE), (25 * PAGE, 15 * PAGE, 0)]
     expected = set()
@@ -58,14 +43,14 @@ def test_guest_pages_are_found_in_their_file(pages: np.ndarray) -> None:
             expected.add(page + 15)
         elif 25 <= page < 40:
             expected.add(page - 25)
-    found = to_file(pages.astype(np.uint64), regions)
+    found = to_file(pages, regions)
     assert {n // PAGE for n in numbers(found)} == expected
-    assert length(found) == len(expected) * PAGE
+    assert found.total == len(expected) * PAGE
 
 
 def test_page_beyond_the_signed_range_is_no_page_of_a_file() -> None:
-    high = np.array([[1 << 40, (1 << 40) + 1]], np.uint64)
-    assert not to_file(high, [(0, 1 << 30, 0)]).size
+    high = PageRanges([1 << 40], [(1 << 40) + 1])
+    assert not len(to_file(high, [(0, 1 << 30, 0)]))
 
 
 MOVERS: dict[str, Callable[[], int]] = {
@@ -78,7 +63,7 @@ MOVERS: dict[str, Callable[[], int]] = {
 @settings(max_examples=30, deadline=None)
 @given(extents)
 def test_copies_the_extents_and_leaves_the_rest_a_hole(
-    target: Callable[[], int], wanted: np.ndarray
+    target: Callable[[], int], wanted: PageRanges
 ) -> None:
     source, copied = memfd(64 * PAGE), target()
     try:
@@ -86,13 +71,13 @@ def test_copies_the_extents_and_leaves_the_rest_a_hole(
         os.pwrite(source, content, 0)
         os.ftruncate(copied, 64 * PAGE)
         told: list[int] = []
-        total = copy_extents(source, copied, wanted * PAGE, told.append)
-        assert total == sum(told) == length(wanted) * PAGE
+        total = copy_extents(source, copied, wanted.bytes(), told.append)
+        assert total == sum(told) == wanted.total * PAGE
         result = os.pread(copied, 64 * PAGE, 0)
         for page in range(64):
             here = slice(page * PAGE, (page + 1) * PAGE)
             assert result[here] == (content[here] if page in numbers(wanted) else bytes(PAGE))
-        assert length(data_extents(copied, 64 * PAGE)) == total
+        assert data_extents(copied, 64 * PAGE).total == total
     finally:
         os.close(source)
         os.close(copied)
@@ -106,7 +91,7 @@ def test_each_way_of_moving_is_tried_in_turn(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(copy, "_sendfile", refuse)
     source, target = memfd(4 * PAGE), memfd(4 * PAGE)
     os.pwrite(source, b"x" * 4 * PAGE, 0)
-    assert copy_extents(source, target, np.array([[PAGE, 3 * PAGE]])) == 2 * PAGE
+    assert copy_extents(source, target, ByteRanges([PAGE], [3 * PAGE])) == 2 * PAGE
     assert os.pread(target, 4 * PAGE, 0) == bytes(PAGE) + b"x" * 2 * PAGE + bytes(PAGE)
 
 
@@ -120,13 +105,13 @@ def test_full_disk_is_an_error_and_no_reason_to_try_on(monkeypatch: pytest.Monke
     monkeypatch.setattr(copy, "_copy_file_range", full)
     monkeypatch.setattr(copy, "_sendfile", full)
     with pytest.raises(OSError, match="full"):
-        copy_extents(memfd(PAGE), memfd(PAGE), np.array([[0, PAGE]]))
+        copy_extents(memfd(PAGE), memfd(PAGE), ByteRanges([0], [PAGE]))
     assert len(calls) == 1
 
 
 def test_source_that_ends_early_is_an_error_not_a_loop() -> None:
     with pytest.raises(OSError, match="ends before"):
-        copy_extents(memfd(PAGE), memfd(4 * PAGE), np.array([[0, 2 * PAGE]]))
+        copy_extents(memfd(PAGE), memfd(4 * PAGE), ByteRanges([0], [2 * PAGE]))
 
 
 def test_digest_does_not_see_holes_but_every_byte(tmp_path: Path) -> None:

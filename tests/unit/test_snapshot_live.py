@@ -15,6 +15,7 @@ from tests.fakes.memory import memfd
 from tests.fakes.qemu_monitor import FakeQemu
 
 from vballoon.errors import UsageError
+from vballoon.memory import ByteRanges, PageRanges
 from vballoon.snapshot import live, tracker
 from vballoon.snapshot.pipe import StreamStore
 from vballoon.snapshot.qmp_vm import QemuVm
@@ -49,15 +50,15 @@ class Guest:
         self.written = set()
         self.started += 1
 
-    def collect(self) -> list[np.ndarray]:
+    def collect(self) -> list[ByteRanges]:
         pages, self.written = sorted(self.written), set()
-        return [np.array([[p * PAGE, (p + 1) * PAGE] for p in pages], np.int64).reshape(-1, 2)]
+        return [PageRanges.of((p, p + 1) for p in pages).bytes()]
 
 
 class BlindGuest(Guest):
-    def collect(self) -> list[np.ndarray]:
+    def collect(self) -> list[ByteRanges]:
         super().collect()
-        return [np.empty((0, 2), np.int64)]
+        return [ByteRanges()]
 
 
 class Control:
@@ -96,7 +97,7 @@ def vm(qemu: FakeQemu, tmp_path: Path) -> Iterator[QemuVm]:
 @pytest.fixture(autouse=True)
 def told_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages 8 to 16 and 40 to 48 are told free."""
-    ranges = np.array([[8, 16], [40, 48]], np.uint64)
+    ranges = PageRanges([8, 40], [16, 48])
     monkeypatch.setattr(live, "export", lambda control, provenance: ranges)
     monkeypatch.setattr(live, "ENOUGH", 3 * PAGE)
 

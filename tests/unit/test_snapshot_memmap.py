@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.memmap import BASE, HEADER, Area, MadeUpGuest
 from tests.fakes.memory import make_memory
 
+from vballoon.memory import PageRanges
 from vballoon.snapshot.memmap import VerificationRefused, free_memory
 
 MIB = 1 << 20
@@ -21,8 +21,8 @@ def pages_of(guest: MadeUpGuest) -> set[int]:
     return {pfn + i for pfn, order in guest.blocks for i in range(1 << order)}
 
 
-def found(ranges: np.ndarray) -> set[int]:
-    return {pfn for start, end in ranges.tolist() for pfn in range(start, end)}
+def found(ranges: PageRanges) -> set[int]:
+    return set(ranges.numbers().tolist())
 
 
 def test_finds_every_free_page_and_no_other() -> None:
@@ -236,6 +236,6 @@ def test_whatever_the_guest_writes_has_one_of_two_outcomes(
         free = free_memory(guest.layout(**changes), guest.memory)
     except VerificationRefused:
         return
-    assert (free.ranges[:, 0] < free.ranges[:, 1]).all()
-    assert (free.ranges[1:, 0] > free.ranges[:-1, 1]).all()
-    assert int(free.ranges.max(initial=0)) <= 4096
+    assert (free.ranges.start < free.ranges.end).all()
+    assert (free.ranges.start[1:] > free.ranges.end[:-1]).all()
+    assert int(free.ranges.end.max(initial=0)) <= 4096

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,13 +16,14 @@ from tests.fakes.memory import memfd
 from tests.unit.test_snapshot_store import PAGE, manifest_of
 
 from vballoon.errors import UsageError
+from vballoon.memory import ByteRanges
 from vballoon.snapshot.copy import SparseHash, sparse_digest
 from vballoon.snapshot.pipe import StreamStore, unpack
 from vballoon.snapshot.store import open_snapshot
 from vballoon_spec.snapshot import Frame, FrameKind
 
 CONTENT = os.urandom(64 * PAGE)
-WANTED = np.array([[PAGE, 20 * PAGE], [40 * PAGE, 41 * PAGE]])
+WANTED = ByteRanges([PAGE, 40 * PAGE], [20 * PAGE, 41 * PAGE])
 
 
 def written() -> bytes:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.fakes.memory import memfd
 
 from vballoon.errors import UsageError
+from vballoon.memory import ByteRanges
 from vballoon.snapshot.command import rewrite
 from vballoon.snapshot.restore import balloon_arguments
 from vballoon.snapshot.store import DirectoryStore, open_snapshot, ram_name
@@ -51,7 +51,7 @@ def parts(store: DirectoryStore) -> None:
     os.close(fd)
     ram = memfd(64 * PAGE)
     os.pwrite(ram, b"x" * 64 * PAGE, 0)
-    wanted = np.array([[PAGE, 2 * PAGE], [9 * PAGE, 10 * PAGE]])
+    wanted = ByteRanges([PAGE, 9 * PAGE], [2 * PAGE, 10 * PAGE])
     assert store.copy(0, "mem.ram", ram, 64 * PAGE, wanted, lambda done: None) == 2 * PAGE
     os.close(ram)
 

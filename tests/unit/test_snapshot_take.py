@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.fakes.memory import memfd
 from tests.fakes.qemu_monitor import BALLOON, FakeQemu
 
 from vballoon.errors import UsageError
+from vballoon.memory import PageRanges
 from vballoon.snapshot.journal import Entry, Journal
 from vballoon.snapshot.memmap import FreeMemory, VerificationRefused
 from vballoon.snapshot.qmp_vm import QemuVm
@@ -53,7 +53,7 @@ def source() -> Iterator[GuestSource]:
 
 
 def free(source: GuestSource) -> FreeMemory:
-    return FreeMemory(np.array([[8, 16], [30, 40]], np.uint64), 2, 18, 0)
+    return FreeMemory(PageRanges([8, 30], [16, 40]), 2, 18, 0)
 
 
 def make(vm: QemuVm, source: GuestSource, folder: Path, **more: Any) -> Run:

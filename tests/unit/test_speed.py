@@ -14,7 +14,7 @@ from tests.bench.measure import Samples, Turn, clock, interleaved
 from tests.bench.subjects import Case, OurSubject, Payloads, without_kernel
 from tests.fakes.memory import Arena, make_memory
 
-from vballoon.memory import GuestMemory, MemoryRegion
+from vballoon.memory import GuestMemory, MemoryRegion, PageRanges
 from vballoon.native import native
 from vballoon.skipmap import Provenance, SkipMap
 
@@ -105,7 +105,7 @@ def test_whole_bitmaps_go_at_the_speed_of_memory() -> None:
     both = (Provenance.REPORTED, Provenance.WALKED)
     blocks = np.arange(0, TIB >> 22, 2, dtype=np.uint64) << np.uint64(10)
     for provenance in both:
-        skipmap.set_ranges(provenance, blocks, blocks + np.uint64(1024))
+        skipmap.set_ranges(provenance, PageRanges(blocks, blocks + np.uint64(1024)))
     words, earlier = skipmap.bitmap(Provenance.WALKED).words, skipmap.combined(*both)
     copy = np.empty_like(words)
     found = interleaved(

@@ -17,14 +17,13 @@ from vballoon.balloon.roles import NUM_QUEUES, Role, numberings, settle_roles
 from vballoon.balloon.stats import GuestStats, StatsQueue
 from vballoon.balloon.walking import WalkQueue
 from vballoon.errors import QueueError, UsageError
-from vballoon.memory import Discarder, GuestMemory
+from vballoon.memory import PAGE_SHIFT, Discarder, GuestMemory
 from vballoon.skipmap import Provenance, Round, RoundKind, SkipMap, VoidReason
 from vballoon.virtio import VirtioDevice
 from virtio_formats.virtio.balloon import (
     CMD_ID_DONE,
     CMD_ID_FIRST,
     CMD_ID_STOP,
-    PFN_SHIFT,
     VIRTIO_ID_BALLOON,
     BalloonFeature,
 )
@@ -234,7 +233,7 @@ class Balloon(VirtioDevice):
     @property
     def actual_bytes(self) -> int:
         """The guest's logical size: its memory less what is in the balloon (QEMU's ``actual``)."""
-        return max(0, self.ram_bytes - (self.config.fields.actual << PFN_SHIFT))
+        return max(0, self.ram_bytes - (self.config.fields.actual << PAGE_SHIFT))
 
     @property
     def poisoned(self) -> bool:
@@ -248,7 +247,7 @@ class Balloon(VirtioDevice):
             raise UsageError("no guest memory yet: wait until a front-end has connected")
         if value <= 0:
             raise UsageError("the target is the guest's memory in bytes and must be above 0")
-        pages = max(0, self.ram_bytes - value) >> PFN_SHIFT
+        pages = max(0, self.ram_bytes - value) >> PAGE_SHIFT
         self.config.fields.num_pages = min(pages, 0xFFFF_FFFF)
         self._config_changed()
 
@@ -289,11 +288,11 @@ class Balloon(VirtioDevice):
     def save(self) -> bytes:
         """The state for a migrating front-end (``persist``)."""
         fields = self.config.fields
-        start, end = self.skipmap.extents(Provenance.BALLOONED).T
+        ballooned = self.skipmap.extents(Provenance.BALLOONED)
         next_id = max(self.hints.next_id, self.walks.next_id)
         return persist.pack(
             persist.SavedBalloon(
-                fields.num_pages, fields.actual, fields.poison_val, next_id, start, end
+                fields.num_pages, fields.actual, fields.poison_val, next_id, ballooned
             )
         )
 
@@ -313,7 +312,7 @@ class Balloon(VirtioDevice):
 
     def _take_ballooned(self, saved: persist.SavedBalloon) -> None:
         """What the guest had in its balloon elsewhere."""
-        self.skipmap.set_ranges(Provenance.BALLOONED, saved.start, saved.end)
+        self.skipmap.set_ranges(Provenance.BALLOONED, saved.ballooned)
 
     # Within.
 

@@ -13,16 +13,14 @@ import numpy as np
 
 from vballoon.memory.gather import page_ranges, ranges_of
 from vballoon.skipmap import Provenance
-from virtio_formats.virtio.balloon import PFN_SHIFT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Any
 
     from numpy.typing import NDArray
 
     from vballoon.balloon.counters import Counters
-    from vballoon.memory import Discarder
+    from vballoon.memory import Discarder, PageRanges
     from vballoon.skipmap import SkipMap
     from vballoon.virtio import DeviceQueue
     from vballoon.virtqueue import ChainBatch
@@ -35,8 +33,6 @@ ignored and counted, so that a buffer of 4 GiB costs the guest more than it cost
 
 PFNS_AT_ONCE = 1 << 20
 """Page numbers handled in one go: bounds the memory that a full ring of full buffers takes."""
-
-_SHIFT = np.uint64(PFN_SHIFT)
 
 
 class InflateQueues:
@@ -56,32 +52,32 @@ class InflateQueues:
         Without that its deflation may come late: it is then as good as reported, left out while
         it is a hole.
         """
-        for start, end in self._ranges(batch):
-            self._counters.inflated_pages += int((end - start).sum())
+        for pages in self._ranges(batch):
+            self._counters.inflated_pages += pages.total
             self._counters.discarded_bytes += self._discarder.discard(
-                batch.memory, start << _SHIFT, end << _SHIFT, accumulate=tells
+                batch.memory, pages.bytes(), accumulate=tells
             )
             if tells:
-                skipmap.set_ranges(Provenance.BALLOONED, start, end)
+                skipmap.set_ranges(Provenance.BALLOONED, pages)
             elif self._discarder.enabled:
-                skipmap.set_ranges(Provenance.REPORTED, start, end)
+                skipmap.set_ranges(Provenance.REPORTED, pages)
         queue.give(batch.ids)
 
     def deflate(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
         """Clear the bits first: from the acknowledgement on, the pages may be the guest's."""
-        for start, end in self._ranges(batch):
-            self._counters.deflated_pages += int((end - start).sum())
-            skipmap.clear_ranges(Provenance.BALLOONED, start, end)
-            self._discarder.undo(batch.memory, start << _SHIFT, end << _SHIFT)
+        for pages in self._ranges(batch):
+            self._counters.deflated_pages += pages.total
+            skipmap.clear_ranges(Provenance.BALLOONED, pages)
+            self._discarder.undo(batch.memory, pages.bytes())
         queue.give(batch.ids)
 
-    def _ranges(self, batch: ChainBatch) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
-        """The pages of all buffers as merged ranges, in pieces of bounded size."""
-        for start, end, bad in self._read(batch):
+    def _ranges(self, batch: ChainBatch) -> Iterator[PageRanges]:
+        """Yield the pages of all buffers, in pieces of bounded size."""
+        for pages, bad in self._read(batch):
             self._counters.bad_inflate += bad
-            yield start, end
+            yield pages
 
-    def _read(self, batch: ChainBatch) -> Iterator[tuple[Any, Any, int]]:
+    def _read(self, batch: ChainBatch) -> Iterator[tuple[PageRanges, int]]:
         size = np.where(batch.writable, 0, batch.len).astype(np.int64)
         if (size & 3).any():
             for i in range(len(batch)):

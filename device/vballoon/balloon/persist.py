@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vballoon.errors import ProtocolError
+from vballoon.memory import PageRanges
 from vballoon_spec.walk.formats import WalkRange
 from virtio_formats.virtio.balloon import (
     CMD_ID_FIRST,
@@ -18,28 +18,25 @@ from virtio_formats.virtio.balloon import (
 )
 from virtio_formats.wire import WireError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 __all__ = ("SavedBalloon", "pack", "unpack")
 
 
 @dataclass(frozen=True, slots=True)
 class SavedBalloon:
-    """What a balloon needs to go on elsewhere; ranges are uint64[n] in 4 KiB pages, half open."""
+    """What a balloon needs to go on elsewhere;"""
 
     num_pages: int
     actual: int
     poison_val: int
     next_cmd_id: int
-    start: NDArray[np.uint64]
-    end: NDArray[np.uint64]
+    ballooned: PageRanges
 
 
 def pack(saved: SavedBalloon) -> bytes:
     """The saved form."""
-    ranges = np.empty(saved.start.size, dtype=WalkRange.dtype())
-    ranges["pfn"], ranges["num"] = saved.start, saved.end - saved.start
+    ranges = np.empty(len(saved.ballooned), dtype=WalkRange.dtype())
+    pages = saved.ballooned
+    ranges["pfn"], ranges["num"] = pages.start, pages.end - pages.start
     header = BalloonState(
         magic=STATE_MAGIC,
         version=STATE_VERSION,
@@ -72,6 +69,5 @@ def unpack(state: bytes) -> SavedBalloon:
         actual=header.actual,
         poison_val=header.poison_val,
         next_cmd_id=max(header.next_cmd_id, CMD_ID_FIRST),
-        start=start,
-        end=start + num,
+        ballooned=PageRanges(start, start + num),
     )

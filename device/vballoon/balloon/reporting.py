@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from vballoon.memory.pages import blocks
+from vballoon.memory.ranges import blocks
 from vballoon.skipmap import Provenance
-from virtio_formats.virtio.balloon import PFN_SHIFT
 
 if TYPE_CHECKING:
     from vballoon.balloon.counters import Counters
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     from vballoon.virtqueue import ChainBatch
 
 __all__ = ("ReportQueue",)
-
-_SHIFT = np.uint64(PFN_SHIFT)
 
 
 class ReportQueue:
@@ -41,14 +36,12 @@ class ReportQueue:
         With *discard* off (the guest expects free pages to keep a value that a hole does not
         read as) the report is acknowledged and nothing else happens.
         """
-        start, end, pages, bad = blocks(batch.addr, batch.len, batch.writable)
+        pages, bad = blocks(batch.addr, batch.len, batch.writable)
         self._counters.bad_report += bad
-        self._counters.reported_pages += pages
+        self._counters.reported_pages += pages.total
         if discard and self._discarder.enabled:
-            self._counters.discarded_bytes += self._discarder.discard(
-                batch.memory, start << _SHIFT, end << _SHIFT
-            )
-            skipmap.set_ranges(Provenance.REPORTED, start, end)
+            self._counters.discarded_bytes += self._discarder.discard(batch.memory, pages.bytes())
+            skipmap.set_ranges(Provenance.REPORTED, pages)
         else:
             self._counters.reports_kept += len(batch)
         queue.give(batch.ids)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.balloon.memmap import MemmapCollector
+from vballoon.memory import PAGE_SHIFT
 from vballoon.memory.records import reachable, read_records
 from vballoon.skipmap import Provenance
 from vballoon_spec.walk.formats import (
@@ -24,7 +25,6 @@ from vballoon_spec.walk.formats import (
     WalkType,
     buffer_size,
 )
-from virtio_formats.virtio.balloon import PFN_SHIFT
 from virtio_formats.wire import WireError
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class WalkQueue:
     def _least(self) -> int:
         """Pages of the smallest block that was asked for."""
         assert self.begin is not None  # ranges are recorded after a BEGIN only
-        return 1 << min(self.begin.min_order + max(self.begin.page_shift - PFN_SHIFT, 0), 30)
+        return 1 << min(self.begin.min_order + max(self.begin.page_shift - PAGE_SHIFT, 0), 30)
 
     def _count(self, records: int, pages: int, bad: int) -> None:
         """Account for *records* ranges, of which *bad* were left out."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vballoon.cli.common import Subparsers, add_command, size_text
 from vballoon.errors import UsageError
+from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +86,7 @@ def _show(options: argparse.Namespace) -> int:
         objection = export.objection(provenance)
         note = f"  do not use: {objection}" if objection else ""
         runs = len(export.raw_bitmap(provenance).extents())
-        share = size_text(pages * 4096)
+        share = size_text(pages * PAGE_SIZE)
         print(f"{provenance:<10} {pages:>12,} pages  {share:>10}  {runs:>9,} runs{note}")
     if export.manifest.poison:
         print(f"poison     {export.manifest.poison:#010x}: hinted and walked pages need filling")
@@ -131,7 +132,7 @@ def _and(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"{options.output}: {error.strerror}") from None
     pages = bits.count(result)
-    print(f"{pages:,} pages, {size_text(pages * 4096)}")
+    print(f"{pages:,} pages, {size_text(pages * PAGE_SIZE)}")
     return 0
 
 

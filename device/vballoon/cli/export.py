@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vballoon.cli.common import Subparsers, add_command, size_text
 from vballoon.errors import UsageError
+from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     from vballoon.skipmap import SkipExport
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     with ControlClient(options.socket, timeout=600) as client:
         answer = client.execute("export-skip-bitmap", {"directory": str(directory)})
     for name, pages in answer["pages"].items():
-        print(f"{name:<10} {pages:>12,} pages  {size_text(pages * 4096):>10}")
+        print(f"{name:<10} {pages:>12,} pages  {size_text(pages * PAGE_SIZE):>10}")
     formats = set(options.format or ()) - {"raw"}
     if formats:
         from vballoon.skipmap import SkipExport

@@ -12,6 +12,8 @@ import base64
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vballoon.memory import PAGE_SIZE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -97,7 +99,7 @@ class MemoryPicture:
     def from_reply(cls, reply: dict[str, Any]) -> MemoryPicture:
         """Build the picture from the reply to ``query-memory-map``."""
         return cls(
-            cell_bytes=reply["cell-pages"] * 4096,
+            cell_bytes=reply["cell-pages"] * PAGE_SIZE,
             regions=[
                 PictureRegion(
                     r["guest-phys-addr"],
@@ -117,7 +119,7 @@ class MemoryPicture:
         pages = cell_pages(export.layout, cells)
         bitmaps = {p.value: export.raw_bitmap(p) for p in export.provenances}
         return cls(
-            cell_bytes=pages * 4096,
+            cell_bytes=pages * PAGE_SIZE,
             regions=[
                 PictureRegion(
                     r.guest_phys_addr,

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vballoon.cli.common import size_text
 from vballoon.cli.picture import BACKGROUND, CATEGORIES, COLOURS, MEANING
 from vballoon.errors import UsageError
+from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     import os
@@ -101,7 +102,7 @@ def legend(picture: MemoryPicture) -> list[tuple[Colour, str]]:
     entries = []
     for name in CATEGORIES:
         if name in picture.pages:
-            share = size_text(picture.pages[name] * 4096)
+            share = size_text(picture.pages[name] * PAGE_SIZE)
             entries.append((COLOURS[name], f"{name}: {share}, {MEANING[name]}"))
     if "resident" in picture.pages:
         entries.append((BACKGROUND, MEANING["untouched"]))

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vballoon.cli.common import Subparsers, add_command, size_text
+from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -131,7 +132,7 @@ def _bitmap(shown: dict[str, Any]) -> Any:
     table = _table("skip bitmap", "", "pages", "memory", "of the guest")
     for name, pages in shown["pages"].items():
         share = 100 * pages * shown["page-size"] / shown["guest-size"]
-        table.add_row(name, f"{pages:,}", size_text(pages * 4096), f"{share:.1f} %")
+        table.add_row(name, f"{pages:,}", size_text(pages * PAGE_SIZE), f"{share:.1f} %")
     return table
 
 

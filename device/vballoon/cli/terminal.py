@@ -10,6 +10,7 @@ from rich.text import Text
 
 from vballoon.cli.common import size_text
 from vballoon.cli.picture import BACKGROUND, CATEGORIES, COLOURS, MEANING
+from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +84,7 @@ def _legend(picture: MemoryPicture, *, colour: bool) -> Iterator[Text]:
         if name in picture.pages:
             line = Text("  ")
             line.append("██" if colour else LETTERS[name], Style(color=_rich(COLOURS[name])))
-            share = size_text(picture.pages[name] * 4096)
+            share = size_text(picture.pages[name] * PAGE_SIZE)
             line.append(f" {name:<10} {share:>10}   {MEANING[name]}")
             yield line
     if "resident" in picture.pages:

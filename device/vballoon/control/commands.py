@@ -17,6 +17,7 @@ import vballoon
 from vballoon.control.operator import plain
 from vballoon.control.session import CommandError
 from vballoon.control.table import Argument, Reply, Table
+from vballoon.memory import PAGE_SIZE
 from vballoon.skipmap import FrozenExport, PageBitmap, Provenance, RoundKind
 from vballoon.skipmap.cells import FULL, cell_pages, fill_of_cells
 from vballoon.skipmap.map import data_pages
@@ -152,7 +153,7 @@ def query_skip_bitmap(operator: Operator) -> dict[str, Any]:
     """
     skipmap = operator.require_memory()
     return {
-        "page-size": 4096,
+        "page-size": PAGE_SIZE,
         "guest-size": operator.balloon.ram_bytes,
         "pages": {p.value: skipmap.count(p) for p in Provenance}
         | {"reported": skipmap.reported_now().count()},
@@ -202,7 +203,7 @@ def query_memory_map(operator: Operator, cells: int) -> dict[str, Any]:
     skipmap = operator.require_memory()
     resident = PageBitmap(skipmap.layout)
     for region in skipmap.memory.regions:
-        resident.set_ranges(*data_pages(region))
+        resident.set_ranges(data_pages(region))
     seen = {"resident": resident} | {p.value: skipmap.bitmap(p) for p in Provenance}
     seen["reported"] = skipmap.reported_now()
     pages = cell_pages(skipmap.layout, cells)

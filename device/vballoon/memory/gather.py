@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import MemoryFault
-from vballoon.memory.pages import coalesce
+from vballoon.memory.pages import PAGE_SHIFT, PAGE_SIZE
+from vballoon.memory.ranges import PageRanges
 from vballoon.native import native
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ("gather_u32", "page_ranges", "ranges_of")
 
-_SHIFT, _ONE_PAGE = np.uint64(12), np.uint64(1)
+_SHIFT, _ONE_PAGE = np.uint64(PAGE_SHIFT), np.uint64(1)
 
 FEW_RUNS = 1 << 15
 """Runs that room is made for at first: room for a run of each page number is so much that finding
@@ -30,12 +31,12 @@ SLICE_WORDS = 128
 
 def page_ranges(
     memory: GuestMemory, addr: NDArray[np.uint64], words: NDArray[np.int64]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
-    """The pages whose 32-bit numbers are at each *addr*: merged ranges, and how many were bad.
+) -> tuple[PageRanges, int]:
+    """Return the pages whose 32-bit numbers are at each *addr*, and the number of bad ones.
 
     *words* (int64[n]) is how many numbers there are at each address (uint64[n], bytes).  Numbers
-    of pages outside guest memory are bad.  Ranges are first and end page number (uint64[k]).
-    Raises :class:`~vballoon.errors.MemoryFault` for an address outside guest memory.
+    of pages outside guest memory are bad.
+    Raise :class:`~vballoon.errors.MemoryFault` for an address outside guest memory.
     """
     if native is not None:
         total = int(words.sum())
@@ -43,30 +44,28 @@ def page_ranges(
             start, end = np.empty(room, np.uint64), np.empty(room, np.uint64)
             found = native.page_runs(memory.tables, addr, words, start, end)
             if found is not None:
-                return start[: found[0]], end[: found[0]], found[1]
+                return PageRanges.merged(start[: found[0]], end[: found[0]]), found[1]
             if room == total:
                 break
     return ranges_of(memory, gather_u32(memory, addr, words))
 
 
-def ranges_of(
-    memory: GuestMemory, pfns: NDArray[np.uint32]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
-    """:func:`page_ranges` of numbers that have been read."""
+def ranges_of(memory: GuestMemory, pfns: NDArray[np.uint32]) -> tuple[PageRanges, int]:
+    """Return :func:`page_ranges` of numbers that have been read (uint32[n])."""
     start = pfns.astype(np.uint64)  # widen first: a 32-bit shift by 12 would wrap
-    inside = memory.contains(start << _SHIFT, np.full(start.size, 4096, np.uint64))
+    inside = memory.contains(start << _SHIFT, np.full(start.size, PAGE_SIZE, np.uint64))
     bad = start.size - int(np.count_nonzero(inside))
     if bad:
         start = start[inside]
-    return *coalesce(start, start + _ONE_PAGE), bad
+    return PageRanges(start, start + _ONE_PAGE), bad
 
 
 def gather_u32(
     memory: GuestMemory, addr: NDArray[np.uint64], words: NDArray[np.int64]
 ) -> NDArray[np.uint32]:
-    """The little-endian 32-bit words at each *addr* (uint64[n], bytes), joined (uint32[sum]).
+    """Return the little-endian 32-bit words at each *addr* (uint64[n], bytes), as uint32[sum].
 
-    *words* (int64[n]) is how many to read at each.  Every word is read once.  Raises
+    *words* (int64[n]) is how many to read at each.  Every word is read once.  Raise
     :class:`~vballoon.errors.MemoryFault` for an address outside guest memory.
     """
     total = int(words.sum())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of a region hold data: the backing file's holes are the truth about freed pages."""
+"""Find the parts of a file that hold data; a page that was freed is a hole until it is touched."""
 
 from __future__ import annotations
 
@@ -7,39 +7,46 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
+from vballoon.memory.ranges import ByteRanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numpy.typing import NDArray
-
     from vballoon.memory.regions import MemoryRegion
 
-__all__ = ("data_extents",)
+__all__ = ("data_extents", "file_extents")
 
 
-def data_extents(region: MemoryRegion) -> NDArray[np.int64]:
-    """Where *region* holds data: int64[k, 2], [start, end) in bytes from the region's start.
+def data_extents(region: MemoryRegion) -> ByteRanges:
+    """Return where *region* holds data, in bytes from the start of the region.
 
-    Ascending and disjoint; everything else is a hole and reads as zero.  Exact to the file
-    system's page on tmpfs and memfd.  Where holes cannot be seen (no file, hugetlbfs, which calls
-    a whole file data, or a file system without ``SEEK_DATA``), the whole region counts as data.
+    Everything else is a hole and reads as zero.  Exact to the file system's page on tmpfs and
+    memfd.  Where holes cannot be seen (no file, hugetlbfs, which calls a whole file data, or a
+    file system without ``SEEK_DATA``), the whole region counts as data.
     """
     if region.fd is None:
-        return np.array([[0, region.size]], np.int64)
+        return ByteRanges([0], [region.size])
     fd = _own_position(region.fd)
     try:
-        found = list(_extents(fd, region.file_offset, region.file_offset + region.size))
-    except OSError:
-        found = [(region.file_offset, region.file_offset + region.size)]
+        found = file_extents(fd, region.file_offset, region.file_offset + region.size)
     finally:
         os.close(fd)
-    return np.array(found, np.int64).reshape(-1, 2) - region.file_offset
+    return found.moved(-region.file_offset)
+
+
+def file_extents(fd: int, start: int, end: int) -> ByteRanges:
+    """Return where the bytes [*start*, *end*) of the file hold data, as positions in the file.
+
+    The whole range counts as data where the file system cannot tell.  Moves the file position.
+    """
+    try:
+        return ByteRanges.of(_extents(fd, start, end))
+    except OSError:
+        return ByteRanges([start], [end])
 
 
 def _own_position(fd: int) -> int:
-    """A descriptor of the same file; seeking on it moves no position that a peer shares."""
+    """Open the same file again, so that seeking moves no position that a peer shares."""
     try:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

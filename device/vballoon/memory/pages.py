@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The algebra of page ranges: pure functions on columns ``start``, ``end``.
+"""The size of a page, and functions on columns of ranges; :mod:`.ranges` has them as values.
 
-A set of ranges is two uint64 arrays of the same length, half open, in pages or in bytes as the
-caller likes.  *Merged* means sorted, disjoint and not even touching: the one canonical form of a
-set, which everything here returns.
+The ranges are two uint64 arrays ``start``, ``end`` of the same length, half open, in pages or in
+bytes.  *Merged* means sorted, disjoint and not even touching: the canonical form of a set.
 """
 
 from __future__ import annotations
@@ -19,13 +18,27 @@ if TYPE_CHECKING:
 
     U64 = NDArray[np.uint64]
 
-__all__ = ("blocks", "clip", "coalesce", "expand", "inward", "whole_pages")
+__all__ = (
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "clip",
+    "coalesce",
+    "expand",
+    "inward",
+    "subtract",
+    "whole_pages",
+)
 
-_PAGE_MASK, _PAGE_SHIFT = np.uint64(4095), np.uint64(12)
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+"""Bytes of a page: the unit of the balloon's page numbers (*Memory Balloon Device*), of every map
+and of every log of this package, whatever page size the guest uses."""
+
+_MASK, _SHIFT = np.uint64(PAGE_SIZE - 1), np.uint64(PAGE_SHIFT)
 
 
 def coalesce(start: U64, end: U64) -> tuple[U64, U64]:
-    """The same set of numbers, merged.  Empty ranges vanish; order and overlaps do not matter."""
+    """Return the same set of numbers, merged.  Order, overlaps and empty ranges do not matter."""
     if native is None or start.size < 2:
         return _coalesce(start, end)
     low, high = np.empty(start.size, np.uint64), np.empty(start.size, np.uint64)
@@ -62,37 +75,20 @@ def _by_start(start: U64, end: U64) -> tuple[U64, U64]:
     return start[order], end[order]
 
 
-def blocks(
-    addr: U64, length: NDArray[np.uint32], wanted: NDArray[np.bool_]
-) -> tuple[U64, U64, int, int]:
-    """The pages of 4 KiB wholly inside those ``[addr, addr + length)`` (bytes) that are *wanted*.
-
-    Returns first and end page numbers, merged; how many pages they are; and how many of the
-    ranges were not wanted, or did not begin and end on a page boundary.
-    """
-    if native is not None:
-        start, end = np.empty(addr.size, np.uint64), np.empty(addr.size, np.uint64)
-        count, pages, bad = native.blocks(addr, length, wanted, start, end)
-        return start[:count], end[:count], pages, bad
-    start, end, odd = whole_pages(addr[wanted], length[wanted])
-    start, end = coalesce(start, end)
-    return start, end, int((end - start).sum()), odd + addr.size - int(np.count_nonzero(wanted))
-
-
 def whole_pages(addr: U64, length: NDArray[np.uint32]) -> tuple[U64, U64, int]:
-    """The pages of 4 KiB wholly inside each ``[addr, addr + length)``, in bytes, both (n,).
+    """Return the pages wholly inside each ``[addr, addr + length)`` (bytes; uint64[n], uint32[n]).
 
-    Returns first and end page numbers (uint64[n], half open, possibly empty), and how many of
-    the ranges did not begin and end on a page boundary.
+    The result is first and end page numbers (uint64[n], half open, possibly empty), and the number
+    of ranges that do not begin and end on a page boundary.
     """
     end = addr + length
-    odd = int(np.count_nonzero((addr | end) & _PAGE_MASK))
-    first = (addr >> _PAGE_SHIFT) + ((addr & _PAGE_MASK) != 0)
-    return first, np.maximum(end >> _PAGE_SHIFT, first), odd
+    odd = int(np.count_nonzero((addr | end) & _MASK))
+    first = (addr >> _SHIFT) + ((addr & _MASK) != 0)
+    return first, np.maximum(end >> _SHIFT, first), odd
 
 
 def clip(start: U64, end: U64, low: int, high: int) -> tuple[U64, U64]:
-    """What of the ranges lies in [*low*, *high*); ranges that do not reach into it vanish."""
+    """Return the parts of the ranges in [*low*, *high*), without empty ones."""
     low_, high_ = np.uint64(low), np.uint64(high)
     start, end = np.maximum(start, low_), np.minimum(end, high_)
     keep = start < end
@@ -100,7 +96,7 @@ def clip(start: U64, end: U64, low: int, high: int) -> tuple[U64, U64]:
 
 
 def inward(start: U64, end: U64, unit: int) -> tuple[U64, U64]:
-    """The whole units (multiples of *unit*) inside each range; ranges without one vanish."""
+    """Return the whole units (multiples of *unit*) inside each range, without empty ones."""
     unit_ = np.uint64(unit)
     if not unit & (unit - 1):
         ragged = (start | end) & np.uint64(unit - 1)
@@ -115,10 +111,22 @@ def inward(start: U64, end: U64, unit: int) -> tuple[U64, U64]:
 
 
 def expand(start: U64, end: U64) -> U64:
-    """Every number of the ranges, in the ranges' order (uint64[total])."""
+    """Return every number of the ranges, in the order of the ranges (uint64[total])."""
     size = (end - start).astype(np.int64)
     first = np.cumsum(size) - size
     numbers = np.repeat(start, size)
     # Each number counts from its own range's start: the place in the whole, less the range's.
     numbers += np.arange(numbers.size, dtype=np.uint64) - np.repeat(first, size).astype(np.uint64)
     return numbers
+
+
+def subtract(start: U64, end: U64, out_start: U64, out_end: U64) -> tuple[U64, U64]:
+    """Return what of merged ranges is in none of the merged ranges *out*, merged."""
+    # A sweep over all borders: +1 inside a range, -1 inside a range that is taken out.
+    borders = np.concatenate((start, end, out_start, out_end))
+    counts = [start.size, end.size, out_start.size, out_end.size]
+    order = np.argsort(borders, kind="stable")
+    level = np.cumsum(np.repeat(np.array([1, -1, -1, 1], np.int8), counts)[order])
+    borders = borders[order]
+    inside = np.flatnonzero(level[:-1] == 1)
+    return _coalesce(borders[inside], borders[inside + 1])

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from vballoon.errors import ProtocolError
+from vballoon.memory.pages import PAGE_SIZE
 from vballoon.native import guard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ("PAGE_SIZE", "MemoryRegion", "RemoteMemory", "backing_page_size")
-
-PAGE_SIZE = 4096
-"""Bytes: the unit of guest memory that every map and every log of this package counts in."""
+__all__ = ("MemoryRegion", "RemoteMemory", "backing_page_size")
 
 _ADDRESS_END = 1 << 64
 _HUGETLBFS_MAGIC = 0x958458F6  # f_type of hugetlbfs, <linux/magic.h>

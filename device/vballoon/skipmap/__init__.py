@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from vballoon.skipmap.bitmap import PageBitmap, combine
 from vballoon.skipmap.export import FrozenExport, SkipExport, write_export
-from vballoon.skipmap.layout import PAGE_SHIFT, PAGE_SIZE, BitmapLayout, RegionBits
+from vballoon.skipmap.layout import BitmapLayout, RegionBits
 from vballoon.skipmap.map import SkipMap
 from vballoon.skipmap.rounds import VOIDS, Instant, Provenance, Round, RoundKind, VoidReason
 
 __all__ = (
-    "PAGE_SHIFT",
-    "PAGE_SIZE",
     "VOIDS",
     "BitmapLayout",
     "FrozenExport",

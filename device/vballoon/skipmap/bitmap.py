@@ -10,6 +10,7 @@ import numpy as np
 
 from vballoon.errors import UsageError
 from vballoon.memory.pages import whole_pages
+from vballoon.memory.ranges import PageRanges
 from vballoon.native import native
 from vballoon.skipmap import bits
 from vballoon.skipmap.records import checked_ranges
@@ -55,13 +56,13 @@ class PageBitmap:
         """Runs of words, half open, outside of which all words are zero."""
         return [(0, self.words.size)] if self._spans is None else self._spans()
 
-    def set_ranges(self, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]) -> int:
-        """Set the bits of ``start <= pfn < end``; returns how many ranges had to be clipped."""
-        return self._fill(start_pfn, end_pfn, True)
+    def set_ranges(self, pages: PageRanges) -> int:
+        """Set the bits of *pages*.  Return how many ranges were not wholly guest memory."""
+        return self._fill(pages.start, pages.end, True)
 
-    def clear_ranges(self, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]) -> int:
-        """Clear the bits of ``start <= pfn < end``; returns how many ranges had to be clipped."""
-        return self._fill(start_pfn, end_pfn, False)
+    def clear_ranges(self, pages: PageRanges) -> int:
+        """Clear the bits of *pages*.  Return how many ranges were not wholly guest memory."""
+        return self._fill(pages.start, pages.end, False)
 
     def set_bytes(
         self, addr: NDArray[np.uint64], length: NDArray[np.uint32]
@@ -120,12 +121,15 @@ class PageBitmap:
         """Pages whose bit is set."""
         return sum(bits.count(self.words[a:b]) for a, b in self.spans())
 
-    def extents(self) -> NDArray[np.uint64]:
-        """Runs of set bits as page numbers, shape (k, 2), half open, ascending."""
-        return _joined([self.region_extents(i) for i in range(len(self.layout.regions))])
+    def extents(self) -> PageRanges:
+        """Return the pages whose bit is set."""
+        return _joined([self._region_runs(i) for i in range(len(self.layout.regions))])
 
-    def region_extents(self, index: int) -> NDArray[np.uint64]:
-        """The same for region *index* alone."""
+    def region_extents(self, index: int) -> PageRanges:
+        """Return the pages of region *index* whose bit is set."""
+        return _joined([self._region_runs(index)])
+
+    def _region_runs(self, index: int) -> NDArray[np.uint64]:
         region, found = self.layout.regions[index], []
         for low, high in self.spans():
             low = max(low - region.first_word, 0)
@@ -133,7 +137,7 @@ class PageBitmap:
             if low < high:
                 runs = bits.extents(self.region(index)[low:high])
                 found.append(self.layout.pfns(runs + np.uint64(low * bits.WORD_BITS), index))
-        return _joined(found)
+        return np.concatenate(found) if found else np.empty((0, 2), np.uint64)
 
     def region(self, index: int) -> NDArray[np.uint64]:
         """The words of one region, bit 0 its first page (a view)."""
@@ -262,11 +266,9 @@ def _merge_spans(spans: Iterable[tuple[int, int]]) -> Spans:
     return merged
 
 
-def _joined(pieces: list[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Ascending runs of several pieces, with runs that touch made one."""
+def _joined(pieces: list[NDArray[np.uint64]]) -> PageRanges:
+    """Ranges of the ascending runs (uint64[k, 2]) of several pieces; runs may touch."""
     if not pieces:
-        return np.empty((0, 2), dtype=np.uint64)
+        return PageRanges()
     runs = np.concatenate(pieces)
-    apart = runs[1:, 0] != runs[:-1, 1]
-    first, last = np.append(True, apart), np.append(apart, True)
-    return np.column_stack((runs[first[: len(runs)], 0], runs[last[: len(runs)], 1]))
+    return PageRanges(runs[:, 0], runs[:, 1])

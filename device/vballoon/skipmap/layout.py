@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from vballoon.memory.pages import PAGE_SHIFT
 from vballoon.skipmap.bits import WORD_BITS
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ("PAGE_SHIFT", "PAGE_SIZE", "BitmapLayout", "RegionBits", "RegionLike")
-
-PAGE_SHIFT = 12
-PAGE_SIZE = 1 << PAGE_SHIFT
-"""The unit of the bitmap, in bytes: that of the balloon's page numbers, whatever the guest uses."""
+__all__ = ("BitmapLayout", "RegionBits", "RegionLike")
 
 ALIGN_WORDS = 512
 """Bitmaps keep their alignment modulo one page of words (128 MiB of guest memory)."""

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vballoon.memory import data_extents
+from vballoon.memory import PAGE_SIZE, data_extents
 from vballoon.skipmap.bitmap import PageBitmap, combine
-from vballoon.skipmap.layout import PAGE_SHIFT, BitmapLayout
+from vballoon.skipmap.layout import BitmapLayout
 from vballoon.skipmap.rounds import VOIDS, Provenance, Round, RoundKind, VoidReason
 from vballoon.skipmap.store import BitmapStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vballoon.memory import GuestMemory, MemoryRegion
+    from vballoon.memory import GuestMemory, MemoryRegion, PageRanges
 
 __all__ = ("SkipMap", "data_pages")
 
@@ -53,20 +53,16 @@ class SkipMap:
         """The live bitmap of *provenance*; :meth:`PageBitmap.copy` it to keep it."""
         return self._bitmaps[provenance]
 
-    def set_ranges(
-        self, provenance: Provenance, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]
-    ) -> int:
-        """Set the bits of the pages ``start <= pfn < end`` (uint64[n], any order, overlaps too).
+    def set_ranges(self, provenance: Provenance, pages: PageRanges) -> int:
+        """Set the bits of *pages*.
 
-        Returns how many of the ranges were not wholly guest memory: those are cut, never an error.
+        Return how many ranges were not wholly guest memory: those are cut, never an error.
         """
-        return self._dropped(self._bitmaps[provenance].set_ranges(start_pfn, end_pfn))
+        return self._dropped(self._bitmaps[provenance].set_ranges(pages))
 
-    def clear_ranges(
-        self, provenance: Provenance, start_pfn: NDArray[np.uint64], end_pfn: NDArray[np.uint64]
-    ) -> int:
-        """Clear bits; otherwise as :meth:`set_ranges`."""
-        return self._dropped(self._bitmaps[provenance].clear_ranges(start_pfn, end_pfn))
+    def clear_ranges(self, provenance: Provenance, pages: PageRanges) -> int:
+        """Clear the bits of *pages*; otherwise as :meth:`set_ranges`."""
+        return self._dropped(self._bitmaps[provenance].clear_ranges(pages))
 
     def set_bytes(
         self, provenance: Provenance, addr: NDArray[np.uint64], length: NDArray[np.uint32]
@@ -116,8 +112,8 @@ class SkipMap:
         """Pages whose bit is set."""
         return self._bitmaps[provenance].count()
 
-    def extents(self, provenance: Provenance) -> NDArray[np.uint64]:
-        """Page numbers as runs, shape (k, 2), half open, ascending."""
+    def extents(self, provenance: Provenance) -> PageRanges:
+        """Return the pages whose bit is set."""
         return self._bitmaps[provenance].extents()
 
     def combined(self, *provenances: Provenance, into: PageBitmap | None = None) -> PageBitmap:
@@ -134,8 +130,7 @@ class SkipMap:
         """
         result = self._bitmaps[Provenance.REPORTED].copy()
         for region in self.memory.regions if result.spans() else ():
-            start, end = data_pages(region)
-            result.clear_ranges(start, end)
+            result.clear_ranges(data_pages(region))
         return result
 
     # rounds
@@ -189,7 +184,7 @@ class SkipMap:
             if identity in former:
                 for provenance in (Provenance.BALLOONED, Provenance.REPORTED):
                     runs = self.bitmap(provenance).region_extents(former[identity])
-                    successor.set_ranges(provenance, runs[:, 0], runs[:, 1])
+                    successor.set_ranges(provenance, runs)
         self.void(VoidReason.MEMORY_CHANGED)
         successor.rounds = dict(self.rounds)
         self.close()
@@ -203,7 +198,7 @@ class SkipMap:
         """Where each bitmap is in the descriptor of :meth:`open_fd`; all numbers are bytes."""
         return {
             "size": self._store.size,
-            "page-size": 1 << PAGE_SHIFT,
+            "page-size": PAGE_SIZE,
             "header-size": self._store.header().header_size,
             "bitmaps": [
                 {
@@ -225,15 +220,9 @@ class SkipMap:
         self._store.close()
 
 
-def data_pages(region: MemoryRegion) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The pages of *region* that hold data, as page numbers; a page with any data is data."""
-    first = np.uint64(region.guest_phys_addr >> PAGE_SHIFT)
-    if region.fd is None:  # nobody can tell: then all of it
-        return np.array([first]), np.array([first + np.uint64(region.size >> PAGE_SHIFT)])
-    extents = data_extents(region)
-    start = (extents[:, 0] >> PAGE_SHIFT).astype(np.uint64)
-    end = ((extents[:, 1] + (1 << PAGE_SHIFT) - 1) >> PAGE_SHIFT).astype(np.uint64)
-    return start + first, end + first
+def data_pages(region: MemoryRegion) -> PageRanges:
+    """Return the pages of *region* that hold data; a page with any data is data."""
+    return data_extents(region).moved(region.guest_phys_addr).touched_pages()
 
 
 def _address(region: MemoryRegion) -> int:

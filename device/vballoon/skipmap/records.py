@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vballoon.skipmap.layout import PAGE_SHIFT
+from vballoon.memory.pages import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from typing import Any

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import ProtocolError, UsageError
-from vballoon.skipmap.layout import PAGE_SHIFT
+from vballoon.memory.pages import PAGE_SHIFT
 from vballoon_spec.skipmap import LIVE_MAGIC, LIVE_VERSION, LiveHeader
 
 if TYPE_CHECKING:

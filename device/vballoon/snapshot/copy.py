@@ -13,8 +13,7 @@ from vballoon.snapshot.extents import data_extents
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-    from numpy.typing import NDArray
+    from vballoon.memory import ByteRanges
 
     Mover = Callable[[int, int, int, int], int]
 
@@ -31,10 +30,10 @@ _UNABLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBAD
 def copy_extents(
     source: int,
     target: int,
-    extents: NDArray[np.int64],
+    extents: ByteRanges,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Copy *extents* (int64[k, 2], bytes) to the same places of *target*. Return the bytes.
+    """Copy *extents* to the same places of *target*. Return the bytes.
 
     The kernel moves the bytes: with ``copy_file_range`` where both are on one file system (which
     shares blocks where it can), else with ``sendfile``, else by reading and writing.  *progress*
@@ -44,7 +43,7 @@ def copy_extents(
     if os.fstat(source).st_dev != os.fstat(target).st_dev:
         del movers[0]
     total = 0
-    for start, end in extents.tolist():
+    for start, end in extents:
         at = start
         while at < end:
             at += _move(movers, source, target, at, min(end - at, PIECE))
@@ -131,7 +130,7 @@ def sparse_digest(fd: int) -> str:
     """Return the :class:`SparseHash` of the file at *fd*."""
     size = os.fstat(fd).st_size
     digest, buffer = SparseHash(size), memoryview(bytearray(16 * CHUNK))
-    for start, end in data_extents(fd, size).tolist():
+    for start, end in data_extents(fd, size):
         at = start
         while at < end:
             got = os.preadv(fd, [buffer[: end - at]], at)

@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vballoon.errors import UsageError
+from vballoon.memory import PageRanges
 from vballoon.skipmap import Provenance, SkipExport
 from vballoon.snapshot import extents as ext
 from vballoon.snapshot.run import Copied
@@ -22,8 +21,6 @@ from vballoon.snapshot.steps import copy_extents
 from vballoon.snapshot.store import DirectoryStore, ram_name
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from vballoon.control.client import ControlClient
     from vballoon.snapshot.run import Run
 
@@ -71,17 +68,16 @@ def ask(run: Run) -> None:
     """Ask the guest for its free pages; they need not be copied unless written since ``track``."""
     skip = _reported_free(run)
     run.wanted = [
-        ext.without(ext.data_extents(f.fd, f.size), ext.to_file(skip, f.regions))
-        for _, f in run.plan.memory
+        ext.data_extents(f.fd, f.size) - ext.to_file(skip, f.regions) for _, f in run.plan.memory
     ]
 
 
-def _reported_free(run: Run) -> NDArray[np.uint64]:
+def _reported_free(run: Run) -> PageRanges:
     """Return the page ranges of one complete walk or hinting round; none if the guest has neither.
 
     uint64[k, 2], half open, in pages of 4096 bytes.
     """
-    none = np.empty((0, 2), np.uint64)
+    none = PageRanges()
     assert run.control is not None
     if run.source.poison:
         return none
@@ -103,7 +99,7 @@ def _reported_free(run: Run) -> NDArray[np.uint64]:
     return none
 
 
-def export(control: ControlClient, provenance: Provenance) -> NDArray[np.uint64]:
+def export(control: ControlClient, provenance: Provenance) -> PageRanges:
     """Return the page ranges of *provenance* in the back-end's skip bitmap."""
     with tempfile.TemporaryDirectory(prefix="vballoon-") as folder:
         place = str(Path(folder) / "bits")
@@ -119,10 +115,10 @@ def rounds(run: Run) -> None:
         run.begin("stop")  # the last of these is the beginning of the stop
         run.stop_guest()
         run.wanted = [
-            ext.common(written, ext.data_extents(f.fd, f.size))
+            written & ext.data_extents(f.fd, f.size)
             for written, (_, f) in zip(run.tracker.collect(), run.plan.memory, strict=True)
         ]
-        left = sum(ext.length(w) for w in run.wanted)
+        left = sum(w.total for w in run.wanted)
         not_converging = before is not None and left > before * 3 // 4
         if left <= ENOUGH or not_converging or number == ROUNDS_MAX:
             return
@@ -136,13 +132,13 @@ def copy_rest(run: Run) -> None:
     verified = 0
     for i, (_, file) in enumerate(run.plan.memory):
         if run.free is not None:
-            less = ext.without(run.wanted[i], ext.to_file(run.free.ranges, file.regions))
-            verified += ext.length(run.wanted[i]) - ext.length(less)
+            less = run.wanted[i] - ext.to_file(run.free.ranges, file.regions)
+            verified += run.wanted[i].total - less.total
             run.wanted[i] = less
     copy_extents(run)
     sizes, holes = [], 0
     for memdev, file in run.plan.memory:
         data = ext.data_extents(file.fd, file.size)
         sizes.append(run.store.keep_only(ram_name(memdev.id), data))
-        holes += file.size - ext.length(data)
+        holes += file.size - data.total
     run.copied = Copied(sizes, {"holes": holes, "verified": verified})

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vballoon.errors import MemoryFault, VballoonError
+from vballoon.memory import PAGE_SHIFT, PageRanges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,12 +55,11 @@ class VerificationRefused(VballoonError):
 class FreeMemory:
     """The free blocks of a stopped guest.
 
-    ``ranges``: uint64[k, 2], half open, in pages of 4096 bytes, ascending and disjoint; ``blocks``:
-    how many blocks these are; ``pages``: how many pages; ``loose``: blocks that were marked as
-    free but not linked, and are not among them.
+    ``ranges``: their pages; ``blocks``: how many blocks these are; ``pages``: how many pages;
+    ``loose``: blocks that were marked as free but not linked, and are not among them.
     """
 
-    ranges: U64
+    ranges: PageRanges
     blocks: int
     pages: int
     loose: int
@@ -114,7 +114,7 @@ def _check_header(header: WalkMemmap) -> None:
         raise VerificationRefused(f"page structures of {size} bytes")
     if any(offset + width > size or offset % min(width, 8) for offset, width in fields):
         raise VerificationRefused("a field is outside its page structure")
-    if not 12 <= header.page_shift <= 16 or header.max_order > ORDER_MAX:
+    if not PAGE_SHIFT <= header.page_shift <= 16 or header.max_order > ORDER_MAX:
         raise VerificationRefused(f"page shift {header.page_shift}, order {header.max_order}")
     if not header.type_mask or header.type_value & ~header.type_mask:
         raise VerificationRefused("the mark of a free block would match every page")
@@ -298,12 +298,9 @@ def _paired(ends: U64, starts: U64) -> U64:
 def _as_ranges(
     pfn: U64, pages: U64, header: WalkMemmap, memory: GuestMemory, loose: int
 ) -> FreeMemory:
-    shift = np.uint64(header.page_shift - 12)
+    shift = np.uint64(header.page_shift - PAGE_SHIFT)
     start, size = pfn << shift, pages << shift
-    if not memory.contains(start << np.uint64(12), size << np.uint64(12)).all():
+    unit = np.uint64(PAGE_SHIFT)
+    if not memory.contains(start << unit, size << unit).all():
         raise VerificationRefused("a free block is outside guest memory")
-    end = start + size
-    apart = start[1:] != end[:-1]
-    first, last = np.append(True, apart)[: start.size], np.append(apart, True)[: start.size]
-    ranges = np.column_stack((start[first], end[last]))
-    return FreeMemory(ranges, int(pfn.size), int(size.sum()), loose)
+    return FreeMemory(PageRanges(start, start + size), int(pfn.size), int(size.sum()), loose)

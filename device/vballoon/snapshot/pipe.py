@@ -25,8 +25,7 @@ from virtio_formats.wire import WireError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-    from numpy.typing import NDArray
+    from vballoon.memory import ByteRanges
 
 __all__ = ("StreamStore", "unpack")
 
@@ -74,13 +73,13 @@ class StreamStore:
         name: str,
         source: int,
         size: int,
-        extents: NDArray[np.int64],
+        extents: ByteRanges,
         progress: Callable[[int], None],
     ) -> int:
         """Send the extents and hash them on the way: they cannot be read back."""
         del name
         digest, total = SparseHash(size), 0
-        for start, end in extents.tolist():
+        for start, end in extents:
             for at in range(start, end, PIECE):
                 data = os.pread(source, min(PIECE, end - at), at)
                 if len(data) != min(PIECE, end - at):

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from vballoon.control.client import ControlClient
+    from vballoon.memory import ByteRanges
     from vballoon.snapshot.device import BalloonDevice
     from vballoon.snapshot.journal import Journal
     from vballoon.snapshot.memmap import FreeMemory
@@ -109,7 +107,7 @@ class Run:
     stopped_ns: int = field(init=False)
     """UNIX time at which the guest was stopped for good."""
     tracker: WriteTracker = field(init=False)
-    wanted: list[NDArray[np.int64]] = field(init=False)
+    wanted: list[ByteRanges] = field(init=False)
     """For each file, the extents that are still to be copied: int64[k, 2], bytes."""
     free: FreeMemory | None = field(init=False)
     verification: str = field(init=False)

@@ -120,17 +120,17 @@ def copy(run: Run) -> None:
         data = ext.data_extents(file.fd, file.size)
         wanted = data
         if run.free is not None:
-            wanted = ext.without(data, ext.to_file(run.free.ranges, file.regions))
-        holes += file.size - ext.length(data)
-        verified += ext.length(data) - ext.length(wanted)
+            wanted = data - ext.to_file(run.free.ranges, file.regions)
+        holes += file.size - data.total
+        verified += data.total - wanted.total
         run.wanted.append(wanted)
-    run.store.expect(sum(ext.length(wanted) for wanted in run.wanted))
+    run.store.expect(sum(wanted.total for wanted in run.wanted))
     run.copied = Copied(copy_extents(run), {"holes": holes, "verified": verified})
 
 
 def copy_extents(run: Run) -> list[int]:
     """Copy ``run.wanted`` of each file. Return the bytes copied of each."""
-    run.observer.size(sum(ext.length(wanted) for wanted in run.wanted))
+    run.observer.size(sum(wanted.total for wanted in run.wanted))
     return [
         run.store.copy(
             index, ram_name(memdev.id), file.fd, file.size, run.wanted[index], run.observer.copied

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.copy import copy_extents, sparse_digest
-from vballoon.snapshot.extents import common, data_extents, length, without
+from vballoon.snapshot.extents import data_extents
 from vballoon_spec.snapshot import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from io import BufferedReader
 
-    import numpy as np
-    from numpy.typing import NDArray
+    from vballoon.memory import ByteRanges
 
 __all__ = ("DirectoryStore", "Store", "open_snapshot", "ram_name")
 
@@ -56,7 +55,7 @@ class Store(Protocol):
         name: str,
         source: int,
         size: int,
-        extents: NDArray[np.int64],
+        extents: ByteRanges,
         progress: Callable[[int], None],
     ) -> int:
         """Copy *extents* of a file of guest memory of *size* bytes. Return the bytes copied."""
@@ -119,7 +118,7 @@ class DirectoryStore:
         name: str,
         source: int,
         size: int,
-        extents: NDArray[np.int64],
+        extents: ByteRanges,
         progress: Callable[[int], None],
     ) -> int:
         """Copy into the sparse file *name*, which an earlier round may have made."""
@@ -131,15 +130,15 @@ class DirectoryStore:
         finally:
             os.close(fd)
 
-    def keep_only(self, name: str, extents: NDArray[np.int64]) -> int:
+    def keep_only(self, name: str, extents: ByteRanges) -> int:
         """Blank what was copied outside *extents*. Return the bytes that are left."""
         fd = os.open(self.path / name, os.O_RDWR | os.O_CLOEXEC)
         try:
             there = data_extents(fd, os.fstat(fd).st_size)
-            for start, end in without(there, extents).tolist():
+            for start, end in there - extents:
                 for at in range(start, end, len(_ZEROES)):
                     os.pwrite(fd, _ZEROES[: end - at], at)
-            return length(common(there, extents))
+            return (there & extents).total
         finally:
             os.close(fd)
 

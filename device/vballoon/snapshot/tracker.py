@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from vballoon.errors import UsageError
+from vballoon.memory import PAGE_SIZE, ByteRanges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ("SoftDirty", "WriteTracker", "marked", "objections")
 
-PAGE = 4096
 SOFT_DIRTY, PRESENT = np.uint64(1 << 55), np.uint64(1 << 63)
 READ_PAGES = 1 << 20
 """Entries of pagemap read at a time (8 MiB, 4 GiB of guest)."""
@@ -37,7 +37,7 @@ class WriteTracker(Protocol):
     def start(self) -> None:
         """Begin to track writes."""
 
-    def collect(self) -> list[NDArray[np.int64]]:
+    def collect(self) -> list[ByteRanges]:
         """Return for each file what was written since the last call or the start.
 
         int64[k, 2] in bytes.  The guest must be stopped: writes between reading and clearing the
@@ -70,9 +70,9 @@ def _mark_is_seen() -> bool:
     pagemap = Path("/proc/self/pagemap")
     try:
         Path("/proc/self/clear_refs").write_text("4")
-        before = _read_marks(pagemap, middle // PAGE, 1)[0]
+        before = _read_marks(pagemap, middle // PAGE_SIZE, 1)[0]
         memory[memory.size // 2] = 2
-        after = _read_marks(pagemap, middle // PAGE, 1)[0]
+        after = _read_marks(pagemap, middle // PAGE_SIZE, 1)[0]
     except (OSError, UsageError):
         return False
     return bool(not before & SOFT_DIRTY and after & SOFT_DIRTY)
@@ -93,7 +93,7 @@ def marked(entries: NDArray[np.uint64], first: int = 0) -> NDArray[np.int64]:
     """
     written = (entries & SOFT_DIRTY != 0) | (entries & PRESENT == 0)
     edges = np.flatnonzero(np.diff(written.astype(np.int8), prepend=0, append=0))
-    return (edges.reshape(-1, 2) + first) * PAGE
+    return (edges.reshape(-1, 2) + first) * PAGE_SIZE
 
 
 class SoftDirty:
@@ -118,20 +118,21 @@ class SoftDirty:
         except OSError as error:
             raise UsageError(f"{self._folder}/clear_refs: {error.strerror}") from None
 
-    def collect(self) -> list[NDArray[np.int64]]:
+    def collect(self) -> list[ByteRanges]:
         """Read the marks of all blocks, then clear them."""
         found = [self._read(address, size) for address, size in self._blocks]
         self.start()
         return found
 
-    def _read(self, address: int, size: int) -> NDArray[np.int64]:
+    def _read(self, address: int, size: int) -> ByteRanges:
         parts = [np.empty((0, 2), np.int64)]
-        pages = size // PAGE
+        pages = size // PAGE_SIZE
         for first in range(0, pages, READ_PAGES):
             count = min(READ_PAGES, pages - first)
             try:
-                entries = _read_marks(self._folder / "pagemap", address // PAGE + first, count)
+                entries = _read_marks(self._folder / "pagemap", address // PAGE_SIZE + first, count)
             except OSError as error:
                 raise UsageError(f"{self._folder}/pagemap: {error.strerror}") from None
             parts.append(marked(entries, first))
-        return np.concatenate(parts)
+        rows = np.concatenate(parts)
+        return ByteRanges(rows[:, 0], rows[:, 1])
