@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 
 from tests.fakes.echo_device import EchoDevice
 
-from vballoon.vhost_user import BackendEvents, VhostUserServer
+from vballoon.vhost_user import VhostUserServer
+from vballoon.virtio import TransportEvents
 
 PR_SET_PDEATHSIG = 1
 
@@ -95,7 +96,7 @@ class KillableBackend:
         assert os.WIFSIGNALED(status), "the backend had ended by itself"
 
 
-class Recorder(BackendEvents):
+class Recorder(TransportEvents):
     """Keeps the events that the transport tells."""
 
     def __init__(self) -> None:

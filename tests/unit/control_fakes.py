@@ -18,7 +18,7 @@ from vballoon.errors import UsageError
 from vballoon.keeper.listening import Listening
 from vballoon.memory import GuestMemory
 from vballoon.skipmap import Round, RoundKind, SkipMap
-from vballoon.vhost_user.status import QueueStatus
+from vballoon.virtio import QueueStatus
 from virtio_formats.virtio.balloon import StatTag
 
 

@@ -28,10 +28,12 @@ PUBLIC = {
     "vballoon.skipmap": """VOIDS BitmapLayout FrozenExport Instant PageBitmap
         Provenance RegionBits Round RoundKind SkipExport SkipMap VoidReason combine
         write_export""",
-    "vballoon.virtio": "DeviceQueue Transport VirtioDevice",
+    "vballoon.virtio": """DeviceQueue QueueStatus RegionStatus RingFault RingOwner RingRecord
+        RingSet Transport TransportEvents TransportStatus VirtioDevice feature_names internal_fault
+        region_statuses""",
     "vballoon.balloon": "Balloon ConfigSpace Counters GuestStats Role settle_roles",
-    "vballoon.vhost_user": """DEFAULT_RING_FEATURES PROTOCOL_FEATURES BackendEvents BackendStatus
-        QueueStatus RegionStatus Session VhostUserBackend VhostUserServer feature_names""",
+    "vballoon.vhost_user": """DEFAULT_RING_FEATURES PROTOCOL_FEATURES Session VhostUserBackend
+        VhostUserServer""",
     "vballoon.virtio_pci": "DEFAULT_RING_FEATURES VirtioPciFunction",
     "vballoon.control": "ControlClient",
     "vballoon.cli": "main vhost_user_main",

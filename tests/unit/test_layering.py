@@ -161,7 +161,7 @@ PLANTED = [
     ("vballoon.skipmap.bits", "import vballoon.balloon", "is below skipmap"),
     ("vballoon.vhost_user.session", "from vballoon.balloon import Balloon", "never balloon"),
     ("vballoon.vhost_user.server", "from vballoon import virtio_pci", "never import each other"),
-    ("vballoon.virtio_pci.rings", "import vballoon.vhost_user.vring", "never import each other"),
+    ("vballoon.virtio_pci.state", "import vballoon.vhost_user.vring", "never import each other"),
     ("vballoon.snapshot.take", "import vballoon.keeper.journal", "is below snapshot"),
     ("vballoon.keeper.config", "from vballoon.cli import serve", "is below keeper"),
     ("vballoon.balloon.device", "import construct as c", "imports construct"),
@@ -186,6 +186,68 @@ def test_a_planted_import_is_found(module, source, says):
     """The test above can fail: for every rule one import that breaks it."""
     assert module in MODULES
     assert any(says in sentence for sentence in violations(module, source))
+
+
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Return the modules that each module imports, by name; *sources* are their texts.
+
+    Imports under TYPE_CHECKING count too: two files that need each other's types are one file.
+    """
+    edges: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found = set()
+        for target in imports(ast.parse(source)):
+            found.add(target if target in sources else target.rpartition(".")[0])
+        edges[name] = found & sources.keys() - {name}
+    return edges
+
+
+def cycles(edges: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Return the groups of modules that import each other in a circle."""
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            new = edges[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reached = {name: reach(name) for name in edges}
+    return {
+        frozenset(other for other in reached[name] if name in reached[other])
+        for name in edges
+        if name in reached[name]
+    }
+
+
+KNOWN_CYCLES: set[frozenset[str]] = {
+    frozenset({"vballoon.virtio_pci.function", "vballoon.virtio_pci.state"}),
+    frozenset({"virtio_conformance.profiles", "virtio_conformance.rig"}),
+}
+"""Circles that have not been opened yet.  Only remove entries."""
+
+
+def test_no_two_files_import_each_other():
+    found = cycles(graph({name: path.read_text() for name, path in MODULES.items()}))
+    assert {tuple(sorted(c)) for c in found - KNOWN_CYCLES} == set()
+    assert not KNOWN_CYCLES - found, "opened: take it off the list"
+
+
+def test_a_planted_cycle_is_found():
+    sources = {
+        "p.a": "from p.b import B",
+        "p.b": "def f():\n    import p.c",
+        "p.c": "if TYPE_CHECKING:\n    from p.a import A",
+        "p.d": "from p.a import A",
+        "p": "from p.a import A",
+    }
+    assert cycles(graph(sources)) == {frozenset({"p.a", "p.b", "p.c"})}
+    assert cycles(graph(sources | {"p.c": ""})) == set()
+    assert cycles(graph({"p": "from p.a import A", "p.a": "from p import B"})) == {
+        frozenset({"p", "p.a"})
+    }
 
 
 def test_every_room_is_in_the_list():

@@ -257,7 +257,8 @@ class Conversation(RuleBasedStateMachine):
                 assert vring.index not in self.backend.queues
             if vring.kick is None:
                 continue
-            assert vring.broken is not None or vring.kick in self.io.watched or not vring.started
+            broken = self.backend.rings.set.record(vring.index).broken
+            assert broken is not None or vring.kick in self.io.watched or not vring.started
 
     @invariant()
     def the_device_knows_this_front_end(self):

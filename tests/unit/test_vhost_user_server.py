@@ -17,8 +17,9 @@ from tests.fakes.frontend import Frontend, R
 
 import vballoon.vhost_user
 from vballoon.errors import UsageError
-from vballoon.vhost_user import VhostUserServer, feature_names
+from vballoon.vhost_user import VhostUserServer
 from vballoon.vhost_user.channel import MAX_OUTSTANDING, BackendChannel
+from vballoon.virtio import feature_names
 from virtio_formats.vhost_user import BackendRequest, VhostUserHeader, VhostUserU64
 
 

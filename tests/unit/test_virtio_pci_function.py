@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fakes.backends import Recorder
 from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
 from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient, message
@@ -177,19 +178,19 @@ class TestServing:
 
 class TestBrokenQueues:
     def test_one_stops_and_the_other_goes_on(self) -> None:
-        told: list[tuple[int, str, str]] = []
-        _, guest = make(on_queue_broken=lambda *what: told.append(what))
+        events = Recorder()
+        _, guest = make(events=events)
         guest.start(V1, (0, 1))
         guest.rings[0].desc[0] = (1 << 50, 16, 0, 0)  # type: ignore[attr-defined]
         guest.rings[0].avail[1] = 1  # type: ignore[attr-defined]
         guest.kick(0)
-        assert [(index, rule) for index, rule, _ in told] == [(0, "desc-address")]
+        assert events.told[1:] == [("broken", 0, "desc-address")]
         assert guest.get("device_status") == RUNNING | NEEDS_RESET
         assert guest.interrupts() == [1, 0, 0], "a configuration change notification"
         send(guest, 1, b"one", b"two")
         assert len(guest.rings[1].collect()) == 1
         send(guest, 0, b"dead")
-        assert len(told) == 1
+        assert len(events.told) == 2
         end(guest)
 
     def test_no_descriptor_is_kept_by_what_broke(self) -> None:
@@ -297,15 +298,13 @@ class TestReset:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         """It cannot be given back in a reset, and need not be."""
-        told: list[str] = []
-        _echo, guest = make(
-            "messages", on_queue_broken=lambda index, rule, detail: told.append(rule)
-        )
+        events = Recorder()
+        _echo, guest = make("messages", events=events)
         guest.start(V1, (0, 1))
         send(guest, 1, b"held")
         guest.set("device_status", 0)
         guest.client.call(Command.DEVICE_RESET)
-        assert not told
+        assert events.told == [("connected",)]
         assert not caplog.text
         guest.start(V1, (0, 1))
         send(guest, 0, b"x")

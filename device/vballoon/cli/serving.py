@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vballoon.keeper.features import Offered
     from vballoon.keeper.listening import Listening
     from vballoon.keeper.transports import ServedTransport
-    from vballoon.vhost_user import BackendStatus
+    from vballoon.virtio import TransportStatus
 
 __all__ = ("serve", "set_up_logging")
 
@@ -92,7 +92,7 @@ class Machine:
         where = (f"{key} {options[key]}" for key in (*WHERE, "control") if key in options)
         log.info("serving %s", ", ".join(where))
 
-    def status(self) -> BackendStatus:
+    def status(self) -> TransportStatus:
         """Return the state of the transport."""
         return self._transport.status()
 

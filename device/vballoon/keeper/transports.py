@@ -6,8 +6,8 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vballoon.vhost_user import BackendEvents, VhostUserServer
-from vballoon.vhost_user.status import BackendStatus, QueueStatus, RegionStatus, feature_names
+from vballoon.vhost_user import VhostUserServer
+from vballoon.virtio import TransportEvents, TransportStatus, feature_names, region_statuses
 from vballoon.virtio_pci import VirtioPciFunction
 from vfio_user import Server
 
@@ -26,7 +26,7 @@ __all__ = ("ServedTransport", "VfioUser", "VhostUser")
 class ServedTransport(Protocol):
     """What a machine needs of its transport."""
 
-    def status(self) -> BackendStatus:
+    def status(self) -> TransportStatus:
         """What is connected, negotiated and running."""
 
     async def run(self) -> None:
@@ -36,8 +36,8 @@ class ServedTransport(Protocol):
         """Let the front-end go and stop serving; safe to call again."""
 
 
-class _Events(BackendEvents):
-    """What happens on a vhost-user connection, as events of the control socket."""
+class _Events(TransportEvents):
+    """Emits what happens on a transport as events of the control socket."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -83,37 +83,6 @@ class VhostUser(VhostUserServer):
         await self.serve()
 
 
-class _Function(VirtioPciFunction):
-    """The PCI function, which tells of its clients."""
-
-    def __init__(
-        self,
-        device: VirtioDevice,
-        ring: int,
-        emit: Emit,
-        engine: Engine,
-        msix: bool,
-    ) -> None:
-        super().__init__(
-            device,
-            ring_features=ring,
-            engine=engine,
-            msix=msix,
-            on_queue_broken=lambda index, rule, detail: emit(
-                "QUEUE_BROKEN", {"queue": index, "rule": rule, "detail": detail}
-            ),
-        )
-        self._emit = emit
-
-    def attached(self) -> None:
-        super().attached()
-        self._emit("FRONTEND_CONNECTED", {})
-
-    def detached(self) -> None:
-        super().detached()
-        self._emit("FRONTEND_DISCONNECTED", {"reason": self.client_error or ""})
-
-
 class VfioUser:
     """vfio-user on the listening socket *sock*."""
 
@@ -128,42 +97,25 @@ class VfioUser:
         engine: Engine = "batch",
         msix: bool = True,
     ) -> None:
-        self._function = _Function(device, features.pci_ring, emit, engine, msix)
+        self._function = VirtioPciFunction(
+            device,
+            ring_features=features.pci_ring,
+            engine=engine,
+            msix=msix,
+            events=_Events(emit),
+        )
         self._server = Server(self._function, sock)
         self._names = names
 
-    def status(self) -> BackendStatus:
-        """The same form as vhost-user's."""
+    def status(self) -> TransportStatus:
+        """Return the status in the same form as vhost-user's."""
         function = self._function
-        return BackendStatus(
+        return TransportStatus(
             transport="vfio-user",
             connected=self._server.connection is not None,
             features=feature_names(function.features, self._names),
-            queues=[self._queue(index) for index in range(len(function.registers.queues))],
-            regions=[
-                RegionStatus(r.guest_phys_addr, r.size, r.page_size)
-                for r in function.memory.regions
-            ],
-        )
-
-    def _queue(self, index: int) -> QueueStatus:
-        registers = self._function.registers.queues[index]
-        queue = self._function.rings.queues.get(index)
-        broken = self._function.rings.broken.get(index)
-        if queue is None:
-            state = "broken" if broken else "disabled" if registers.enable else "stopped"
-            rule = broken.rule if broken else None
-            return QueueStatus(index, state, registers.size * registers.enable, rule)
-        return QueueStatus(
-            index=index,
-            state="broken" if queue.broken else "running",
-            size=registers.size,
-            broken=queue.broken.rule if queue.broken else None,
-            outstanding=queue.ring.outstanding,
-            taken=queue.taken,
-            given=queue.given,
-            kicked=queue.kicked,
-            notified=queue.notified,
+            queues=function.queue_statuses(),
+            regions=region_statuses(function.memory),
         )
 
     async def run(self) -> None:

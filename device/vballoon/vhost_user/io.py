@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vballoon.vhost_user.channel import BackendChannel
 
-__all__ = ("BackendEvents", "Handle", "Io")
+__all__ = ("ChannelIo", "Handle", "Io")
 
 
 class Handle(Protocol):
@@ -63,16 +63,3 @@ class Io(Protocol):
 
     def output(self) -> None:
         """The session has output that no incoming message caused."""
-
-
-class BackendEvents:
-    """What an operator wants to know, told as it happens; subclass and override."""
-
-    def frontend_connected(self) -> None:
-        """A front-end has connected."""
-
-    def frontend_disconnected(self, reason: str) -> None:
-        """It has gone: ``""`` when it closed the connection, else why the connection ended."""
-
-    def queue_broken(self, index: int, rule: str, detail: str) -> None:
-        """Queue *index* was stopped because the driver broke *rule*."""

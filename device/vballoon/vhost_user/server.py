@@ -22,10 +22,8 @@ from vballoon.vhost_user.backend import (
     PROTOCOL_FEATURES,
     VhostUserBackend,
 )
-from vballoon.vhost_user.io import BackendEvents
 from vballoon.vhost_user.shell import Connection
-from vballoon.vhost_user.status import BackendStatus, snapshot
-from vballoon.virtio import VirtioDevice
+from vballoon.virtio import TransportEvents, TransportStatus, VirtioDevice
 from vballoon.virtqueue import Engine
 from virtio_formats.vhost_user import ProtocolFeature
 
@@ -55,7 +53,7 @@ class VhostUserServer:
         client: bool = False,
         ring_features: int = DEFAULT_RING_FEATURES,
         protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
-        events: BackendEvents | None = None,
+        events: TransportEvents | None = None,
         engine: Engine = "batch",
         device_names: Mapping[int, str] | None = None,
     ) -> None:
@@ -64,7 +62,7 @@ class VhostUserServer:
         if client and path is None:
             raise UsageError("a client needs the path of the front-end's socket")
         self.device = device
-        self.events = events or BackendEvents()
+        self.events = events or TransportEvents()
         self._path, self._fd, self._client = path, fd, client
         self._ring_features, self._protocol_features = ring_features, protocol_features
         self._engine = engine
@@ -79,12 +77,13 @@ class VhostUserServer:
         """The backend of the connected front-end."""
         return self._connection.backend if self._connection else None
 
-    def status(self) -> BackendStatus:
-        """What is going on now."""
-        counters = self._counters.copy()
-        if self.backend is not None:
-            counters.update(_counters(self.backend))
-        return snapshot(self.backend, counters, self._names)
+    def status(self) -> TransportStatus:
+        """Return what is connected, negotiated and running."""
+        counters, backend = self._counters.copy(), self.backend
+        if backend is None:
+            return TransportStatus(counters=dict(counters))
+        counters.update(_counters(backend))
+        return backend.status(counters, self._names)
 
     def open(self) -> None:
         """Make the socket ready, so that a front-end can connect from now on.
@@ -187,5 +186,5 @@ class VhostUserServer:
 
 def _counters(backend: VhostUserBackend) -> Counter[str]:
     counters = backend.session.counters.copy()
-    counters["config_changes"] = backend.config_changes
+    counters["config_changes"] = backend.config.changes
     return counters

@@ -108,13 +108,18 @@ def u64(value: int) -> Reply:
 class Session:
     """One front-end's connection.
 
-    *handlers* serve the requests, *offered* are the protocol features that are offered.
+    *handlers* serve the requests other than GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES, which
+    are the session's own; *offered* are the protocol features that are offered.
     ``protocol_features`` are those acknowledged so far; ``error`` is why the session ended, if it
     ended badly; ``counters`` counts messages by name, and refusals under ``refused``.
     """
 
     def __init__(self, handlers: Mapping[Request, Handler], offered: ProtocolFeature) -> None:
-        self._handlers = handlers
+        self._handlers: dict[Request, Handler] = {
+            Request.GET_PROTOCOL_FEATURES: self._get_protocol_features,
+            Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
+            **handlers,
+        }
         self.offered = offered
         self.protocol_features = ProtocolFeature(0)
         self.error: ProtocolError | None = None
@@ -251,6 +256,18 @@ class Session:
         except WireError as error:
             raise ProtocolError("payload-size", f"{name}: {error}") from None
         return parsed
+
+    def _get_protocol_features(self, _: None, __: Fds) -> Reply:
+        return u64(self.offered)
+
+    def _set_protocol_features(self, message: VhostUserU64, _: Fds) -> None:
+        surplus = message.u64 & ~int(self.offered)
+        if surplus:
+            raise ProtocolError("protocol-features-not-offered", f"{surplus:#x}")
+        wanted, needs = ProtocolFeature(message.u64), ProtocolFeature.INFLIGHT_SHMFD
+        if ProtocolFeature.GET_VRING_BASE_INFLIGHT in wanted and needs not in wanted:
+            raise ProtocolError("protocol-features", "GET_VRING_BASE_INFLIGHT alone")
+        self.protocol_features = wanted
 
     # -- output -------------------------------------------------------------------------------
 

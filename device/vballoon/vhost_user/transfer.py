@@ -7,13 +7,21 @@ import logging
 from typing import TYPE_CHECKING
 
 from vballoon.errors import PeerError, ProtocolError
-from vballoon.vhost_user.session import LATER, Reply, u64
-from virtio_formats.vhost_user import StateDirection, StatePhase, VhostUserTransferDeviceState
+from vballoon.vhost_user.session import LATER, Handler, Reply, u64
+from virtio_formats.vhost_user import (
+    Request,
+    StateDirection,
+    StatePhase,
+    VhostUserTransferDeviceState,
+)
 
 if TYPE_CHECKING:
-    from vballoon.vhost_user.backend import VhostUserBackend
-    from vballoon.vhost_user.io import Handle
+    from collections.abc import Callable
+
+    from vballoon.vhost_user.io import Handle, Io
+    from vballoon.vhost_user.rings import FrontendRings
     from vballoon.vhost_user.session import Fds, _Later
+    from vballoon.virtio import VirtioDevice
 
 __all__ = ("MAX_STATE", "NO_FD", "StateTransfer")
 
@@ -21,44 +29,60 @@ log = logging.getLogger(__name__)
 
 MAX_STATE = 64 << 20
 """Bytes of state that a front-end can make us read.  A balloon's is some kilobytes, and at worst
-16 bytes for every second page: this is enough for a guest of 32 GiB that is in such a state."""
+16 bytes for every second page: this covers the worst case of a guest of 32 GiB."""
 
 NO_FD = 1 << 8
 """SET_DEVICE_STATE_FD's answer, bit 8: the front-end's own channel is used."""
 
 
 class StateTransfer:
-    """At most one transfer at a time; its outcome is what CHECK_DEVICE_STATE asks for."""
+    """At most one transfer at a time; CHECK_DEVICE_STATE asks for its outcome.
 
-    def __init__(self, backend: VhostUserBackend) -> None:
-        self._backend = backend
+    *finish* sends the answer to a CHECK_DEVICE_STATE that is waiting, if there is one.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        io: Io,
+        rings: FrontendRings,
+        finish: Callable[[Reply], None],
+    ) -> None:
+        self._device, self._io, self._rings, self._finish = device, io, rings, finish
         self._handle: Handle | None = None
         self._outcome: str | None = "no state was transferred"
+
+    def handlers(self) -> dict[Request, Handler]:
+        """Return the handlers by request."""
+        return {
+            Request.SET_DEVICE_STATE_FD: self.begin,
+            Request.CHECK_DEVICE_STATE: lambda _message, _fds: self.check(),
+        }
 
     def begin(self, message: VhostUserTransferDeviceState, fds: Fds) -> Reply:
         """SET_DEVICE_STATE_FD: start to save or to load over the descriptor."""
         if message.phase != StatePhase.STOPPED:
             raise ProtocolError("state-phase", f"{message.phase}")
-        if not self._backend.suspended:
+        if not self._rings.suspended:
             raise ProtocolError("state-running", "a ring is started")
         self.cancel("another transfer was started")
         if message.direction == StateDirection.SAVE:
-            state = self._backend.device.save()
+            state = self._device.save()
             self._outcome = None
-            self._handle = self._backend.io.write_all(fds.take(), state, self._finished)
+            self._handle = self._io.write_all(fds.take(), state, self._finished)
         elif message.direction == StateDirection.LOAD:
             self._outcome = None
-            self._handle = self._backend.io.read_all(fds.take(), MAX_STATE, self._load)
+            self._handle = self._io.read_all(fds.take(), MAX_STATE, self._load)
         else:
             raise ProtocolError("state-direction", f"{message.direction}")
         return u64(NO_FD)
 
     def check(self) -> Reply | _Later:
-        """CHECK_DEVICE_STATE: the outcome, once it is known."""
+        """CHECK_DEVICE_STATE: return the outcome, once it is known."""
         return LATER if self._outcome is None else self._answer()
 
     def cancel(self, reason: str) -> None:
-        """Call off a transfer under way; it has failed then."""
+        """Cancel a transfer that is running; it has failed then."""
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.cancel()
@@ -70,8 +94,9 @@ class StateTransfer:
     def _load(self, state: bytes, trouble: str) -> None:
         if not trouble:
             try:
-                self._backend.device.load(state)
-                self._backend.goes_on()
+                self._device.load(state)
+                # The guest that starts the rings next is not at its beginning: no reset is due.
+                self._rings.standstill = False
             except PeerError as error:
                 trouble = str(error)
         self._finished(trouble)
@@ -80,6 +105,4 @@ class StateTransfer:
         self._handle, self._outcome = None, trouble
         if trouble:
             log.warning("device state: %s", trouble)
-        if self._backend.session.waiting:
-            self._backend.session.finish(self._answer())
-            self._backend.io.output()
+        self._finish(self._answer())

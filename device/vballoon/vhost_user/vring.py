@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vring: what the front-end has said about it, and the virtqueue that comes of it.
+"""One vring: what the front-end has said about it, and the virtqueue built from that.
 
 "Ring states" of vhost-user.rst (QEMU 11.1.3): started or stopped, and independently of that
 enabled or disabled.  SET_VRING_KICK starts a ring, GET_VRING_BASE stops it; the standard asks
@@ -12,22 +12,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdsocket import close_fds
-from vballoon.errors import ProtocolError, QueueError
+from vballoon.errors import ProtocolError
 from vballoon.vhost_user.inflight_packed import PackedInflight
 from vballoon.vhost_user.inflight_split import SplitInflight
-from vballoon.virtio import DeviceQueue
-from vballoon.virtqueue import Resubmit, RingAddresses, RingState, Virtqueue, make_virtqueue
+from vballoon.virtqueue import Resubmit, RingAddresses, RingState, make_virtqueue
 from virtio_formats.vhost_user import VringFlag
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio import packed as packed_ring
 from virtio_formats.virtio import split as split_ring
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vballoon.memory import GuestMemory
     from vballoon.vhost_user.inflight import InflightArea
-    from vballoon.virtqueue import Engine
+    from vballoon.virtio import RingRecord
+    from vballoon.virtqueue import Engine, Virtqueue
     from virtio_formats.vhost_user import VhostVringAddr
 
 __all__ = ("Vring", "decode_base", "encode_base")
@@ -78,13 +76,9 @@ class Vring:
         self.base: int | None = None
         self.started = False
         self.enabled = False
-        self.queue: DeviceQueue | None = None
-        self.broken: QueueError | None = None
         self.busy = False  # more to process: already in the loop's queue
         self._log: SplitInflight | PackedInflight | None = None
         self._packed = False
-        self._state: RingState | None = None  # of a ring taken down to be put up again
-        self._unclaimed = 0  # buffers of its record that it had not come to take again
         self.resumed = False
         """Whether this life of the ring continues one that ended in a crash."""
         self.recovered = 0
@@ -120,24 +114,24 @@ class Vring:
             device=memory.from_userspace(self.addr.used),
         )
 
-    def bind(
+    def build(
         self,
         memory: GuestMemory,
         features: int,
         area: InflightArea | None,
+        record: RingRecord,
         *,
-        make_queue: Callable[[int, Virtqueue], DeviceQueue],
         engine: Engine = "batch",
-    ) -> None:
-        """Put the virtqueue up: where it stood, or where the base or the record says.
+    ) -> Virtqueue:
+        """Return the virtqueue, from where it was parked or where the base or the area says.
 
-        Raises :class:`~vballoon.errors.PeerError` when the ring cannot be served.
+        Raise :class:`~vballoon.errors.PeerError` when the ring cannot be served.
         """
         assert self.addr is not None
         addresses = self.addresses(memory)
-        resubmit: Resubmit | None = None
-        state = self._state
-        if state is None or self._unclaimed:
+        state, resubmit = record.position, None
+        unclaimed = self._unclaimed(record)
+        if state is None or unclaimed:
             state, resubmit = self._begin(memory, addresses, features, area)
         ring = make_virtqueue(
             memory,
@@ -150,14 +144,16 @@ class Vring:
             dirty_ring=self.addr.log if self.addr.flags & VringFlag.LOG else None,
             resubmit=resubmit,
         )
-        fresh = make_queue(self.index, ring)
-        if self.queue is not None:  # the same life of the ring goes on: so do its counters
-            for name in ("taken", "given", "notified", "kicked"):
-                setattr(fresh, name, getattr(self.queue, name))
-        self.queue, self._state, self._unclaimed = fresh, None, 0
         if resubmit is not None:
             self.resumed = True
-            self.recovered += len(resubmit.ids)
+            self.recovered += len(resubmit.ids) - unclaimed
+        return ring
+
+    def _unclaimed(self, record: RingRecord) -> int:
+        """Return how many recovered buffers the parked virtqueue had not handed out again."""
+        if record.position is None or self._log is None:
+            return 0
+        return self._log.in_flight - record.outstanding
 
     def _begin(
         self, memory: GuestMemory, at: RingAddresses, features: int, area: InflightArea | None
@@ -235,40 +231,25 @@ class Vring:
             return RingState()
         return decode_base(self.base, packed=packed)
 
-    def unbind(self) -> None:
-        """Take the virtqueue down for now; it goes on where it stood."""
-        if self.queue is not None and self._state is None:
-            ring = self.queue.ring
-            self._state = ring.state()
-            if self._log is not None:
-                self._unclaimed = self._log.in_flight - ring.outstanding
-                self.recovered -= self._unclaimed
-
-    def stop(self, *, packed: bool) -> int:
-        """GET_VRING_BASE: the end of this life of the ring.  Returns the number to report."""
-        self.unbind()
-        if self._state is not None:
-            self.base = encode_base(self._state, packed=packed)
+    def stop(self, record: RingRecord, *, packed: bool) -> int:
+        """End this life of the ring, which stopped as *record* says; return the base to report."""
+        if record.position is not None:
+            self.base = encode_base(record.position, packed=packed)
+        self.recovered -= self._unclaimed(record)
         if self._log is not None and not self._log.in_flight:
             self._log.end()
         self._forget()
         return encode_base(self.base_state(packed=packed), packed=packed)
 
     def reset(self) -> None:
-        """Back to the state before the driver set the ring up; descriptors for events stay."""
+        """Return to the state before the driver set the ring up; descriptors for events stay."""
         self._forget()
         self.base = None
         self.enabled = False
 
     def _forget(self) -> None:
         self.started = self.busy = self.resumed = False
-        self._unclaimed = 0
-        self.queue = self.broken = self._state = self._log = None
-
-    @property
-    def needs_binding(self) -> bool:
-        """Whether :meth:`bind` has to be called before the ring can be used."""
-        return self.queue is None or self._state is not None
+        self._log = None
 
     @property
     def is_initial(self) -> bool:

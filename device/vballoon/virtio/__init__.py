@@ -1,8 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seam between devices and transports."""
+"""Between devices and transports: what each is to the other, and the rings that both share."""
 
 from __future__ import annotations
 
 from vballoon.virtio.device import DeviceQueue, Transport, VirtioDevice
+from vballoon.virtio.events import TransportEvents
+from vballoon.virtio.ringset import RingFault, RingOwner, RingRecord, RingSet, internal_fault
+from vballoon.virtio.status import (
+    QueueStatus,
+    RegionStatus,
+    TransportStatus,
+    feature_names,
+    region_statuses,
+)
 
-__all__ = ("DeviceQueue", "Transport", "VirtioDevice")
+__all__ = (
+    "DeviceQueue",
+    "QueueStatus",
+    "RegionStatus",
+    "RingFault",
+    "RingOwner",
+    "RingRecord",
+    "RingSet",
+    "Transport",
+    "TransportEvents",
+    "TransportStatus",
+    "VirtioDevice",
+    "feature_names",
+    "internal_fault",
+    "region_statuses",
+)

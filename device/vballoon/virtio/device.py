@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vballoon.errors import MemoryFault, QueueError
+from vballoon.errors import MemoryFault, PeerError, QueueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -88,7 +88,7 @@ class DeviceQueue:
             self.notified += 1
             self._notify()
 
-    def fail(self, error: QueueError | MemoryFault) -> None:
+    def fail(self, error: PeerError) -> None:
         """Stop this queue for good (until the driver resets it): one line in the log, one event."""
         if self.broken is None:
             # A fresh one: the frames in the traceback of *error* would keep guest memory mapped.

@@ -11,24 +11,31 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
-from vballoon.errors import PeerError, QueueError
+from vballoon.errors import MemoryFault, QueueError
 from vballoon.memory import GuestMemory
-from vballoon.virtio import DeviceQueue, VirtioDevice
+from vballoon.virtio import (
+    DeviceQueue,
+    QueueStatus,
+    RingRecord,
+    RingSet,
+    TransportEvents,
+    VirtioDevice,
+)
 from vballoon.virtio_pci import layout, state
 from vballoon.virtio_pci.interrupts import Interrupts
 from vballoon.virtio_pci.memory import ClientMemory
 from vballoon.virtio_pci.msix import MsixBar
-from vballoon.virtio_pci.registers import CommonRegisters, QueueRegisters, Status
-from vballoon.virtio_pci.rings import Rings
+from vballoon.virtio_pci.registers import CommonRegisters, QueueRegisters
 from vballoon.virtio_pci.structures import DeviceConfig, Structures
-from vballoon.virtqueue import Engine
+from vballoon.virtqueue import Engine, RingAddresses, Virtqueue, make_virtqueue
 from vfio_user import DmaRegion, IoEvent, PciDevice, Region, RequestError
 from virtio_formats.pci import BarFlags
 from virtio_formats.vfio_user import PciIrq
 from virtio_formats.virtio import features as f
+from virtio_formats.virtio.status import DeviceStatus
 
 __all__ = ("DEFAULT_RING_FEATURES", "VirtioPciFunction")
 
@@ -47,8 +54,7 @@ class VirtioPciFunction(PciDevice):
     """The PCI function around *device*; implements :class:`~vballoon.virtio.Transport`.
 
     Without *msix* the function has INTx only: QEMU 11.1.3 aborts when a ``vfio-user-pci`` device
-    that has MSI-X is unplugged.  *on_queue_broken(index, rule, detail)* is told when a queue has
-    stopped for good.
+    that has MSI-X is unplugged.  *events* receives what happens to queues and clients.
     """
 
     migratable = True
@@ -60,10 +66,10 @@ class VirtioPciFunction(PciDevice):
         ring_features: int = DEFAULT_RING_FEATURES,
         engine: Engine = "batch",
         msix: bool = True,
-        on_queue_broken: Callable[[int, str, str], None] | None = None,
+        events: TransportEvents | None = None,
     ) -> None:
         self.device = device
-        self._on_queue_broken = on_queue_broken
+        self._engine = engine
         vectors = layout.MsixLayout(device.num_queues + 1 if msix else 0)
         config, self._caps = layout.build_config(
             device_id=device.device_id,
@@ -80,13 +86,12 @@ class VirtioPciFunction(PciDevice):
             listener=self,
         )
         self.msix = MsixBar(vectors)
-        self.rings = Rings(engine=engine, notify=self._notify, on_broken=self._broken)
+        self.rings = RingSet(device, self, events=events)
         self.device_config = DeviceConfig(device)
         self._kicked: dict[int, None] = {}
         self._more: dict[int, None] = {}  # had more than one turn's work
         self._busy = self._scheduled = self._reset_due = False
         self._stands_still = self._change_due = False
-        self._wanted: set[int] = set()
         # ERR is never signalled; without it QEMU warns that error recovery cannot be enabled.
         irqs: dict[int, int] = {PciIrq.INTX: 1, PciIrq.MSIX: vectors.vectors, PciIrq.ERR: 1}
         super().__init__(config, self._regions(), irqs)
@@ -146,7 +151,7 @@ class VirtioPciFunction(PciDevice):
     @property
     def queues(self) -> Mapping[int, DeviceQueue]:
         """The rings that the driver has set up and that are started and enabled, by index."""
-        return self.rings.queues
+        return self.rings.running
 
     def config_changed(self) -> None:
         """Send the guest a configuration change notification."""
@@ -214,14 +219,12 @@ class VirtioPciFunction(PciDevice):
             self._reset_now()
 
     def driver_ok(self) -> None:
-        """The driver is ready: start the queues that it has enabled."""
-        self._wanted.update(i for i, q in enumerate(self.registers.queues) if q.enable)
+        """Start the queues that the driver has enabled."""
         self._schedule()
 
     def queue_enabled(self, index: int) -> None:
-        """A queue is enabled, perhaps again after it was reset."""
+        """Start a queue, perhaps again after it was reset."""
         if self.registers.running:
-            self._wanted.add(index)
             self._schedule()
 
     def queue_reset(self, index: int) -> None:
@@ -248,8 +251,7 @@ class VirtioPciFunction(PciDevice):
             self._busy = False
         if self._reset_due:
             self._reset_now()
-        due = self._kicked or self._more or (self._wanted and not self._stands_still)
-        if due or any(q.resetting for q in self.registers.queues):
+        if self._kicked or self._more or any(q.resetting for q in self.registers.queues):
             self._schedule()
 
     def _settle(self) -> None:
@@ -262,113 +264,118 @@ class VirtioPciFunction(PciDevice):
         self._start()
 
     def _start(self) -> None:
-        if self._stands_still:
+        """Run the queues that the driver has enabled, while there is a client."""
+        if self._stands_still or self.device.transport is None:
             return
-        wanted, self._wanted = self._wanted, set()
-        if not self.registers.running:
-            return
-        new = []
-        for index in sorted(wanted):
-            queue = self.registers.queues[index]
-            if queue.enable and index not in self.rings.queues:
-                self.rings.put_up(index, queue, self.memory, self.features)
-                new += [index] if index in self.rings.queues else []
-        if new:
-            self.device.start()
-            # What the driver made available before is announced by no doorbell that is to come.
-            self._kicked.update(dict.fromkeys([*new, *self.device.overdue()]))
+        enabled = [i for i, q in enumerate(self.registers.queues) if q.enable]
+        due = self.rings.settle(enabled if self.registers.running else ())
+        self._kicked.update(dict.fromkeys(due))
 
     def _serve(self) -> None:
-        """Serve each queue a bounded amount: those that were kicked before those that go on."""
+        """Serve each queue a bounded amount: those that were kicked before those with a rest."""
         due = self._kicked | self._more
         self._kicked, self._more = {}, {}
         for index in due:
             if self._reset_due:
                 return
-            if index in self.rings.queues and self._serve_one(index):
+            if index in self.rings.running and self._serve_one(index):
                 self._more[index] = None
 
     def _serve_one(self, index: int) -> bool:
         registers = self.registers.queues[index]
         if self.client_memory.check_shared((registers.desc, registers.driver)):
-            return self._process(self.rings.queues[index])
+            return self.rings.process(index)
         self._change_memory()
         self._start()
         return True
 
-    def _process(self, queue: DeviceQueue) -> bool:
-        try:
-            return self.device.process(queue)
-        except PeerError as error:
-            queue.fail(QueueError(error.rule, error.detail))
-        except Exception as error:
-            # A fault of the device stops that queue, not the server.
-            queue.fail(QueueError("internal", f"{type(error).__name__}: {error}"))
-        return False
-
-    def _stop(self, *, quiet: bool = False) -> None:
-        """The device gives back what it holds; no queue is up after that.
+    def _park(self, *, quiet: bool = False) -> None:
+        """Stop the device, which gives back what it holds, and park every queue.
 
         *quiet*: what would take a message to the client is not given back.
         """
-        if not self.rings.queues:
-            return
         self.client_memory.remote.quiet = quiet
         try:
-            self.device.stop()
-        except PeerError as error:
-            log.info("stopping: %s", error)
+            self.rings.park()
         finally:
             self.client_memory.remote.quiet = False
-        self.rings.take_down()
 
     def _reset_queue(self, index: int, queue: QueueRegisters) -> None:
-        """*Virtqueue Reset*: the others go on where they stand."""
-        others = {i for i in self.rings.queues if i != index}
-        self._stop()
-        self.rings.forget(index)
+        """*Virtqueue Reset*: the other queues continue where they are."""
+        self.rings.end(index)
         self._kicked.pop(index, None)
         self._more.pop(index, None)
         queue.reset()
-        self._wanted |= others
 
     def _reset_now(self) -> None:
         """*Device Reset*.  No message may wait for a client that waits for us."""
         self._reset_due = False
-        self.rings.give_up(self.registers.queues, self.memory)
-        self._stop(quiet=True)
+        self._give_up_unmapped()
+        self._park(quiet=True)
         self._kicked.clear()
         self._more.clear()
-        self._wanted.clear()
         self.rings.reset()
         self.registers.reset()
         self.interrupts.reset()
         self.device.reset()
 
-    # -- notifications ----------------------------------------------------------------------------
+    def _give_up_unmapped(self) -> None:
+        """Before a reset: give nothing back to rings that only messages reach."""
+        for index, queue in self.rings.running.items():
+            try:
+                self.memory.window(self.registers.queues[index].device, 4)
+            except MemoryFault:
+                queue.broken = queue.broken or QueueError("device-reset")
 
-    def _notify(self, index: int) -> None:
+    # -- what the ring set asks for ---------------------------------------------------------------
+
+    def build_ring(self, index: int, record: RingRecord) -> Virtqueue:
+        """See :class:`~vballoon.virtio.RingOwner`."""
+        registers = self.registers.queues[index]
+        return make_virtqueue(
+            self.memory,
+            registers.size,
+            RingAddresses(registers.desc, registers.driver, registers.device),
+            self.features,
+            record.position,
+            engine=self._engine,
+            dirty_ring=registers.device,
+        )
+
+    def device_starts(self) -> None:
+        """See :class:`~vballoon.virtio.RingOwner`."""
+
+    def notify(self, index: int) -> None:
+        """See :class:`~vballoon.virtio.RingOwner`."""
         self.interrupts.queue(self.registers.queues[index].vector)
 
-    def _broken(self, index: int, error: QueueError) -> None:
-        if self._on_queue_broken is not None:
-            self._on_queue_broken(index, error.rule, error.detail)
-        self.registers.status |= Status.NEEDS_RESET
+    def ring_broken(self, index: int, error: QueueError) -> None:
+        """See :class:`~vballoon.virtio.RingOwner`."""
+        self.registers.status |= DeviceStatus.NEEDS_RESET
         self.config_changed()
+
+    def queue_statuses(self) -> list[QueueStatus]:
+        """Return the status of every queue."""
+        return [
+            self.rings.status(index, size=q.size * q.enable, started=bool(q.enable))
+            for index, q in enumerate(self.registers.queues)
+        ]
 
     # -- the client -------------------------------------------------------------------------------
 
     def attached(self) -> None:
-        """A client is there: so is the transport, for the device."""
+        """Attach the device to its client."""
         self.device.attach(self)
+        self.rings.events.frontend_connected()
 
     def detached(self) -> None:
-        """The client has gone.  Registers stay; queues go on when the next one has memory."""
-        self._stop(quiet=True)
+        """Park the queues.  Registers stay; queues continue once the next client has memory."""
+        self._park(quiet=True)
         self._kicked.clear()
         self._more.clear()
         self.client_memory.forget_files()
         self.device.detach()
+        self.rings.events.frontend_disconnected(self.client_error or "")
 
     def reset(self) -> None:
         """DEVICE_RESET."""
@@ -377,16 +384,14 @@ class VirtioPciFunction(PciDevice):
         self._reset_now()
 
     def dma_mapped(self, region: DmaRegion) -> None:
-        """Guest memory has grown: the table follows in deferred work."""
+        """Add guest memory; the table follows in deferred work."""
         self.client_memory.add(region)
-        if self.registers.running:
-            self._wanted.update(i for i, q in enumerate(self.registers.queues) if q.enable)
         self._schedule()
 
     def dma_unmapped(self, region: DmaRegion) -> None:
-        """Guest memory has shrunk: nothing may be in use of it when this returns."""
+        """Remove guest memory; nothing of it is in use when this returns."""
         gone = self.client_memory.remove(region)
-        if self.rings.queues and gone.view is not None and not self._busy:
+        if self.rings.running and gone.view is not None and not self._busy:
             self._change_memory(quiet=True)
         self._schedule()
         gone.close()
@@ -396,26 +401,23 @@ class VirtioPciFunction(PciDevice):
         self.memory.dirty_log = self.dma.log if active else None
 
     def _change_memory(self, *, quiet: bool = False) -> None:
-        """Another memory table, under queues that go on where they stood.
+        """Follow the client's memory map; queues continue where they stopped.
 
         *quiet*: the client waits for us, so nothing can be asked of it.
         """
-        up = set(self.rings.queues)
-        self._stop(quiet=quiet)
+        self._park(quiet=quiet)
         self.client_memory.refresh(self.dma.log if self.dma.log.active else None)
         if self.device.transport is not None:
             self.device.memory_changed()
-        self._wanted |= up
 
     # -- migration --------------------------------------------------------------------------------
 
     def set_running(self, running: bool) -> None:
-        """Stand still, with every buffer given back; or go on where the queues stood."""
+        """Stand still, with every buffer given back, or continue where the queues stopped."""
         if not running:
-            self._stop()
+            self._park()
         self._stands_still = not running
         if running:
-            self._wanted.update(i for i, q in enumerate(self.registers.queues) if q.enable)
             self._schedule()
             if self._change_due:
                 self._change_due = False

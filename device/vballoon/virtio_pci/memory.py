@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _EINVAL = 22
 _SAMPLE = 64
 """Bytes of a ring that are compared: four descriptors."""
+_CHECKED_MAX = 1024
+"""Addresses of rings that are remembered as checked; the guest chooses how many it uses."""
 
 FileId = tuple[int, int]
 
@@ -74,14 +76,19 @@ class ClientMemory:
         self._regions: dict[int, MemoryRegion] = {}
         self._shared: set[FileId] = set()
         self._private: set[FileId] = set()
+        self._checked: set[int] = set()  # addresses whose region needs no further check
 
     def add(self, region: DmaRegion) -> None:
-        """A region was mapped; raises :class:`~vfio_user.RequestError` if it cannot be used."""
+        """Add a mapped region; raise :class:`~vfio_user.RequestError` if it cannot be used."""
         try:
             self._regions[region.address] = self._make(region)
         except ProtocolError as error:
             raise RequestError(_EINVAL, str(error)) from None
+        self._changed()
+
+    def _changed(self) -> None:
         self.stale = True
+        self._checked.clear()
 
     def _make(self, region: DmaRegion) -> MemoryRegion:
         if region.fd is not None and _file_id(region.fd) in self._private:
@@ -99,8 +106,8 @@ class ClientMemory:
         )
 
     def remove(self, region: DmaRegion) -> MemoryRegion:
-        """A region was unmapped; the caller closes what is returned when nobody uses it."""
-        self.stale = True
+        """Remove a region that was unmapped; the caller closes it when nobody uses it any more."""
+        self._changed()
         return self._regions.pop(region.address)
 
     def check_shared(self, addresses: Iterable[int]) -> bool:
@@ -120,14 +127,17 @@ class ClientMemory:
         """The region of *addr*, if its file is empty there and was never seen to be used."""
         try:
             region = self._dma.find(addr, _SAMPLE)
-            if region.fd is None or _file_id(region.fd) in self._shared:
-                return None
-            if any(self.table.read(addr, _SAMPLE)):
-                self._shared.add(_file_id(region.fd))
-                return None
+            if region.fd is not None:
+                file = _file_id(region.fd)
+                if file not in self._shared and not any(self.table.read(addr, _SAMPLE)):
+                    return region
+                self._shared.add(file)
         except (DmaError, MemoryFault):
             return None
-        return region
+        if len(self._checked) >= _CHECKED_MAX:
+            self._checked.clear()
+        self._checked.add(addr)
+        return None
 
     def _differs(self, addr: int) -> bool:
         """Whether the client has something where the file has nothing.
@@ -156,10 +166,11 @@ class ClientMemory:
                 region.close()
                 self._regions.pop(region.address).close()
                 self._regions[region.address] = self._make(region)
-        self.stale = True
+        self._changed()
 
     def forget_files(self) -> None:
-        """The client has gone: what is known of its files is about others next time."""
+        """Forget the files of a client that has gone; the next one has its own."""
+        self._checked.clear()
         self._shared.clear()
         self._private.clear()
 

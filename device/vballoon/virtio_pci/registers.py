@@ -8,7 +8,6 @@ Virtio 1.4, *Common configuration structure layout*, *Device Initialization*, *D
 
 from __future__ import annotations
 
-import enum
 import errno
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,8 +16,9 @@ from vfio_user import RequestError
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.pci import NO_VECTOR, CommonConfig
 from virtio_formats.virtio.pci_state import FunctionState
+from virtio_formats.virtio.status import DeviceStatus
 
-__all__ = ("CommonRegisters", "Listener", "QueueRegisters", "Status")
+__all__ = ("CommonRegisters", "Listener", "QueueRegisters")
 
 _FIELDS = {
     name: (int(offset), dtype.itemsize)
@@ -26,17 +26,6 @@ _FIELDS = {
 }
 _AT = {offset: name for name, (offset, _) in _FIELDS.items()}
 _HALF = 4
-
-
-class Status(enum.IntFlag):
-    """Virtio 1.4, *Device Status Field*."""
-
-    ACKNOWLEDGE = 1
-    DRIVER = 2
-    DRIVER_OK = 4
-    FEATURES_OK = 8
-    NEEDS_RESET = 64
-    FAILED = 128
 
 
 @dataclass(slots=True)
@@ -89,7 +78,7 @@ class CommonRegisters:
         self, *, offered: int, queues: int, size_max: int, vectors: int, listener: Listener
     ) -> None:
         self.offered = offered
-        self.status = Status(0)
+        self.status = DeviceStatus(0)
         self.driver_features = 0
         self.config_vector = NO_VECTOR
         self.queues = [QueueRegisters(size_max, size_max) for _ in range(queues)]
@@ -99,7 +88,7 @@ class CommonRegisters:
 
     def reset(self) -> None:
         """As after power-on."""
-        self.status = Status(0)
+        self.status = DeviceStatus(0)
         self.driver_features = 0
         self.config_vector = NO_VECTOR
         self._device_select = self._driver_select = self._queue_select = 0
@@ -118,7 +107,7 @@ class CommonRegisters:
 
     def restore(self, saved: FunctionState) -> None:
         """Take the registers of another life over; the queues' are somebody else's business."""
-        self.status = Status(saved.device_status)
+        self.status = DeviceStatus(saved.device_status)
         self.driver_features = saved.driver_features
         self.config_vector = saved.config_msix_vector
         self._device_select = saved.device_feature_select
@@ -128,12 +117,12 @@ class CommonRegisters:
     @property
     def features(self) -> int:
         """The negotiated features; 0 until FEATURES_OK."""
-        return self.driver_features if self.status & Status.FEATURES_OK else 0
+        return self.driver_features if self.status & DeviceStatus.FEATURES_OK else 0
 
     @property
     def running(self) -> bool:
         """Whether the driver has said DRIVER_OK."""
-        return bool(self.status & Status.DRIVER_OK)
+        return bool(self.status & DeviceStatus.DRIVER_OK)
 
     # -- access -----------------------------------------------------------------------------------
 
@@ -182,7 +171,7 @@ class CommonRegisters:
         return self.driver_features >> 32 * self._driver_select if self._driver_select < 2 else 0
 
     def _set_driver_feature(self, value: int) -> None:
-        if self._driver_select < 2 and not self.status & Status.FEATURES_OK:
+        if self._driver_select < 2 and not self.status & DeviceStatus.FEATURES_OK:
             shift = 32 * self._driver_select
             self.driver_features &= ~(0xFFFFFFFF << shift)
             self.driver_features |= value << shift
@@ -210,13 +199,13 @@ class CommonRegisters:
         if value == 0:
             self._listener.device_reset()
             return
-        new = Status(value) & ~Status.NEEDS_RESET & ~self.status
-        if new & Status.FEATURES_OK and not self._acceptable():
-            new &= ~Status.FEATURES_OK
-        if not (self.status | new) & Status.FEATURES_OK:
-            new &= ~Status.DRIVER_OK
+        new = DeviceStatus(value) & ~DeviceStatus.NEEDS_RESET & ~self.status
+        if new & DeviceStatus.FEATURES_OK and not self._acceptable():
+            new &= ~DeviceStatus.FEATURES_OK
+        if not (self.status | new) & DeviceStatus.FEATURES_OK:
+            new &= ~DeviceStatus.DRIVER_OK
         self.status |= new
-        if new & Status.DRIVER_OK:
+        if new & DeviceStatus.DRIVER_OK:
             self._listener.driver_ok()
 
     def _acceptable(self) -> bool:

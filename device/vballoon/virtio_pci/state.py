@@ -11,8 +11,8 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vballoon.errors import PeerError, QueueError
-from vballoon.virtio_pci.registers import Status
+from vballoon.errors import PeerError
+from vballoon.virtio import RingFault, RingRecord
 from vballoon.virtqueue import RingState
 from vfio_user import RequestError
 from virtio_formats.vfio_user import PciIrq
@@ -24,10 +24,12 @@ from virtio_formats.virtio.pci_state import (
     QueueState,
     VectorFlag,
 )
+from virtio_formats.virtio.status import DeviceStatus
 from virtio_formats.wire import WireError
 
 if TYPE_CHECKING:
     from vballoon.virtio_pci.function import VirtioPciFunction
+    from vballoon.virtio_pci.registers import QueueRegisters
 
 __all__ = ("load", "save")
 
@@ -57,8 +59,8 @@ def save(function: VirtioPciFunction) -> bytes:
 
 
 def _queue(function: VirtioPciFunction, index: int) -> QueueState:
-    queue, stands = function.registers.queues[index], function.rings.states.get(index)
-    at = stands or RingState()
+    queue, record = function.registers.queues[index], function.rings.record(index)
+    at = record.position or RingState()
     return QueueState(
         desc=queue.desc,
         driver=queue.driver,
@@ -70,8 +72,8 @@ def _queue(function: VirtioPciFunction, index: int) -> QueueState:
         used=at.used,
         avail_wrap=at.avail_wrap,
         used_wrap=at.used_wrap,
-        ran=stands is not None,
-        broken=index in function.rings.broken,
+        ran=record.position is not None,
+        broken=record.broken is not None,
     )
 
 
@@ -103,23 +105,24 @@ def load(function: VirtioPciFunction, state: bytes) -> None:
     for vector, flags in enumerate(parts.vectors):
         if flags & VectorFlag.PENDING:
             function.irqs.trigger(PciIrq.MSIX, vector)
-    function.rings.reset()
-    for index, queue in enumerate(parts.queues):
-        _restore_queue(function, index, queue)
+    function.rings.restore([_record(queue) for queue in parts.queues])
+    for queue, saved in zip(function.registers.queues, parts.queues, strict=True):
+        _restore_queue(queue, saved)
     function.restored(parts.head.config_generation)
 
 
-def _restore_queue(function: VirtioPciFunction, index: int, saved: QueueState) -> None:
-    queue = function.registers.queues[index]
+def _restore_queue(queue: QueueRegisters, saved: QueueState) -> None:
     queue.desc, queue.driver, queue.device = saved.desc, saved.driver, saved.device
     queue.size, queue.vector, queue.enable = saved.size, saved.vector, saved.enable
     queue.resetting = False
-    if saved.ran:
-        function.rings.states[index] = RingState(
-            saved.avail, saved.used, bool(saved.avail_wrap), bool(saved.used_wrap)
-        )
-    if saved.broken:
-        function.rings.broken[index] = QueueError("broken-before", "when the guest was moved here")
+
+
+def _record(saved: QueueState) -> RingRecord:
+    position = RingState(saved.avail, saved.used, bool(saved.avail_wrap), bool(saved.used_wrap))
+    fault = RingFault("broken-before", "when the guest was moved here")
+    return RingRecord(
+        position=position if saved.ran else None, broken=fault if saved.broken else None
+    )
 
 
 def _cut(state: bytes) -> _Parts:
@@ -150,14 +153,14 @@ def _check(function: VirtioPciFunction, parts: _Parts) -> None:
     _require(
         parts.config[:4] == bytes(function.config.data[:4]), "of another vendor's or another device"
     )
-    status = Status(head.device_status)
+    status = DeviceStatus(head.device_status)
     unknown = head.driver_features & ~registers.offered
     _require(
-        not unknown or not status & Status.FEATURES_OK,
+        not unknown or not status & DeviceStatus.FEATURES_OK,
         f"negotiated features that are not offered here: {unknown:#x}",
     )
     _require(
-        bool(status & Status.FEATURES_OK) or not status & Status.DRIVER_OK,
+        bool(status & DeviceStatus.FEATURES_OK) or not status & DeviceStatus.DRIVER_OK,
         "DRIVER_OK without FEATURES_OK",
     )
     for vector in (head.config_msix_vector, *(q.vector for q in parts.queues)):
