@@ -192,18 +192,18 @@ def test_a_ring_without_memory_is_broken_if_it_has_not_run(toy):
 
 
 @pytest.mark.parametrize(
-    ("fault", "rule"),
+    ("kind", "text", "rule"),
     [
-        (ZeroDivisionError("a bug"), "internal"),
-        (QueueError("desc-address", "there"), "desc-address"),
-        (MemoryFault("memory-address", "there"), "memory-address"),
-        (ProtocolError("odd", "from a device"), "odd"),
+        (ZeroDivisionError, ["a bug"], "internal"),
+        (QueueError, ["desc-address", "there"], "desc-address"),
+        (MemoryFault, ["memory-address", "there"], "memory-address"),
+        (ProtocolError, ["odd", "from a device"], "odd"),
     ],
 )
-def test_a_fault_of_the_device_stops_one_ring(toy, caplog, fault, rule):
+def test_a_fault_of_the_device_stops_one_ring(toy, caplog, kind, text, rule):
     caplog.set_level(logging.DEBUG)
     toy.start(0, 1)
-    toy.device.fault = fault
+    toy.device.fault = kind(*text)
     toy.send(0, b"x")
     toy.device.fault = None
     assert toy.broken == [(0, rule)]
