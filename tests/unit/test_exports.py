@@ -16,9 +16,9 @@ import vballoon
 PUBLIC = {
     "fdsocket": """MAX_FDS Acceptor AddressInUse FdStream Receiver TruncatedError adopt close_fds
         connect is_listening listen receive_some send_some""",
-    "vfio_user": """ConfigSpace DmaChannel DmaError DmaLog DmaRegion DmaTable FatalError IntxPin
-        IoEvent IrqTable MigrationMachine PciDevice Region RequestError Server Session SessionLimits
-        UsageError VfioUserError run_program serve""",
+    "vfio_user": """BaseState ConfigSpace DmaChannel DmaError DmaLog DmaRegion DmaTable FatalError
+        IntxPin IoEvent IrqTable MigrationMachine PciDevice Region RequestError Server Session
+        SessionLimits SessionState UsageError VfioUserError run_program serve""",
     "vballoon.errors": """MemoryFault PeerError ProtocolError QueueError UsageError
         VballoonError""",
     "vballoon.memory": """PAGE_SHIFT PAGE_SIZE VHOST_LOG_PAGE BitmapLog ByteRanges DirtyLog

@@ -22,8 +22,10 @@ from vfio_user.regions import IoEvent, Region
 from vfio_user.run import run_program, serve
 from vfio_user.server import Server
 from vfio_user.session import Session
+from vfio_user.state import BaseState, SessionState
 
 __all__ = (
+    "BaseState",
     "ConfigSpace",
     "DmaChannel",
     "DmaError",
@@ -41,6 +43,7 @@ __all__ = (
     "Server",
     "Session",
     "SessionLimits",
+    "SessionState",
     "UsageError",
     "VfioUserError",
     "run_program",

@@ -29,6 +29,9 @@ _COMMAND, _STATUS, _BARS, _CAP_LIST, _INT_LINE, _INT_PIN = 0x04, 0x06, 0x10, 0x3
 _COMMAND_BITS = Command.IO | Command.MEMORY | Command.MASTER | Command.PARITY | Command.SERR
 _COMMAND_BITS |= Command.INTX_DISABLE
 
+_IDENTITY = ((0x00, 0x04), (0x08, 0x0C), (0x2C, 0x30))
+"""Vendor and device, revision and class, subsystem."""
+
 Hook = Callable[[int, int], None]
 
 
@@ -247,13 +250,19 @@ class ConfigSpace:
         if self._reset_values is not None:
             self.data[:] = self._reset_values
 
+    def check(self, image: bytes) -> None:
+        """Raise :class:`RequestError` EINVAL for an *image* of another size or another device."""
+        if len(image) != self.size:
+            raise RequestError(errno.EINVAL, f"{len(image)} bytes of configuration space")
+        if any(image[start:end] != self.data[start:end] for start, end in _IDENTITY):
+            raise RequestError(errno.EINVAL, "configuration space of another device")
+
     def restore(self, image: bytes) -> None:
         """Take the bits over that can be written, from *image* of the whole space.  No hook runs.
 
-        Raises :class:`RequestError` for an image of another size.
+        Raise :class:`RequestError` EINVAL as :meth:`check` does.
         """
-        if len(image) != self.size:
-            raise RequestError(errno.EINVAL, f"{len(image)} bytes of configuration space")
+        self.check(image)
         if self._reset_values is None:
             self.seal()
         for at, (mask, value) in enumerate(zip(self._mask, image, strict=True)):

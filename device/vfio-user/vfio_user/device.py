@@ -19,12 +19,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from vfio_user.config import ConfigSpace
+from vfio_user.descriptors import Descriptors
 from vfio_user.dma import DmaRegion, DmaTable
 from vfio_user.errors import RequestError, UsageError
 from vfio_user.intx import IntxPin
 from vfio_user.irqs import IrqTable
 from vfio_user.migration import MigrationMachine
 from vfio_user.regions import Region
+from vfio_user.state import BaseState
 from virtio_formats.vfio_user import PCI_NUM_REGIONS, DeviceFlags, PciRegion
 
 __all__ = ("PciDevice",)
@@ -49,10 +51,12 @@ class PciDevice:
         self, config: ConfigSpace, regions: Mapping[int, Region], irqs: Mapping[int, int]
     ) -> None:
         self.config = config
-        self.dma = DmaTable()
+        self.descriptors = Descriptors()
+        """The client's descriptors, by slot."""
+        self.dma = DmaTable(self.descriptors)
         self.dma.on_map = self.dma_mapped
         self.dma.on_unmap = self.dma_unmapped
-        self.irqs = IrqTable(irqs)
+        self.irqs = IrqTable(irqs, self.descriptors)
         self.irqs.on_state = self.irq_state
         self.intx = IntxPin(config, self.irqs)
         self.migration = MigrationMachine(self)
@@ -119,6 +123,29 @@ class PciDevice:
         self._deferred.append(work)
         if self._wake is not None:
             self._wake()
+
+    def base_state(self) -> BaseState:
+        """Return configuration space, INTx, and pending and masked vectors: the base's own state.
+
+        A device's :meth:`save_state` can wrap its packed form.
+        """
+        held, irqs = self.irqs.function_state()
+        return BaseState(config=bytes(self.config.data), intx=self.intx.level, held=held, irqs=irqs)
+
+    def check_base(self, state: BaseState) -> None:
+        """Raise :class:`~vfio_user.errors.RequestError` for a state of another device."""
+        self.config.check(state.config)
+        self.irqs.check_function(state.held, state.irqs)
+
+    def restore_base(self, state: BaseState) -> None:
+        """Take over what :meth:`base_state` returned.  No hook of configuration space runs.
+
+        Raise :class:`~vfio_user.errors.RequestError` EINVAL, nothing changed then.
+        """
+        self.check_base(state)
+        self.config.restore(state.config)
+        self.irqs.restore_function(state.held, state.irqs)
+        self.intx.set(state.intx)
 
     # -- for sessions and servers -----------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMA logging: which pages of client memory the device has written.
+"""DMA logging: record which pages of client memory the device has written.
 
 vfio-user specification (QEMU 11.1), ``VFIO_DEVICE_FEATURE_DMA_LOGGING_START`` to ``_REPORT``.
 The log counts in pages of 4 KiB and formats a report to whatever page size the client asks for.
@@ -29,7 +29,7 @@ _SPACE = 1 << 64
 
 
 class DmaLog:
-    """The pages written since the log was started, or since they were last reported."""
+    """Records the pages written since the log was started, or since they were last reported."""
 
     def __init__(self) -> None:
         self.active = False
@@ -37,28 +37,44 @@ class DmaLog:
         self._chunks: dict[int, NDArray[np.bool_]] = {}
 
     def start(self, page_size: int, ranges: Sequence[LoggingRange]) -> int:
-        """Begin to log writes within *ranges* (none: everywhere); returns the page size in use.
+        """Begin to log writes within *ranges* (none: everywhere); return the page size in bytes.
 
-        Starting again keeps what is logged and takes the new ranges.  Raises
+        Starting again keeps what is logged and takes the new ranges.  Raise
         :class:`~vfio_user.errors.RequestError` EINVAL for a page size that is not a power of two,
         or a range that wraps.
         """
         if page_size <= 0 or page_size & (page_size - 1):
             raise RequestError(errno.EINVAL, f"a page size of {page_size}")
-        if any(not r.length or r.iova + r.length > _SPACE for r in ranges):
-            raise RequestError(errno.EINVAL, "a logging range that is empty or wraps")
+        self.check([(r.iova, r.length) for r in ranges])
         self.active = True
         self._ranges = tuple(ranges)
         return LOG_PAGE_SIZE
 
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...] | None:
+        """Return the ranges (iova, length in bytes) that are logged; None while inactive."""
+        return tuple((r.iova, r.length) for r in self._ranges) if self.active else None
+
+    def check(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Raise :class:`~vfio_user.errors.RequestError` EINVAL for an empty or wrapping range."""
+        if len(ranges) > MAX_LOG_RANGES:
+            raise RequestError(errno.EINVAL, f"{len(ranges)} logging ranges")
+        if any(not length or iova + length > _SPACE for iova, length in ranges):
+            raise RequestError(errno.EINVAL, "a logging range that is empty or wraps")
+
+    def restore(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Log writes within checked *ranges*; the caller marks what may have been written."""
+        self.active = True
+        self._ranges = tuple(LoggingRange(iova=iova, length=length) for iova, length in ranges)
+
     def stop(self) -> None:
-        """Log no more, and forget what was logged."""
+        """Stop logging, and forget what was logged."""
         self.active = False
         self._ranges = ()
         self._chunks.clear()
 
     def mark(self, addr: int, size: int) -> None:
-        """The device wrote *size* bytes at DMA address *addr*."""
+        """Log that the device wrote *size* bytes at DMA address *addr*."""
         if not self.active or size <= 0:
             return
         for low, high in self._logged(addr, addr + size):
@@ -79,10 +95,10 @@ class DmaLog:
             page += stop
 
     def report(self, iova: int, length: int, page_size: int, limit: int) -> bytes:
-        """The bitmap of [*iova*, *iova* + *length*), one bit for each *page_size* bytes.
+        """Return the bitmap of [*iova*, *iova* + *length*), one bit for each *page_size* bytes.
 
         Whole 64-bit words in the host's byte order, bits past the range zero.  What is reported
-        is forgotten.  Raises :class:`~vfio_user.errors.RequestError` EINVAL when not logging, for
+        is forgotten.  Raise :class:`~vfio_user.errors.RequestError` EINVAL when not logging, for
         a range or page size that is not aligned, and for a bitmap of more than *limit* bytes.
         """
         if not self.active:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from vfio_user.descriptors import Descriptors
 from vfio_user.dirty import DmaLog
 from vfio_user.errors import DmaError, RequestError
+from vfio_user.state import DmaWindow, require
 from virtio_formats.vfio_user import DmaMap, DmaMapFlags, DmaUnmap, DmaUnmapFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,13 +38,13 @@ _MAP_FLAGS = int(DmaMapFlags.READABLE | DmaMapFlags.WRITEABLE)  # int: ~ is to k
 
 
 class DmaChannel(Protocol):
-    """Who carries DMA_READ and DMA_WRITE messages to the client."""
+    """Carries DMA_READ and DMA_WRITE messages to the client."""
 
     def dma_read(self, addr: int, size: int) -> bytes:
-        """*size* bytes at DMA address *addr*; raises :class:`~vfio_user.errors.DmaError`."""
+        """Return *size* bytes at DMA address *addr*.  Raise DmaError."""
 
     def dma_write(self, addr: int, data: bytes) -> None:
-        """Store *data* at DMA address *addr*; raises :class:`~vfio_user.errors.DmaError`."""
+        """Store *data* at DMA address *addr*.  Raise DmaError."""
 
 
 class DmaRegion:
@@ -52,33 +54,44 @@ class DmaRegion:
     """
 
     def __init__(
-        self, *, address: int, size: int, flags: DmaMapFlags, fd: int | None, offset: int
+        self,
+        *,
+        address: int,
+        size: int,
+        flags: DmaMapFlags,
+        fd: int | None,
+        offset: int,
+        descriptors: Descriptors,
     ) -> None:
         self.address = address
         self.size = size
         self.flags = flags
         self.fd = fd
         self.offset = offset
+        self._descriptors = descriptors
         self._view: NDArray[np.uint8] | None = None
 
     @property
     def end(self) -> int:
-        """One past the last DMA address."""
+        """Return one past the last DMA address."""
         return self.address + self.size
 
     @property
     def readable(self) -> bool:
-        """Whether the device may read it."""
+        """Return whether the device may read it."""
         return bool(self.flags & DmaMapFlags.READABLE)
 
     @property
     def writable(self) -> bool:
-        """Whether the device may write it."""
+        """Return whether the device may write it."""
         return bool(self.flags & DmaMapFlags.WRITEABLE)
 
     @property
     def view(self) -> NDArray[np.uint8] | None:
-        """The mapped bytes (uint8[size]), mapped now if they were not; None without a file."""
+        """Return the bytes (uint8[size]), mapped on first use; None without a file.
+
+        Raise :class:`~vfio_user.errors.DmaError` where the file cannot be mapped.
+        """
         if self._view is None and self.fd is not None:
             prot = mmap.PROT_READ | (mmap.PROT_WRITE if self.writable else 0)
             try:
@@ -89,11 +102,20 @@ class DmaRegion:
         return self._view
 
     def close(self) -> None:
-        """Let go of mapping and descriptor (a view still in use keeps the pages mapped)."""
+        """Close mapping and descriptor (a view still in use keeps the pages mapped)."""
         self._view = None
         fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
+        self._descriptors.close(fd)
+
+    def window(self) -> DmaWindow:
+        """Return the region as a value, with the slot of its descriptor."""
+        return DmaWindow(
+            address=self.address,
+            size=self.size,
+            flags=int(self.flags),
+            offset=0 if self.fd is None else self.offset,
+            slot=self._descriptors.slot(self.fd),
+        )
 
     def __repr__(self) -> str:
         return f"<DmaRegion {self.address:#x}+{self.size:#x}{'' if self.fd is None else ' mapped'}>"
@@ -102,11 +124,13 @@ class DmaRegion:
 class DmaTable:
     """The windows of client memory that are valid now, sorted by address.
 
-    *channel* carries messages while a client is connected; *log* records what the device wrote;
-    *on_map* and *on_unmap* are told of every change, *on_unmap* before the region is closed.
+    *descriptors* owns their files.  *channel* carries messages while a client is connected; *log*
+    records what the device wrote; *on_map* and *on_unmap* are called for every change, *on_unmap*
+    before the region is closed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, descriptors: Descriptors | None = None) -> None:
+        self._descriptors = descriptors or Descriptors()
         self.regions: list[DmaRegion] = []
         self.channel: DmaChannel | None = None
         self.log = DmaLog()
@@ -117,9 +141,9 @@ class DmaTable:
     # -- the client's side ------------------------------------------------------------------------
 
     def map(self, request: DmaMap, fd: int | None, *, limit: int) -> DmaRegion:
-        """DMA_MAP.  Takes *fd* over if it succeeds.
+        """Serve DMA_MAP.  Take *fd* over on success.
 
-        Raises :class:`~vfio_user.errors.RequestError`: EEXIST for an overlap, ENOSPC for a range
+        Raise :class:`~vfio_user.errors.RequestError`: EEXIST for an overlap, ENOSPC for a range
         past the end of the address space, EINVAL for anything else, more than *limit* regions
         included.
         """
@@ -128,6 +152,15 @@ class DmaTable:
             raise RequestError(errno.EINVAL, f"more than {limit} DMA regions")
         if fd is not None:
             _check_file(fd, request)
+            self._descriptors.take(fd)
+        try:
+            return self._insert(request, fd)
+        except BaseException:
+            if fd is not None and self._descriptors.holds(fd):
+                self._descriptors.give_up(fd)
+            raise
+
+    def _insert(self, request: DmaMap, fd: int | None) -> DmaRegion:
         position = bisect_right(self._starts, request.address)
         around = self.regions[max(position - 1, 0) : position + 1]
         end = request.address + request.size
@@ -139,6 +172,7 @@ class DmaTable:
             flags=DmaMapFlags(request.flags),
             fd=fd,
             offset=request.offset if fd is not None else 0,
+            descriptors=self._descriptors,
         )
         self.regions.insert(position, region)
         self._starts.insert(position, region.address)
@@ -152,9 +186,9 @@ class DmaTable:
         return region
 
     def unmap(self, request: DmaUnmap) -> None:
-        """DMA_UNMAP of exactly one region, or of all of them.
+        """Serve DMA_UNMAP of exactly one region, or of all of them.
 
-        Raises :class:`~vfio_user.errors.RequestError`: EINVAL for flags or sizes that do not go
+        Raise :class:`~vfio_user.errors.RequestError`: EINVAL for flags or sizes that do not go
         together, ENOENT where no such region is mapped.
         """
         if request.flags not in (0, DmaUnmapFlags.ALL):
@@ -172,7 +206,7 @@ class DmaTable:
         self._remove(index)
 
     def clear(self) -> None:
-        """Unmap everything (the client has gone, or asked for it)."""
+        """Unmap everything (the client has disconnected, or asked for it)."""
         while self.regions:
             self._remove(len(self.regions) - 1)
 
@@ -185,10 +219,42 @@ class DmaTable:
         finally:
             region.close()
 
+    # -- state ------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[DmaWindow, ...]:
+        """Return the windows in order of address."""
+        return tuple(region.window() for region in self.regions)
+
+    def check(self, windows: Sequence[DmaWindow], fds: Mapping[int, int], limit: int) -> None:
+        """Raise :class:`~vfio_user.errors.RequestError` unless :meth:`restore` can work."""
+        require(len(windows) <= limit, f"more than {limit} DMA regions")
+        end = 0
+        for window in windows:
+            request = _request(window)
+            _check_map(request)
+            require(window.address >= end, f"DMA region {window.address:#x} out of order")
+            end = window.address + window.size
+            if window.slot is None:
+                require(not window.offset, "a file offset without a file")
+            else:
+                _check_file(fds[window.slot], request)
+
+    def restore(self, windows: Sequence[DmaWindow], fds: Mapping[int, int]) -> None:
+        """Take checked windows over into an empty table; *fds* are duplicated."""
+        for window in windows:
+            slot = window.slot
+            fd = None if slot is None else self._descriptors.adopt(slot, fds[slot])
+            try:
+                self._insert(_request(window), fd)
+            except BaseException:
+                if fd is not None and self._descriptors.holds(fd):
+                    self._descriptors.close(fd)
+                raise
+
     # -- the device's side ------------------------------------------------------------------------
 
     def contains(self, addr: U64, length: U64) -> NDArray[np.bool_]:
-        """Which ranges (uint64[n], bytes) each lie within one region (bool[n])."""
+        """Return which ranges (uint64[n], bytes) each lie within one region (bool[n])."""
         found = np.zeros(addr.shape, np.bool_)
         for region in self.regions:
             offset = addr - np.uint64(region.address)  # below the region it wraps, far past the end
@@ -196,16 +262,16 @@ class DmaTable:
         return found
 
     def find(self, addr: int, size: int) -> DmaRegion:
-        """The region that holds the whole range; raises :class:`~vfio_user.errors.DmaError`."""
+        """Return the region that holds the whole range.  Raise DmaError EFAULT if none does."""
         index = self._index(addr)
         if index is None or size < 0 or size > self.regions[index].end - addr:
             raise DmaError(errno.EFAULT, f"{addr:#x}+{size:#x} is not client memory")
         return self.regions[index]
 
     def read(self, addr: int, size: int) -> bytes:
-        """*size* bytes at *addr*, adjacent regions joined.
+        """Return *size* bytes at *addr*, adjacent regions joined.
 
-        Raises :class:`~vfio_user.errors.DmaError`: outside the map, or not readable.
+        Raise :class:`~vfio_user.errors.DmaError`: outside the map, or not readable.
         """
         parts = []
         for region, start, count in self._pieces(addr, size):
@@ -222,7 +288,7 @@ class DmaTable:
     def write(self, addr: int, data: bytes) -> None:
         """Store *data* at *addr* and log it.
 
-        Raises :class:`~vfio_user.errors.DmaError`: outside the map, or not writeable.
+        Raise :class:`~vfio_user.errors.DmaError`: outside the map, or not writeable.
         """
         pieces = self._pieces(addr, len(data))
         if not all(region.writable for region, _, _ in pieces):
@@ -258,6 +324,16 @@ class DmaTable:
         return pieces
 
 
+def _request(window: DmaWindow) -> DmaMap:
+    return DmaMap(
+        argsz=DmaMap.SIZE,
+        flags=window.flags,
+        offset=window.offset,
+        address=window.address,
+        size=window.size,
+    )
+
+
 def _check_map(request: DmaMap) -> None:
     if request.argsz < DmaMap.SIZE:
         raise RequestError(errno.EINVAL, f"DMA_MAP argsz {request.argsz}")
@@ -271,7 +347,7 @@ def _check_map(request: DmaMap) -> None:
 
 
 def _check_file(fd: int, request: DmaMap) -> None:
-    """A mapping past the end of its file would turn a later access into a signal."""
+    """Refuse a mapping past the end of its file: a later access would raise SIGBUS."""
     try:
         found = os.fstat(fd)
     except OSError as error:

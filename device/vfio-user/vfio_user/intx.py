@@ -23,13 +23,18 @@ class IntxPin:
         self._level = False
         config.on_write(0x04, 2, lambda offset, size: self._update())
 
+    @property
+    def level(self) -> bool:
+        """Return whether the function wants attention."""
+        return self._level
+
     def set(self, level: bool) -> None:
-        """The function wants attention, or no longer."""
+        """Assert or release the pin."""
         self._level = level
         self._update()
 
     def reset(self) -> None:
-        """As after power-on; configuration space has been reset before."""
+        """Release the pin; configuration space has been reset before."""
         self.set(False)
 
     def _update(self) -> None:

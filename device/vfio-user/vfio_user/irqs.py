@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interrupts: which eventfd stands for which vector, what is masked, what is pending.
+"""Interrupts: which eventfd belongs to which vector, what is masked, what is pending.
 
 vfio-user specification (QEMU 11.1), ``VFIO_USER_DEVICE_GET_IRQ_INFO`` and
 ``VFIO_USER_DEVICE_SET_IRQS``.  MSI and MSI-X are edges: an edge on a masked vector, or on one
 that has no eventfd at the moment, stays pending until it can be delivered.  INTx is a level: it
 is signalled once, masks itself (AUTOMASKED), and is signalled again on unmask while it is still
 asserted.
+
+A vector can be masked twice: by the client (a SET_IRQS message) and by the function itself (the
+mask bit of its MSI-X table entry).  An edge is delivered when neither applies.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import select
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vfio_user.descriptors import Descriptors
 from vfio_user.errors import RequestError, UsageError
+from vfio_user.state import IrqState, IrqVector, require
 from virtio_formats.vfio_user import (
     PCI_NUM_IRQS,
     IrqInfo,
@@ -44,17 +49,21 @@ class _Vector:
     on_mask: int | None = None
     on_unmask: int | None = None
     masked: bool = False
+    """By the client."""
+    barred: bool = False
+    """By the function itself."""
     pending: bool = False
 
 
 class IrqTable:
-    """The interrupts of a device, and the client's eventfds for them (owned here).
+    """The interrupts of a device, and the client's eventfds for them.
 
-    *counts* says how many vectors each index of :class:`~virtio_formats.vfio_user.PciIrq` has.
-    *on_state(index, start, count, masked)* is told when the client masks or unmasks.
+    *counts* gives the number of vectors of each index of
+    :class:`~virtio_formats.vfio_user.PciIrq`; *descriptors* owns the eventfds.
+    *on_state(index, start, count, masked)* is called when the client masks or unmasks.
     """
 
-    def __init__(self, counts: Mapping[int, int]) -> None:
+    def __init__(self, counts: Mapping[int, int], descriptors: Descriptors | None = None) -> None:
         for index, count in counts.items():
             if index not in tuple(PciIrq) or not 0 <= count <= MAX_VECTORS:
                 raise UsageError(f"{count} vectors of interrupt index {index}")
@@ -63,20 +72,21 @@ class IrqTable:
         self._vectors = [
             [_Vector() for _ in range(counts.get(index, 0))] for index in range(PCI_NUM_IRQS)
         ]
+        self._descriptors = descriptors or Descriptors()
         self._asserted = False
         self._held: set[int] = set()
         self.on_state: Callable[[int, int, int, bool], None] | None = None
 
     def count(self, index: int) -> int:
-        """How many vectors *index* has."""
+        """Return how many vectors *index* has."""
         return len(self._vectors[index])
 
     # -- the device's side ------------------------------------------------------------------------
 
     def trigger(self, index: int, vector: int = 0) -> bool:
-        """Signal an edge on a vector; False if it is pending for now.
+        """Signal an edge on a vector; return False if it stays pending for now.
 
-        Raises :class:`~vfio_user.errors.UsageError` for a vector that the device does not have.
+        Raise :class:`~vfio_user.errors.UsageError` for a vector that the device does not have.
         """
         entry = self._entry(index, vector)
         entry.pending = True
@@ -91,10 +101,11 @@ class IrqTable:
     def set_mask(self, index: int, vector: int, masked: bool) -> None:
         """Mask or unmask a vector from the device's side (an MSI-X table entry was written)."""
         entry = self._entry(index, vector)
-        if entry.masked == masked:
+        if entry.barred == masked:
             return
         _signal(entry.on_mask if masked else entry.on_unmask)
-        self._mask(index, entry, masked)
+        entry.barred = masked
+        self._try(index, entry)
 
     def hold(self, index: int, held: bool) -> None:
         """Keep back every edge of *index* (the function mask of MSI-X), or deliver them."""
@@ -105,27 +116,31 @@ class IrqTable:
             for entry in self._vectors[index]:
                 self._deliver(index, entry)
 
+    def is_held(self, index: int) -> bool:
+        """Return whether *index* is held."""
+        return index in self._held
+
     def pending(self, index: int) -> list[bool]:
-        """Which vectors wait for delivery (the pending bits of MSI-X)."""
+        """Return which vectors wait for delivery (the pending bits of MSI-X)."""
         return [entry.pending for entry in self._vectors[index]]
 
     def clear_pending(self) -> None:
-        """Forget edges that were not delivered, and INTx: the device was reset."""
+        """Forget edges that were not delivered, INTx, and the function's masks: a reset."""
         self._asserted = False
         self._held.clear()
         for vectors in self._vectors:
             for entry in vectors:
-                entry.pending = False
+                entry.pending = entry.barred = False
 
     def close(self) -> None:
-        """Let go of the client's descriptors and masks; what is pending stays."""
+        """Close the client's descriptors and drop its masks; pending edges stay."""
         for index in range(PCI_NUM_IRQS):
             self._disable(index)
 
     # -- the client's side ------------------------------------------------------------------------
 
     def describe(self, index: int) -> bytes:
-        """The reply to DEVICE_GET_IRQ_INFO; raises :class:`~vfio_user.errors.RequestError`."""
+        """Return the reply to DEVICE_GET_IRQ_INFO.  Raise RequestError for an unknown index."""
         if index >= PCI_NUM_IRQS:
             raise RequestError(errno.EINVAL, f"no interrupt index {index}")
         flags = IrqInfoFlags.EVENTFD
@@ -137,9 +152,9 @@ class IrqTable:
         return info.build()
 
     def set(self, request: IrqSet, data: bytes, fds: Sequence[int]) -> None:
-        """DEVICE_SET_IRQS.  Takes all of *fds* over if it succeeds, none if it raises.
+        """Serve DEVICE_SET_IRQS.  Take all of *fds* over on success, none on an error.
 
-        Raises :class:`~vfio_user.errors.RequestError` EINVAL; nothing has changed then.
+        Raise :class:`~vfio_user.errors.RequestError` EINVAL; nothing has changed then.
         """
         self._check(request, data, fds)
         if request.count == 0:
@@ -191,6 +206,8 @@ class IrqTable:
     def _assign(self, request: IrqSet, entries: Sequence[_Vector], fds: Sequence[int]) -> None:
         for position, entry in enumerate(entries):
             fd = fds[position] if fds else None
+            if fd is not None:
+                self._descriptors.take(fd)
             if request.flags & IrqSetFlags.ACTION_MASK:
                 fd, entry.on_mask = entry.on_mask, fd
             elif request.flags & IrqSetFlags.ACTION_UNMASK:
@@ -198,7 +215,7 @@ class IrqTable:
             else:
                 fd, entry.trigger = entry.trigger, fd
                 self._assigned(request.index, entry)
-            _close(fd)
+            self._descriptors.close(fd)
 
     def _assigned(self, index: int, entry: _Vector) -> None:
         if index == PciIrq.INTX:
@@ -215,16 +232,85 @@ class IrqTable:
         masked = bool(request.flags & IrqSetFlags.ACTION_MASK)
         for entry in entries:
             _signal(entry.on_mask if masked else entry.on_unmask)
-            self._mask(request.index, entry, masked)
+            entry.masked = masked
+            self._try(request.index, entry)
         if self.on_state is not None:
             self.on_state(request.index, request.start, request.count, masked)
 
     def _disable(self, index: int) -> None:
         for entry in self._vectors[index]:
             for fd in (entry.trigger, entry.on_mask, entry.on_unmask):
-                _close(fd)
+                self._descriptors.close(fd)
             entry.trigger = entry.on_mask = entry.on_unmask = None
             entry.masked = False
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def function_state(self) -> tuple[tuple[int, ...], tuple[IrqState, ...]]:
+        """Return the held indices, and the vectors with a pending edge or a mask of their own."""
+        vectors = tuple(
+            IrqState(index=index, vector=number, pending=entry.pending, barred=entry.barred)
+            for index, entries in enumerate(self._vectors)
+            for number, entry in enumerate(entries)
+            if entry.pending or entry.barred
+        )
+        return tuple(sorted(self._held)), vectors
+
+    def check_function(self, held: Sequence[int], irqs: Sequence[IrqState]) -> None:
+        """Raise :class:`~vfio_user.errors.RequestError` for a state that cannot be this one's."""
+        require(all(0 <= index < PCI_NUM_IRQS for index in held), f"held indices {held}")
+        self._check_vectors([(irq.index, irq.vector) for irq in irqs])
+
+    def restore_function(self, held: Sequence[int], irqs: Sequence[IrqState]) -> None:
+        """Take a checked state over; nothing is signalled."""
+        self.clear_pending()
+        self._held = set(held)
+        for irq in irqs:
+            entry = self._vectors[irq.index][irq.vector]
+            entry.pending, entry.barred = irq.pending, irq.barred
+
+    def client_state(self) -> tuple[IrqVector, ...]:
+        """Return the vectors for which the client has set anything up."""
+        slot = self._descriptors.slot
+        found = (
+            IrqVector(
+                index=index,
+                vector=number,
+                trigger=slot(entry.trigger),
+                on_mask=slot(entry.on_mask),
+                on_unmask=slot(entry.on_unmask),
+                masked=entry.masked,
+            )
+            for index, entries in enumerate(self._vectors)
+            for number, entry in enumerate(entries)
+        )
+        return tuple(v for v in found if v != IrqVector(index=v.index, vector=v.vector))
+
+    def check_client(self, vectors: Sequence[IrqVector], fds: Mapping[int, int]) -> None:
+        """Raise :class:`~vfio_user.errors.RequestError` unless :meth:`restore_client` can work."""
+        self._check_vectors([(v.index, v.vector) for v in vectors])
+        for vector in vectors:
+            for slot in (vector.trigger, vector.on_mask, vector.on_unmask):
+                require(slot is None or _is_eventfd(fds[slot]), f"slot {slot} is not an eventfd")
+
+    def restore_client(self, vectors: Sequence[IrqVector], fds: Mapping[int, int]) -> None:
+        """Take a checked state over; *fds* are duplicated.  Deliver what is due."""
+        for vector in vectors:
+            entry = self._vectors[vector.index][vector.vector]
+            entry.masked = vector.masked
+            entry.trigger = self._adopt(vector.trigger, fds)
+            entry.on_mask = self._adopt(vector.on_mask, fds)
+            entry.on_unmask = self._adopt(vector.on_unmask, fds)
+            self._try(vector.index, entry)
+
+    def _adopt(self, slot: int | None, fds: Mapping[int, int]) -> int | None:
+        return None if slot is None else self._descriptors.adopt(slot, fds[slot])
+
+    def _check_vectors(self, named: Sequence[tuple[int, int]]) -> None:
+        require(len(set(named)) == len(named), "a vector twice")
+        for index, vector in named:
+            known = 0 <= index < PCI_NUM_IRQS and 0 <= vector < self.count(index)
+            require(known, f"no vector {vector} of interrupt index {index}")
 
     # -- delivery ---------------------------------------------------------------------------------
 
@@ -233,15 +319,14 @@ class IrqTable:
             raise UsageError(f"no vector {vector} of interrupt index {index}")
         return self._vectors[index][vector]
 
-    def _mask(self, index: int, entry: _Vector, masked: bool) -> None:
-        entry.masked = masked
+    def _try(self, index: int, entry: _Vector) -> None:
         if index == PciIrq.INTX:
             self._deliver_intx()
         else:
             self._deliver(index, entry)
 
     def _deliver(self, index: int, entry: _Vector) -> None:
-        if index in self._held or entry.masked or entry.trigger is None:
+        if index in self._held or entry.masked or entry.barred or entry.trigger is None:
             return
         if entry.pending:
             entry.pending = False
@@ -255,7 +340,7 @@ class IrqTable:
 
 
 def _signal(fd: int | None) -> None:
-    """Add 1 to an eventfd; one that is full is as signalled as it can be."""
+    """Add 1 to an eventfd; one that is full is signalled already."""
     if fd is None:
         return
     if os.get_blocking(fd) and not _writable(fd):
@@ -273,13 +358,8 @@ def _writable(fd: int) -> bool:
 
 
 def _is_eventfd(fd: int) -> bool:
-    """Only a real eventfd is written to: eight bytes into any other file would be damage."""
+    """Return whether *fd* is an eventfd: eight bytes written to another file would damage it."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
     except OSError:
         return False
-
-
-def _close(fd: int | None) -> None:
-    if fd is not None:
-        os.close(fd)

@@ -17,6 +17,7 @@ import errno
 from typing import Protocol
 
 from vfio_user.errors import RequestError
+from vfio_user.state import MigrationState, require
 from virtio_formats.vfio_user import DeviceState
 
 __all__ = ("MAX_STATE_SIZE", "NEXT_HOP", "Migratable", "MigrationMachine")
@@ -51,6 +52,8 @@ NEXT_HOP: dict[tuple[DeviceState, DeviceState], DeviceState] = {
 _SAVING = (_STOP_COPY, _PRE_COPY)
 _ACTIVE = (_RUNNING, _PRE_COPY)
 
+_STATES = {DeviceState.ERROR, *(state for pair in NEXT_HOP for state in pair)}
+
 MAX_STATE_SIZE = 64 << 20
 """Bytes of state that a client can make us hold; a device's own state is a few KiB."""
 
@@ -76,6 +79,25 @@ class MigrationMachine:
         self._device = device
         self._outgoing = b""
         self._incoming = bytearray()
+
+    def save(self) -> MigrationState:
+        """Return the state, and the data that is under way."""
+        return MigrationState(
+            state=int(self.state), outgoing=self._outgoing, incoming=bytes(self._incoming)
+        )
+
+    def check(self, saved: MigrationState) -> None:
+        """Raise :class:`~vfio_user.errors.RequestError` for a state that cannot be."""
+        require(saved.state in _STATES, f"migration state {saved.state}")
+        require(len(saved.incoming) <= MAX_STATE_SIZE, "more device state than the limit")
+        require(not saved.incoming or saved.state == _RESUMING, "incoming data while not resuming")
+        require(not saved.outgoing or saved.state in _SAVING, "outgoing data while not saving")
+
+    def restore(self, saved: MigrationState) -> None:
+        """Take a checked state over."""
+        self._enter(DeviceState(saved.state))
+        self._outgoing = saved.outgoing
+        self._incoming[:] = saved.incoming
 
     def reset(self) -> None:
         """A device reset leads back to RUNNING from every state, ERROR included."""

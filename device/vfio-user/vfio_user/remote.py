@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vfio_user.errors import DmaError
 from vfio_user.link import Link
+from vfio_user.state import require
 from vfio_user.stream import Message
 from virtio_formats.vfio_user import Command, DmaAccess, DmaAccess32, HeaderFlags
 
@@ -61,6 +62,28 @@ class DmaRequests:
         self._next_id = 0
         self._pending: dict[int, Message | int | None] = {}
         self._abandoned: set[int] = set()
+
+    @property
+    def owed(self) -> tuple[int, ...]:
+        """Return the identifiers of messages that the client may still answer."""
+        waiting = {msg_id for msg_id, reply in self._pending.items() if reply is None}
+        return tuple(sorted(self._abandoned | waiting))
+
+    @property
+    def next_id(self) -> int:
+        """Return the identifier that was given last."""
+        return self._next_id
+
+    def restore(self, layout: int, next_id: int, owed: Sequence[int]) -> None:
+        """Continue to number messages where another process stopped.
+
+        Raise :class:`~vfio_user.errors.RequestError` EINVAL for numbers that cannot be.
+        """
+        require(layout in {one.value for one in Layout}, f"layout {layout}")
+        require(0 <= next_id <= 0xFFFF, f"message identifier {next_id}")
+        require(len(set(owed)) == len(owed) <= _ABANDONED_MAX + 1, "messages that are owed")
+        require(all(0 <= one <= 0xFFFF for one in owed), "messages that are owed")
+        self.layout, self._next_id, self._abandoned = Layout(layout), next_id, set(owed)
 
     @property
     def busy(self) -> bool:

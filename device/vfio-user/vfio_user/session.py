@@ -20,13 +20,15 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vfio_user import handlers
 from vfio_user.device import PciDevice
 from vfio_user.errors import DmaError, FatalError, RequestError
 from vfio_user.link import Link, Output, SessionLimits
 from vfio_user.remote import DmaRequests
+from vfio_user.resume import capture, restore
+from vfio_user.state import SessionState
 from vfio_user.stream import Message, Splitter, close_all
 from virtio_formats.vfio_user import Capabilities, Command, HeaderFlags
 from virtio_formats.wire import WireError
@@ -157,6 +159,26 @@ class Session:
         self._waiting.clear()
         self._input.close()
         self._twin_input.close()
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def state(self) -> SessionState:
+        """Return the connection, what the client has set up, and the function, as one value.
+
+        Messages that wait or are incomplete are not part of it.
+        """
+        return capture(self.link, self.device, self.requests)
+
+    def restore(self, state: SessionState, fds: Mapping[int, int]) -> None:
+        """Continue a connection from *state*.
+
+        *fds* has the descriptors by slot; they stay the caller's, the session keeps duplicates.
+        For a new session of a device without a client.  Raise
+        :class:`~vfio_user.errors.RequestError` EINVAL for a state that cannot be this device's;
+        nothing has changed then.  What the device's hooks raise passes, and the client's part is
+        released first.
+        """
+        restore(self.link, self.device, self.requests, state, fds)
 
     # -- commands and replies ---------------------------------------------------------------------
 

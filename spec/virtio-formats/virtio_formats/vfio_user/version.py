@@ -67,7 +67,7 @@ class Capabilities:
     migration_pgsize: int | None = None
     """Page size of dirty bitmaps in bytes, where the sender speaks of migration at all."""
     migration_max_bitmap_size: int | None = None
-    names: frozenset[str] = frozenset()
+    names: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     """Which of the top-level names the text had; not part of what is built."""
 
     @classmethod
