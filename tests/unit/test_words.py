@@ -67,7 +67,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "examples/",
     "spec/",
     "tests/",
-    "README.md",
     "pyproject.toml",
 )
 """Files, by the beginning of their path, that are still to be converted.  To become empty."""
