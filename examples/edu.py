@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A PCI card that is not virtio at all, on the package ``vfio_user`` alone.
+"""A PCI card without virtio, on the package ``vfio_user`` alone.
 
-It follows the "edu" device that QEMU documents for teaching (docs/specs/edu.rst): an
-identification, a register that inverts, one that computes a factorial, interrupts, and DMA between
-guest memory and a buffer on the card.
+It follows the teaching device "edu" of QEMU (docs/specs/edu.rst): an identification register, a
+register that inverts its value, a factorial register, interrupts, and DMA between guest memory and
+a buffer on the card.
 
     python examples/edu.py --socket-path edu.sock
     qemu-system-x86_64 … -device
@@ -46,21 +46,21 @@ class Edu(PciDevice):
         super().__init__(config, {PciRegion.BAR0: bar}, {PciIrq.INTX: 1, PciIrq.ERR: 1})
 
     def reset_registers(self) -> None:
-        """As after power-on."""
+        """Set the registers to their values after power-on."""
         self.registers: dict[int, int] = {ID: IDENTITY}
         self.buffer = bytearray(BUFFER_SIZE)
 
     def reset(self) -> None:
-        """Device reset."""
+        """Reset the device."""
         self.reset_registers()
 
     def read(self, offset: int, count: int) -> bytes:
-        """A register; what is not one reads as all ones."""
+        """Return a register; other offsets read as all ones."""
         value = self.registers.get(offset, 0 if offset <= DMA_COMMAND else -1)
         return (value & ((1 << 8 * count) - 1)).to_bytes(count, "little")
 
     def write(self, offset: int, data: bytes) -> None:
-        """Store, and do what the register is for."""
+        """Write a register and carry out its function."""
         value = int.from_bytes(data, "little")
         match offset:
             case 0x04:
@@ -88,7 +88,7 @@ class Edu(PciDevice):
         self.intx.set(bool(self.registers[IRQ_STATUS]))
 
     def transfer(self) -> None:
-        """Carry the DMA out; the RUN bit is clear when it is done."""
+        """Carry out the DMA and clear the RUN bit when it is done."""
         command = self.registers.get(DMA_COMMAND, 0)
         source, destination, count = (
             self.registers.get(at, 0) for at in (DMA_SOURCE, DMA_DESTINATION, DMA_COUNT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtio entropy device: the same few lines on vhost-user and on vfio-user.
+"""A virtio entropy device that runs on vhost-user and on vfio-user.
 
     python examples/rng.py --vfio-user rng.sock
     qemu-system-x86_64 … -device
@@ -9,7 +9,7 @@
     qemu-system-x86_64 … -chardev socket,id=rng,path=rng.sock
         -device vhost-user-test-device-pci,chardev=rng,virtio-id=4,num_vqs=1,vq_size=64
 
-In the guest it is /dev/hwrng.
+The guest shows it as /dev/hwrng.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vballoon.virtqueue import ChainBatch
 from vfio_user import run_program
 
 LARGEST = 1 << 16
-"""Bytes of randomness for one buffer, however large the driver made it."""
+"""Maximum number of random bytes for one buffer."""
 
 
 class Rng(VirtioDevice):
-    """Entropy Device (virtio device ID 4): fills every buffer with random bytes."""
+    """Entropy Device (virtio device ID 4), which fills every buffer with random bytes."""
 
     device_id = 4
     num_queues = 1
@@ -40,11 +40,11 @@ class Rng(VirtioDevice):
 
     @property
     def device_features(self) -> int:
-        """The device has no features of its own."""
+        """Return 0: the device type defines no features."""
         return 0
 
     def read_config(self) -> bytes:
-        """Nor does it have a configuration space."""
+        """Return an empty configuration space."""
         return b""
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
@@ -55,7 +55,7 @@ class Rng(VirtioDevice):
 
 
 def main(argv: list[str]) -> int:
-    """Usage: rng.py --vhost-user PATH | --vfio-user PATH [--intx]."""
+    """Run the device.  Usage: rng.py --vhost-user PATH | --vfio-user PATH [--intx]."""
     match argv:
         case ["--vfio-user", path, *rest] if rest in ([], ["--intx"]):
             function = VirtioPciFunction(Rng(), msix=not rest)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make demo``: the main job of vballoon, told on a real guest, with figures."""
+"""``make demo``: show the main functions of vballoon on a real guest, with measurements."""

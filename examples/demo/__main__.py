@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m examples.demo [--guest qemu|embedded] [--out DIRECTORY]``."""
+"""Run the demo: ``python -m examples.demo [--guest qemu|embedded] [--out DIRECTORY]``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONSOLE = Console()
 
 
 def on_qemu(folder: Path, kernel: str, transport: str) -> bool:
-    """The story on stock QEMU; LabError where there is none to be had."""
+    """Run the demo on stock QEMU.  Raise LabError if the lab cannot be set up."""
     from examples.demo.linux import LinuxGuest
     from tests.lab import Machine, setup
 
@@ -37,7 +37,7 @@ def on_qemu(folder: Path, kernel: str, transport: str) -> bool:
 
 
 def embedded(folder: Path) -> bool:
-    """The story on a driver of our own, over real vhost-user on a real socket."""
+    """Run the demo on the embedded driver, over vhost-user on a real socket."""
     from examples.demo.embedded import EmbeddedGuest
 
     with Backend("vhost-user") as backend, EmbeddedGuest(backend.socket) as guest:
@@ -45,12 +45,12 @@ def embedded(folder: Path) -> bool:
 
 
 def main() -> int:
-    """Tell the story; 0 when everything expected happened."""
+    """Run the demo and return 0 if all results are as expected."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--guest", choices=("qemu", "embedded"), default="qemu")
     parser.add_argument("--kernel", default="6.12", help="6.1, 6.12 or backports")
     parser.add_argument("--transport", choices=("vhost-user", "vfio-user"), default="vhost-user")
-    parser.add_argument("--out", type=Path, help="where the bitmap and the picture go")
+    parser.add_argument("--out", type=Path, help="directory for the bitmap and the picture")
     options = parser.parse_args()
     folder = options.out or Path(tempfile.mkdtemp(prefix="vballoon-demo-"))
     folder.mkdir(parents=True, exist_ok=True)

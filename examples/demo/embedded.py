@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest of the demo without QEMU: a small driver with a toy allocator, over real vhost-user.
 
-Its memory is a real memory file, its rings are real, and it reacts to the configuration space as
-Linux' driver does; only the operating system around it is missing.
+Its memory is a memfd, its rings are real, and it reacts to the configuration space as the driver of
+Linux does.  Only the operating system is missing.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from virtio_formats.virtio.balloon import (
 MIB = 1 << 20
 PAGE = 4096
 KERNEL = 16 * MIB
-"""Rings, buffers and what this guest keeps for itself."""
+"""Size in bytes of the rings, the buffers and the data that this guest keeps."""
 BLOCK = 512
-"""Pages of a free block as it is reported and hinted: order 9."""
+"""Pages of a free block that is reported or hinted: order 9."""
 PFNS = 256
-"""Page numbers in an inflate buffer, as many as Linux sends."""
+"""Page numbers in an inflate buffer, the same number that Linux sends."""
 
 
 class EmbeddedGuest:
-    """``with EmbeddedGuest(socket) as guest``: connected, negotiated, DRIVER_OK."""
+    """A guest that is connected, negotiated and DRIVER_OK inside its ``with`` block."""
 
     def __init__(self, socket: Path, memory: int = 256 * MIB, freed: int = 96 * MIB) -> None:
         self.memory, self.freed = memory, freed
@@ -65,17 +65,17 @@ class EmbeddedGuest:
     def __exit__(self, *_: object) -> None:
         self._front.close()
 
-    # What the story asks.
+    # The interface of Guest.
 
     def dirty(self) -> None:
-        """Random bytes into the last part of memory."""
+        """Write random bytes into the last part of memory."""
         first = (self.memory - self.freed) // PAGE
         self._free[first:] = False
         view = self._ram.window(first * PAGE, self.freed)
         view[:] = np.random.default_rng(1).integers(0, 256, self.freed, dtype=np.uint8)
 
     def free(self) -> None:
-        """Freed, and reported block by block."""
+        """Free the dirty memory and report it block by block."""
         first = (self.memory - self.freed) // PAGE
         ring = self._rings[4]
         for at in range(first, self.memory // PAGE, 16 * BLOCK):
@@ -84,21 +84,21 @@ class EmbeddedGuest:
         self._free[first:] = True
 
     def free_bytes(self) -> int:
-        """Free memory."""
+        """Return the free memory in bytes."""
         return int(self._free.sum()) * PAGE
 
     def resident(self) -> int:
-        """Blocks of the memory file."""
+        """Return the bytes that the memory file occupies."""
         region = self._ram.regions[0]
         assert region.fd is not None
         return os.fstat(region.fd).st_blocks * 512
 
     def intact(self) -> bool:
-        """What was put aside at the start."""
+        """Return whether the data kept since the start is unchanged."""
         return bool((self._ram.window(KERNEL // 2, KERNEL // 2) == self._kept).all())
 
     def idle(self) -> None:
-        """Look at the configuration space and at the rings, and do what the device asks."""
+        """Read the configuration space and the rings once, and do what the device requests."""
         config = BalloonConfig.parse(self._config())
         missing = config.num_pages - len(self._balloon)
         if missing > 0:
@@ -119,7 +119,7 @@ class EmbeddedGuest:
         return vu.VhostUserConfig.parse(reply).region
 
     def _use(self, ring: Ring, elements: list[Element]) -> None:
-        """Make one buffer available, kick, wait until it is used."""
+        """Make one buffer available, kick, and wait until it is used."""
         ring.driver.add(*elements)
         ring.driver.publish()
         if ring.driver.should_kick():
@@ -127,7 +127,7 @@ class EmbeddedGuest:
         ring.collect(1)
 
     def _bytes(self, data: bytes) -> Element:
-        at = KERNEL // 2 - 64 * 1024  # one buffer at a time, so one place will do
+        at = KERNEL // 2 - 64 * 1024  # one buffer at a time, so one place is enough
         self._ram.write(at, data)
         return Element(at, len(data))
 

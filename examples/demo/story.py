@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story, step by step, and the table of what was measured.
+"""The steps of the demo, and the table of measurements.
 
-It is told on anything that is a :class:`Guest`: a Linux in QEMU, or the embedded driver.
+The steps run on any :class:`Guest`: a Linux in QEMU, or the embedded driver.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 class Guest(Protocol):
-    """What the story needs of whoever plays the guest."""
+    """The operations that the steps need of a guest."""
 
     memory: int
     """Size in bytes."""
@@ -34,13 +34,13 @@ class Guest(Protocol):
         """Give that memory back to the guest's allocator."""
 
     def free_bytes(self) -> int:
-        """Free memory as the guest sees it."""
+        """Return the free memory in bytes, as the guest reports it."""
 
     def resident(self) -> int:
-        """Bytes of the RAM file that exist on the host."""
+        """Return the bytes that the RAM file occupies on the host."""
 
     def intact(self) -> bool:
-        """Whether the data that the guest kept from the start is what it was."""
+        """Return whether the data that the guest kept since the start is unchanged."""
 
     def idle(self) -> None:
         """Let the guest run for a moment."""
@@ -48,7 +48,7 @@ class Guest(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the closing table."""
+    """One row of the table of measurements."""
 
     what: str
     measured: str
@@ -57,14 +57,14 @@ class Row:
 
 
 class Story:
-    """Tells the steps to a console and collects the rows."""
+    """Run the steps, print them to a console, and collect the rows."""
 
     def __init__(self, guest: Guest, ctl: Callable[..., Any], console: Console) -> None:
         self.guest, self.ctl, self.console = guest, ctl, console
         self.rows: list[Row] = []
 
     def tell(self, socket: Path, folder: Path) -> bool:
-        """All steps; whether everything expected happened."""
+        """Run all steps and return whether all results are as expected."""
         for title, step in (
             ("memory is dirtied and freed in the guest", self.reclaim),
             ("the balloon is inflated to half the guest, and deflated", self.balloon),
@@ -83,7 +83,7 @@ class Story:
         return all(row.good for row in self.rows)
 
     def reclaim(self) -> None:
-        """Reporting returns what the guest frees."""
+        """Check that reporting gives back the memory that the guest frees."""
         start = self.guest.resident()
         self.guest.dirty()
         full = self.guest.resident()
@@ -95,7 +95,7 @@ class Story:
         back = full - self.guest.resident()
         self.row("RAM file, memory freed", mib(self.guest.resident()), f"≤ {mib(goal)}",
                  self.guest.resident() <= goal)  # fmt: skip
-        self.row("came back to the host", f"{100 * back / self.guest.freed:.1f} %", "≥ 95 %",
+        self.row("given back to the host", f"{100 * back / self.guest.freed:.1f} %", "≥ 95 %",
                  back >= 0.95 * self.guest.freed)  # fmt: skip
 
     def wait_for_balloon(self, target: int, tolerance: int) -> None:
@@ -113,7 +113,7 @@ class Story:
                      abs(actual - target) <= size // 100)  # fmt: skip
 
     def hint(self) -> None:
-        """A round covers the guest's free memory."""
+        """Check that a hinting round covers the guest's free memory."""
         free = self.guest.free_bytes()
         round_id = self.ctl("start-hinting")["round"]
         self.wait(lambda: self.ctl("query-round")["state"] != "running")
@@ -123,7 +123,7 @@ class Story:
                  done["complete"] and hinted >= 0.9 * free)  # fmt: skip
 
     def statistics(self) -> None:
-        """The guest answers with its own figures."""
+        """Request statistics from the guest."""
         self.ctl("set-guest-stats-interval", seconds=1)
         self.wait(lambda: self.ctl("query-guest-stats")["last-update"] > 0)
         stats = self.ctl("query-guest-stats")["stats"]
@@ -131,7 +131,7 @@ class Story:
                  "at least 10", len(stats) >= 10)  # fmt: skip
 
     def export(self, folder: Path) -> None:
-        """The bitmap leaves the house."""
+        """Export the bitmap."""
         target = folder / "skip-bitmap"
         self.ctl("export-skip-bitmap", directory=str(target))
         pages = json.loads((target / "manifest.json").read_text())["pages"]
@@ -140,7 +140,7 @@ class Story:
         self.row("exported pages", said, "as live", pages == live)
 
     def picture(self, socket: Path, png: Path) -> None:
-        """The map of the guest's memory, in the terminal and as a file."""
+        """Show the map of guest memory in the terminal and write it to a file."""
         from vballoon.cli import main
 
         main(["map", str(socket), "--png", str(png)])
@@ -148,17 +148,17 @@ class Story:
         self.row("memory map", png.name, "a picture", png.stat().st_size > 1000)
 
     def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        """Until *condition* holds, or the time is up (the row then says so)."""
+        """Wait until *condition* holds or the time is up; the row then reports the failure."""
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             self.guest.idle()
 
     def row(self, what: str, measured: str, expected: str, good: bool) -> None:
-        """Note a result."""
+        """Add a row with a result."""
         self.rows.append(Row(what, measured, expected, bool(good)))
 
     def table(self) -> Table:
-        """What was measured."""
+        """Return the table of measurements."""
         table = Table(title="vballoon demo", title_justify="left")
         for heading in ("", "measured", "expected", ""):
             table.add_column(heading)
@@ -169,5 +169,5 @@ class Story:
 
 
 def mib(count: float) -> str:
-    """Bytes, for people."""
+    """Return *count* bytes as text in MiB."""
     return f"{count / MIB:.0f} MiB"

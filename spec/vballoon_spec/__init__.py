@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vballoon itself specifies: the walk queue, the skip bitmap, snapshots, the safety model."""
+"""Specifications of vballoon: the walk queue, the skip bitmap, snapshots, the safety model."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The safety contract of the skip bitmap as a model for spin; see ``README.md`` beside it."""
+"""The safety contract of the skip bitmap as a model for spin; see ``README.md`` in this folder."""
 
 from __future__ import annotations
 

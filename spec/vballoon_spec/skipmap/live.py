@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live bitmap: the first page of the memory descriptor that ``get-skip-bitmap-fd`` hands out.
+"""The header of the live bitmap: the first page of the memfd of ``get-skip-bitmap-fd``.
 
-Where each bitmap lies behind it is in the command's reply.  A reader that wants the bits of a round
-reads the header, copies the bits, and reads the header again: the copy may be used when both times
-the state is complete and the round and the generation are the same.
+The reply of the command gives the offset of each bitmap after the header.  A reader that needs the
+bits of a round reads the header, copies the bits, and reads the header again.  It may use the copy
+if the state is complete in both headers and the round and the generation are equal.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ LIVE_VERSION = 1
 
 
 class LiveRoundState(IntEnum):
-    """What may be done with the bits of a round."""
+    """The state of a round, which decides whether its bits may be used."""
 
     NONE = 0
     """No round of this kind yet: the bitmap is empty."""
     RUNNING = 1
     COMPLETE = 2
-    """The guest has told everything; the safety rule's other half (writes) is the reader's."""
+    """The guest has sent all records; the reader must still exclude pages written since."""
     INCOMPLETE = 3
-    """Ended early: what is set was said by the guest, but it is not all."""
+    """Ended early: the bits set are valid records of the guest, but not all of them."""
     VOID = 4
-    """Reset, reboot, another memory table or a lost connection: the bitmap is empty."""
+    """Voided by a reset, a reboot, a new memory table or a lost connection; the bitmap is empty."""
 
 
 class LiveHeader(WireStruct):
@@ -40,11 +40,11 @@ class LiveHeader(WireStruct):
     magic: bytes
     version: int
     header_size: int
-    """Bytes; bitmaps begin behind it."""
+    """Size of the header in bytes; the bitmaps follow it."""
     generation: int
-    """Grows by one each time that bits are voided."""
+    """Incremented each time bits are voided."""
     live: int
-    """1 while the device uses this map; 0: the guest memory it describes is gone."""
+    """1 while the device uses this map; 0 when the guest memory it describes is unmapped."""
     page_shift: int
     hint_round: int
     hint_state: int

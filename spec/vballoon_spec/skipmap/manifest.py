@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``manifest.json`` of an exported skip bitmap, version 1: typed, and checked when read.
 
-The fields' meaning is in ``README.md`` beside this file.  Reading is strict about what is there
-(a missing or ill-typed field is an error that names it) and lenient about what is more: keys that
-this version does not know are ignored, a version that it does not know is refused.
+``README.md`` in this folder describes the fields.  A missing field or one of the wrong type is an
+error that names it.  Unknown keys are ignored; an unknown version is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ T = TypeVar("T")
 
 
 class ManifestError(ValueError):
-    """Not a manifest that may be used; the text names the field."""
+    """Report a manifest that must not be used; the text names the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,11 @@ class BitmapFile:
     file: str
     """Name within the directory."""
     bytes: int
-    """Size of the file: 8 for each 64 pages begun."""
+    """Size of the file in bytes: 8 for every 64 pages, rounded up."""
     sha256: str
-    """Of the whole file, lower-case hexadecimal."""
+    """SHA-256 of the whole file, in lower-case hexadecimal."""
     pages: int
-    """Bits set."""
+    """Number of bits set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class ManifestRegion:
     guest_phys_addr: int
     size: int
     file_offset: int
-    """Where the region starts in the file that backs guest memory, bytes."""
+    """Offset in bytes of the region in the file that backs guest memory."""
     bitmaps: dict[str, BitmapFile]
 
 
@@ -98,25 +97,25 @@ class Manifest:
 
     created: tuple[int, int]
     host_boot_id: str
-    """Monotonic times of two manifests compare only when this is the same."""
+    """Boot id of the host; monotonic times are comparable only if it is equal."""
     regions: tuple[ManifestRegion, ...]
     rounds: tuple[ManifestRound, ...]
     poison: int | None
-    """The value that the guest expects in free pages; None where it did not negotiate one."""
+    """The value that the guest expects in free pages; None if it negotiated none."""
     pages: dict[str, int]
-    """Bits set, by provenance: the sums over the regions."""
+    """Number of bits set by provenance, summed over the regions."""
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     page_size: int = PAGE_SIZE
     safety: str = field(default=SAFETY_RULE)
 
     def dumps(self) -> str:
-        """The JSON text."""
+        """Return the JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def loads(cls, text: str | bytes) -> Manifest:
-        """Read and check; raises :class:`ManifestError`."""
+        """Read and check a manifest.  Raise :class:`ManifestError`."""
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -141,7 +140,7 @@ class Manifest:
 
 
 class _Reader:
-    """A JSON object and where it is, for errors that name the field."""
+    """A JSON object and its path, for errors that name the field."""
 
     def __init__(self, data: Any, path: str) -> None:
         if not isinstance(data, dict):
@@ -196,7 +195,7 @@ def _bitmap(entry: _Reader, region_size: int) -> BitmapFile:
         raise ManifestError(f"{entry.path}file: {name!r} is not a plain file name")
     pages = region_size // PAGE_SIZE
     if entry.number("bytes") != -(-pages // 64) * 8:
-        raise ManifestError(f"{entry.path}bytes: not what {pages} pages take")
+        raise ManifestError(f"{entry.path}bytes: wrong size for {pages} pages")
     digest = entry.get("sha256", str)
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise ManifestError(f"{entry.path}sha256: 64 hexadecimal digits expected")
@@ -233,7 +232,7 @@ def _sums(top: _Reader, regions: tuple[ManifestRegion, ...]) -> dict[str, int]:
 
 
 def page_sums(regions: tuple[ManifestRegion, ...]) -> dict[str, int]:
-    """Bits set by provenance, summed over *regions*."""
+    """Return the number of bits set by provenance, summed over *regions*."""
     sums: dict[str, int] = {}
     for region in regions:
         for name, bitmap in region.bitmaps.items():
@@ -245,4 +244,4 @@ def _check_disjoint(regions: tuple[ManifestRegion, ...]) -> None:
     ordered = sorted(regions, key=lambda r: r.guest_phys_addr)
     for before, after in itertools.pairwise(ordered):
         if before.guest_phys_addr + before.size > after.guest_phys_addr:
-            raise ManifestError(f"regions: {after.guest_phys_addr:#x} overlaps the one before")
+            raise ManifestError(f"regions: {after.guest_phys_addr:#x} overlaps the previous region")

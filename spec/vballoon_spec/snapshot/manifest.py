@@ -37,7 +37,7 @@ class SnapshotManifestError(ValueError):
 
 
 class StateKind(StrEnum):
-    """How QEMU wrote the device state, which decides how it must be told to read it."""
+    """How QEMU wrote the device state, which decides how QEMU must be set up to read it."""
 
     IGNORE_SHARED = "ignore-shared"
     """``migrate`` with the capability ``x-ignore-shared``: everything but shared files of RAM."""
@@ -57,10 +57,10 @@ class StateFile:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFile:
-    """One memory backend of the guest and its sparse copy."""
+    """One memory backend of QEMU and its sparse copy."""
 
     id: str
-    """Of the backend object."""
+    """Id of the memory backend."""
     file: str
     size: int
     """Bytes, holes included."""

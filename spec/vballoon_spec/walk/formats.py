@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The buffers of the walk queue, declared once.
 
-Normative text: ``walk-queue.md`` beside this file; requirement ids are given as ``[WALK-D1]``.
+Normative text: ``walk-queue.md`` in this folder; requirement ids are given as ``[WALK-D1]``.
 All buffers are device-readable, little-endian and at most :data:`BUFFER_MAX` bytes long.  Each
-begins with :class:`WalkHeader` (16 bytes, so that the records behind it stay 8-byte aligned) and
+begins with :class:`WalkHeader` (16 bytes, so that the records after it are 8-byte aligned) and
 is complete in itself:
 
 =========  =======================================================================================
@@ -277,19 +277,19 @@ _RECORDS: dict[WalkType, type[WireStruct]] = {
 
 
 def body_size(kind: WalkType) -> int:
-    """Bytes between a buffer's header and its records."""
+    """Return the number of bytes between a buffer's header and its records."""
     return _BODIES[kind].SIZE if kind in _BODIES else 0
 
 
 def record_size(kind: WalkType) -> int:
-    """Bytes of one record, 0 for a type without records."""
+    """Return the size of one record in bytes, 0 for a type without records."""
     return _RECORDS[kind].SIZE if kind in _RECORDS else 0
 
 
 def buffer_size(header: WalkHeader) -> int:
-    """The length in bytes that a buffer with this header must have [WALK-R2].
+    """Return the length in bytes that a buffer with this header must have [WALK-R2].
 
-    Raises :class:`WireError` for an unknown type, records in a type that has none, no records in
+    Raise :class:`WireError` for an unknown type, records in a type that has none, no records in
     RANGES, or more than fit into :data:`BUFFER_MAX`.
     """
     try:

@@ -2,7 +2,7 @@
 """Generate the C header of the guest module from the declarations.
 
 ``python -m vballoon_spec.walk.header --write`` writes ``driver_kmod/vballoon_walk_wire.h``,
-``--check`` fails when the file there is not what would be written.  The header is checked in, so
+``--check`` fails if the file differs from the generated text.  The header is checked in, so
 that the module builds without Python, and a unit test runs the check.
 """
 
@@ -21,7 +21,7 @@ from virtio_formats.wire import WireStruct, c_struct
 __all__ = ("DEFAULT_PATH", "generate", "main")
 
 DEFAULT_PATH = Path(__file__).resolve().parents[3] / "driver_kmod" / "vballoon_walk_wire.h"
-"""Where the header lies in a checkout."""
+"""Path of the header in a checkout."""
 
 _GUARD = "VBALLOON_WALK_WIRE_H"
 
@@ -47,7 +47,7 @@ def _numbers(prefix: str, members: Iterable[IntEnum]) -> Iterator[str]:
 
 
 def _bits(prefix: str, members: Iterable[IntFlag]) -> Iterator[str]:
-    """Bit numbers, as the kernel's feature tables and ``BIT()`` want them."""
+    """Return the flags as bit numbers, for the kernel's feature tables and ``BIT()``."""
     for member in members:
         yield _define(f"{prefix}_{member.name}", member.value.bit_length() - 1)
 
@@ -85,7 +85,7 @@ def _struct(cls: type[WireStruct], name: str) -> Iterator[str]:
 
 
 def generate() -> str:
-    """The text of the header."""
+    """Return the text of the header."""
     lines = [
         "/* SPDX-License-Identifier: GPL-2.0-only */",
         "/*",
@@ -111,10 +111,10 @@ def generate() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: 0, or 1 when ``--check`` finds another text than it should."""
+    """Run the command.  Return 1 if ``--check`` finds a difference, else 0."""
     parser = argparse.ArgumentParser(prog="vballoon_spec.walk.header", description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", action="store_true", help="compare, change nothing")
+    action.add_argument("--check", action="store_true", help="compare only")
     action.add_argument("--write", action="store_true", help="write the header")
     parser.add_argument("path", nargs="?", type=Path, default=DEFAULT_PATH)
     options = parser.parse_args(arguments)
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.path.is_file() and options.path.read_text() == text:
         return 0
-    print(f"{options.path}: not what the declarations say; run with --write", file=sys.stderr)
+    print(f"{options.path}: differs from the declarations; run with --write", file=sys.stderr)
     return 1
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a wire format is declared, once, and everything that is derived from the declaration.
+"""The declaration of wire formats, and everything that is derived from a declaration.
 
 A format is a class with a construct layout::
 
@@ -13,12 +13,12 @@ A format is a class with a construct layout::
             "addr" / c.Int64ul, "len" / c.Int32ul, "flags" / c.Int16ul, "next" / c.Int16ul
         )
 
-From it come the parser and the builder (:meth:`WireStruct.parse`, :meth:`WireStruct.build`), the
-NumPy dtype with which the hot path views the same bytes (:meth:`WireStruct.dtype`), and the C
-declaration of the guest module (:func:`c_struct`).  None of them is ever typed a second time.
+The declaration yields the parser and the builder (:meth:`WireStruct.parse`,
+:meth:`WireStruct.build`), the NumPy dtype for the same bytes (:meth:`WireStruct.dtype`), and the C
+declaration of the guest module (:func:`c_struct`).  A layout is written only once.
 
-Enumerations and flags stay plain integers on the wire: a value that the declaration does not know
-survives a round trip unchanged, and the code that handles the field decides what it means.
+Enumerations and flags are plain integers on the wire.  An unknown value survives a round trip
+unchanged, and the code that handles the field decides what it means.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Buffer = bytes | bytearray | memoryview
 
 
 class WireError(ValueError):
-    """Bytes that are not what the format declares: too short, too long, or a field out of range."""
+    """Report bytes that do not match the format: too short, too long, or a field out of range."""
 
 
 def dtype_of(con: c.Construct) -> np.dtype[Any]:
-    """The NumPy dtype that reads the same bytes as the fixed-size construct *con*.
+    """Return the NumPy dtype that reads the same bytes as the fixed-size construct *con*.
 
-    Raises :class:`TypeError` for a layout whose size or meaning depends on its contents.
+    Raise :class:`TypeError` for a layout whose size or meaning depends on its contents.
     """
     while isinstance(con, c.Renamed):
         con = con.subcon
@@ -57,14 +57,14 @@ def dtype_of(con: c.Construct) -> np.dtype[Any]:
     if isinstance(con, c.Array) and isinstance(con.count, int):
         return np.dtype((dtype_of(con.subcon), (con.count,)))
     if isinstance(con, c.BytesInteger) and isinstance(con.length, int):
-        raise TypeError("an integer of odd width has no NumPy type")
+        raise TypeError("an integer of this width has no NumPy type")
     if isinstance(con, c.Bytes | c.Padded) and isinstance(con.length, int):
         return np.dtype((np.uint8, (con.length,)))
     raise TypeError(f"no fixed NumPy type for {con!r}")
 
 
 def struct_format(con: c.Struct) -> str | None:
-    """The :mod:`struct` format of a flat layout, or None where there is no single one."""
+    """Return the :mod:`struct` format of a flat layout, or None if it has no single one."""
     formats: list[str] = []
     for sub in con.subcons:
         while isinstance(sub, c.Renamed):
@@ -79,7 +79,7 @@ def struct_format(con: c.Struct) -> str | None:
 
 
 def _has_tail(con: c.Struct) -> bool:
-    """Whether the last field is whatever bytes follow the others."""
+    """Return whether the last field takes all remaining bytes."""
     last = con.subcons[-1] if con.subcons else None
     while isinstance(last, c.Renamed):
         last = last.subcon
@@ -88,7 +88,7 @@ def _has_tail(con: c.Struct) -> bool:
 
 @dataclass_transform(kw_only_default=True)
 class WireStruct:
-    """A wire format: typed fields, and the layout of the same fields as ``SUBCON``.
+    """A wire format: typed fields, and their layout as ``SUBCON``.
 
     Subclasses become keyword-only dataclasses.  A field whose value is another
     :class:`WireStruct` is declared in the layout by that class's own ``SUBCON``.
@@ -96,10 +96,10 @@ class WireStruct:
 
     SUBCON: ClassVar[c.Struct]
     SIZE: ClassVar[int]
-    """Size in bytes of a fixed-size format; -1 where the contents decide it."""
+    """Size in bytes of a fixed-size format; -1 if the size depends on the contents."""
     _flat: ClassVar[struct.Struct | None]
     _tailed: ClassVar[bool]
-    """Whether :attr:`_flat` is all but the last field, which is whatever bytes follow."""
+    """Whether :attr:`_flat` is all but the last field, which takes all remaining bytes."""
     _names: ClassVar[tuple[str, ...]]
     _dtype: ClassVar[np.dtype[Any]]
 
@@ -121,9 +121,9 @@ class WireStruct:
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
-        """Read exactly one structure; surplus or missing bytes raise :class:`WireError`."""
+        """Return the one structure in *data*.  Raise :class:`WireError` for any other length."""
         if cls.SIZE >= 0 and len(data) != cls.SIZE:
-            raise WireError(f"{cls.__name__}: {len(data)} bytes where {cls.SIZE} are due")
+            raise WireError(f"{cls.__name__}: {len(data)} bytes instead of {cls.SIZE}")
         if cls._flat is not None:
             return cls(**dict(zip(cls._names, cls._unpack(data, cls._flat), strict=True)))
         try:
@@ -137,7 +137,7 @@ class WireStruct:
         if not cls._tailed:
             return flat.unpack(data)
         if len(data) < flat.size:
-            raise WireError(f"{cls.__name__}: {len(data)} bytes where {flat.size} are due")
+            raise WireError(f"{cls.__name__}: {len(data)} bytes instead of {flat.size}")
         return (*flat.unpack_from(data), bytes(data[flat.size :]))
 
     @classmethod
@@ -146,7 +146,7 @@ class WireStruct:
         return cls(**values)
 
     def build(self) -> bytes:
-        """The bytes of this structure; a value that does not fit raises :class:`WireError`."""
+        """Return the bytes of this structure.  Raise :class:`WireError` if a value does not fit."""
         try:
             if self._flat is not None:
                 values = [getattr(self, name) for name in self._names]
@@ -159,7 +159,7 @@ class WireStruct:
 
     @classmethod
     def dtype(cls) -> np.dtype[Any]:
-        """The NumPy dtype that views the same bytes (derived, cached)."""
+        """Return the NumPy dtype that views the same bytes (derived and cached)."""
         if "_dtype" not in cls.__dict__:
             cls._dtype = dtype_of(cls.SUBCON)
         return cls._dtype
@@ -175,7 +175,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Construct's containers as plain dicts and lists, without its bookkeeping entry."""
+    """Return construct's containers as plain dicts and lists, without its own entries."""
     if isinstance(value, c.ListContainer):
         return [_plain(item) for item in value]
     if isinstance(value, c.Container):
@@ -198,7 +198,7 @@ _C_TYPES = {
 
 
 def c_struct(cls: type[WireStruct], name: str) -> str:
-    """The C declaration (``struct name { … } __packed;``) of the same little-endian layout."""
+    """Return the C declaration (``struct name { … } __packed;``) of the little-endian layout."""
     lines = []
     for sub in cls.SUBCON.subcons:
         inner, suffix = sub, ""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vhost-user protocol, as bytes.
+"""The wire format of the vhost-user protocol.
 
-Read from QEMU's docs/interop/vhost-user.rst as QEMU 11.1.3 ships it; declarations cite its
-section titles.  **All numbers are in the machine's native byte order** ("Message Specification"):
-that is said here once and is true of every declaration in this package.
+The source is docs/interop/vhost-user.rst of QEMU 11.1.3; declarations cite its section titles.
+**All numbers in this package are in the machine's native byte order** ("Message Specification").
 """
 
 from __future__ import annotations

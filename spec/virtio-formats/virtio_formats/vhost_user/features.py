@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feature bits of the transport ("Communication", "Protocol features", vhost-user.rst, 11.1.3).
 
-These bit numbers are masks here: ``ProtocolFeature.MQ`` is ``1 << 0``.
+Members are masks, not bit numbers: ``ProtocolFeature.MQ`` is ``1 << 0``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header that every vhost-user message begins with ("Header", vhost-user.rst, QEMU 11.1.3)."""
+"""The header of every vhost-user message ("Header", vhost-user.rst, QEMU 11.1.3)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ VERSION = 1
 """The protocol version, in the lowest two bits of the flags ("Header")."""
 
 MAX_PAYLOAD = 4096
-"""Bytes of payload that any message can have.
+"""Maximum size of a payload in bytes.
 
-The standard gives no limit; its largest payload is "VIRTIO Shared Memory Region configuration"
-with 2056 bytes.  A page holds that and leaves room, and bounds what a peer can make us keep.
+The standard gives no limit.  Its largest payload is "VIRTIO Shared Memory Region configuration"
+with 2056 bytes.  A limit of one page bounds the memory that a peer can make the receiver allocate.
 """
 
 MAX_FDS_PER_MESSAGE = 8
-"""Descriptors that one message carries at most: one for each of the eight regions of
-"Multiple Memory regions description", and the bound of "Back-end communication"."""
+"""Maximum number of descriptors of a message: one for each of the eight regions of
+"Multiple Memory regions description"; also the limit of "Back-end communication"."""
 
 
 class HeaderFlag(IntFlag):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The buffer that outlives a crash ("Inflight I/O tracking", vhost-user.rst, QEMU 11.1.3).
+"""The record of buffers in flight ("Inflight I/O tracking", vhost-user.rst, QEMU 11.1.3).
 
-One region for each queue, one after the other, each a head and as many descriptor states as the
-queue has descriptors.  The standard says that a region *can* be laid out so: only the back-end
-reads it, and it is written down so that another back-end can take over.
+The buffer has one region for each queue, in order.  A region is a head followed by one descriptor
+state for each descriptor.  The standard says that a region *can* have this layout: only back-ends
+read it, and a common layout lets another back-end take over.
 
-``QueueRegionPacked`` is a C struct: the compiler puts three bytes more in front of its array than
-the seven that the declaration names, because ``DescStatePacked`` holds 64-bit numbers.
+``QueueRegionPacked`` is a C struct: the compiler adds three bytes of padding before its array,
+after the seven that the declaration names, because ``DescStatePacked`` holds 64-bit numbers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = (
 )
 
 REGION_VERSION = 1
-"""The version of both layouts; 0 means that the region was never written to."""
+"""The version of both layouts; 0 means that the region was never written."""
 
 REGION_ALIGNMENT = 64
-"""Bytes to which each queue's region is rounded up, so that no two share a cache line.  Ours: the
-standard does not say, and DPDK and libvhost-user do the same."""
+"""Each queue's region is rounded up to a multiple of this many bytes, so that no two share a cache
+line.  The standard does not require it; DPDK and libvhost-user do the same."""
 
 
 class DescStateSplit(WireStruct):
@@ -124,7 +124,7 @@ class QueueRegionPacked(WireStruct):
 
 
 def queue_region_size(queue_size: int, *, packed: bool) -> int:
-    """Bytes that the region of one queue of *queue_size* descriptors takes up."""
+    """Return the size in bytes of the region of a queue with *queue_size* descriptors."""
     head = QueueRegionPacked.SIZE if packed else QueueRegionSplit.SIZE
     desc = DescStatePacked.SIZE if packed else DescStateSplit.SIZE
     size = head + queue_size * desc

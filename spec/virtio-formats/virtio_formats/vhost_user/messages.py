@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of every front-end message in one table: payload, descriptors, reply, condition.
 
-Read from "Communication" and "Front-end message types" of vhost-user.rst, QEMU 11.1.3.  Both
-sides of the protocol use it: a back-end to refuse what is malformed, a front-end to know what to
-expect.
+The source is "Communication" and "Front-end message types" of vhost-user.rst, QEMU 11.1.3.  A
+back-end uses the table to refuse malformed messages, a front-end to know which reply to expect.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ __all__ = ("MESSAGES", "MessageRule")
 
 @dataclass(frozen=True, slots=True)
 class MessageRule:
-    """One front-end message.
+    """The rule of one front-end message.
 
-    *payload* and *reply* are None where there is none (a message without *reply* is acknowledged
-    by a u64 under REPLY_ACK); *fds* is how few and how many descriptors may come with it;
-    *feature* is the protocol feature that must have been acknowledged before, or only been offered
-    where *offered* says so (the wording differs from message to message).
+    *payload* and *reply* are None if the message has none; a message without *reply* is
+    acknowledged by a u64 under REPLY_ACK.  *fds* is the minimum and maximum number of descriptors.
+    *feature* is the protocol feature that must have been acknowledged, or only offered if *offered*
+    is set (the wording differs between messages).
     """
 
     payload: type[WireStruct] | None = None
@@ -50,13 +49,13 @@ class MessageRule:
     offered: bool = False
 
     def parse(self, data: Buffer) -> Any:
-        """The payload: an instance of *payload*, a list of regions for the memory table, or None.
+        """Return the payload: an instance of *payload*, a list of regions, or None.
 
-        Raises :class:`~virtio_formats.wire.WireError` for a payload of the wrong size or shape.
+        Raise :class:`~virtio_formats.wire.WireError` for a payload of the wrong size or shape.
         """
         if self.payload is None:
             if data:
-                raise WireError(f"{len(data)} bytes of payload where none is due")
+                raise WireError(f"{len(data)} bytes of payload instead of none")
             return None
         if self.payload is VhostUserMemory:
             return VhostUserMemory.parse_table(data)
@@ -113,4 +112,4 @@ MESSAGES: dict[Request, MessageRule] = {
     R.CHECK_DEVICE_STATE: MessageRule(reply=_U64, feature=F.DEVICE_STATE),
     R.GET_SHMEM_CONFIG: MessageRule(reply=VhostUserShMemConfig, feature=F.SHMEM_MAP),
 }
-"""All messages but the two of a crypto device, whose payload the document does not spell out."""
+"""All messages except the two of a crypto device, whose payload the document does not define."""

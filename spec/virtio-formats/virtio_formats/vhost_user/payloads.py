@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Payloads ("Payload", vhost-user.rst, QEMU 11.1.3).  Classes bear the names of QEMU's structs.
+"""Payloads ("Payload", vhost-user.rst, QEMU 11.1.3).  Classes have the names of QEMU's structs.
 
-Every class names the subsection of "Payload" that it declares.  Bytes, where no unit is given.
+The docstring of each class is the subsection of "Payload" that it declares.  Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ __all__ = (
 )
 
 MAX_MEMORY_REGIONS = 8
-"""Regions in one SET_MEM_TABLE ("Multiple Memory regions description")."""
+"""Maximum number of regions in SET_MEM_TABLE ("Multiple Memory regions description")."""
 
 MAX_CONFIG_SIZE = 256
-"""Bytes of configuration space in one message (QEMU's VHOST_USER_MAX_CONFIG_SIZE)."""
+"""Maximum bytes of configuration space in a message (QEMU's VHOST_USER_MAX_CONFIG_SIZE)."""
 
 
 class VringFd(IntFlag):
-    """What SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR put into their u64
+    """The u64 of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR
     ("VHOST_USER_SET_VRING_KICK")."""
 
     INDEX_MASK = 0xFF
@@ -148,7 +148,7 @@ class VhostUserMemRegMsg(WireStruct):
 
     @property
     def region(self) -> VhostUserMemoryRegion:
-        """The region alone."""
+        """The region without the padding of the message."""
         return VhostUserMemoryRegion(
             guest_address=self.guest_address,
             size=self.size,
@@ -160,8 +160,8 @@ class VhostUserMemRegMsg(WireStruct):
 class VhostUserMemory(WireStruct):
     """Multiple Memory regions description.
 
-    Front-ends send the regions that there are, or all eight with the surplus undefined; both are
-    read (:meth:`parse_table`), the short form is built.
+    Front-ends send either the valid regions, or eight regions of which the last are undefined.
+    :meth:`parse_table` reads both forms; the short form is built.
     """
 
     num_regions: int
@@ -176,12 +176,12 @@ class VhostUserMemory(WireStruct):
 
     @classmethod
     def of(cls, regions: list[VhostUserMemoryRegion]) -> Self:
-        """The table of *regions*."""
+        """Return the table of *regions*."""
         return cls(num_regions=len(regions), padding=0, regions=regions)
 
     @classmethod
     def parse_table(cls, data: Buffer) -> list[VhostUserMemoryRegion]:
-        """The regions of either form; raises :class:`~virtio_formats.wire.WireError`."""
+        """Return the regions of either form.  Raise :class:`~virtio_formats.wire.WireError`."""
         step, full = VhostUserMemoryRegion.SIZE, 8 + MAX_MEMORY_REGIONS * VhostUserMemoryRegion.SIZE
         count = VhostVringState.parse(data[:8]).index
         if count > MAX_MEMORY_REGIONS:
@@ -224,7 +224,7 @@ class VhostIotlbMsg(WireStruct):
 
 
 class VhostUserConfig(WireStruct):
-    """Virtio device config space; *region* is everything after the three numbers."""
+    """Virtio device config space; *region* is the data after the three numbers."""
 
     offset: int
     size: int

@@ -73,7 +73,7 @@ class BackendRequest(IntEnum):
 
 
 def request_name(request: int) -> str:
-    """The standard's name of a front-end request, or its number."""
+    """Return the standard's name of a front-end request, or its number."""
     try:
         return Request(request).name
     except ValueError:
