@@ -334,7 +334,7 @@ class TestCorruption:
         device.refuse = refuse
         with pytest.raises(RequestError):
             client.session.restore(state, fds)
-        assert device.log[-1] == ("detached",)
+        assert ("detached",) in device.log
         assert device.dma.regions == []
         device.close()
         assert open_fds() == before

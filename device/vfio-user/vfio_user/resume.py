@@ -56,6 +56,7 @@ def restore(
     except BaseException:
         link.client = None
         device.disconnect("the state was not accepted")
+        device.migration.reset()
         raise
 
 
