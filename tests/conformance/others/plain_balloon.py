@@ -2,10 +2,10 @@
 """A small vhost-user balloon back-end, written from the standards alone.
 
 It shares nothing with vballoon or with the conformance suite: standard library only, one descriptor
-at a time, split rings without optional ring features.  A suite that accuses it accuses a back-end that
-keeps the standard.  ``--numbering`` chooses between the two readings of the queue numbers:
+at a time, split rings without optional ring features.  A suite that accuses it accuses a back-end
+that keeps the standard.  ``--numbering`` chooses between two readings of the queue numbers:
 
-* ``fixed``: inflateq 0, deflateq 1, statsq 2, free_page_vq 3, reporting_vq 4, as the standard lists;
+* ``fixed``: inflateq 0, deflateq 1, statsq 2, free_page_vq 3, reporting_vq 4 (the standard's list);
 * ``dense``: the queues of the negotiated features, numbered without gaps, as Linux does.
 
 ``python -m tests.conformance.others.plain_balloon --numbering fixed SOCKET`` serves one connection
@@ -508,7 +508,8 @@ class Balloon:
         self.config[4:8], self.config[12:16] = merged[4:8], merged[12:16]  # actual, poison_val
 
     HANDLERS = {  # noqa: RUF012
-        1: _get_features, 2: _set_features, 3: _nothing, 4: _nothing, 5: _set_mem_table, 8: _set_vring_num,
+        1: _get_features, 2: _set_features, 3: _nothing, 4: _nothing, 5: _set_mem_table,
+        8: _set_vring_num,
         9: _set_vring_addr, 10: _set_vring_base, 11: _get_vring_base, 12: _set_vring_kick,
         13: _set_vring_call, 14: _set_vring_err, 15: _get_protocol_features,
         16: _set_protocol_features, 17: _get_queue_num, 18: _set_vring_enable, 24: _get_config,
