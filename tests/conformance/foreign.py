@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the suite on backends of other projects, from Debian packages, and keeps the reports.
+"""Run the suite on back-ends of other projects, from Debian packages, and keep the reports.
 
 ``python -m tests.conformance.foreign [NAME ...]`` unpacks the packages into the lab's cache (the
 host gets none), starts each backend afresh for every test, and writes

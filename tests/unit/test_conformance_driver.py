@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite's own driver side: rings that go around, memory that notices, reports that tell."""
+"""The driver side of the suite: rings that wrap, memory that is watched, reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from virtio_conformance.ring import DriverRing, Segment
 from virtio_conformance.ring_packed import PackedRing
 from virtio_conformance.ring_split import SplitRing
 from virtio_conformance.target import Options, Target
-from virtio_conformance.verdict import FAILED, PASSED, WARNED, verdicts
+from virtio_conformance.verdict import FAILED, PASSED, WARNED, exit_status, verdicts
 
 
 @pytest.fixture
@@ -153,8 +153,10 @@ def a_run() -> Run:
         records=[
             Record("test_a.py::test_one", "passed", requirements=["split.used.id"]),
             Record("test_a.py::test_two", "failed", requirements=["split.used-notify.flag-set"],
-                   observed="Finding: it is <loud>", wire="-> GET_FEATURES", repeat="vballoon ..."),
-            Record("test_a.py::test_three", "failed", requirements=["split.used.len-first"]),
+                   broken="split.used-notify.flag-set", observed="Finding: it is <loud>",
+                   wire="-> GET_FEATURES", repeat="virtio-conformance ..."),
+            Record("test_a.py::test_three", "failed", requirements=["split.used.len-first"],
+                   broken="split.used.len-first"),
         ],
     )  # fmt: skip
 
@@ -164,6 +166,7 @@ def test_verdicts_distinguish_must_from_should() -> None:
     assert found["split.used.id"] == PASSED
     assert found["split.used-notify.flag-set"] == WARNED
     assert found["split.used.len-first"] == FAILED
+    assert exit_status(a_run(), verdicts(a_run())) == 1
     assert "pci.id.vendor" not in found  # another transport's
 
 
@@ -181,7 +184,7 @@ def test_the_line_that_repeats_a_test_names_every_option() -> None:
                       polls=True, discards=False, keep=True, config_change="c")  # fmt: skip
     line = repeat_command(options, "/somewhere/suite/test_a.py::test_b[1 2]")
     assert line == (
-        "vballoon conform --spawn 'x {socket}' --protocol vfio-user --before b --config-change c"
+        "virtio-conformance --spawn 'x {socket}' --protocol vfio-user --before b --config-change c"
         " --device blk --keep --polls --no-discards --only 'test_a.py::test_b[1 2]'"
     )
     assert "--config-change" in OPTIONS

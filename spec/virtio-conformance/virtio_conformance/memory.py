@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of a guest that does not exist: files in several regions, watched byte by byte.
 
-Regions have gaps between them, different files, offsets into those files, and guard bytes before
-and behind, so that whatever a backend does next to the memory that it was given can be seen.
+Regions have gaps between them, different files, offsets into those files, and guard bytes at both
+ends, so that whatever a back-end writes beside the memory that it was given is noticed.
 Contents are compared through ``pread``: reading a hole through a mapping would fill it.
 """
 
@@ -23,7 +23,7 @@ __all__ = ("PAGE", "GuestRam", "Picture", "Region")
 
 PAGE = 4096
 GUARD = 16 * PAGE
-"""Bytes of the file in front of and behind a region that a backend has no business with."""
+"""Bytes of the file before and after a region that no back-end may touch."""
 
 Bytes = NDArray[np.uint8]
 Span = tuple[int, int]
@@ -60,19 +60,32 @@ class Picture:
 
 
 class GuestRam:
-    """Guest memory in regions; the default layout has three, two of them adjacent."""
+    """Guest memory in regions.
+
+    Of the default four, the second and the third are adjacent for the guest (but not for the
+    front-end), the third and the fourth for the front-end (but not for the guest), and the fourth
+    lies above 4 GiB.
+    """
 
     LAYOUT: Sequence[tuple[int, int, int]] = (
         (0x0, 2 << 20, GUARD),
         (0x4000_0000, 4 << 20, 0),
         (0x4040_0000, 2 << 20, GUARD + 7 * PAGE),
+        (0x1_4000_0000, 2 << 20, 3 * PAGE),
     )
     """Guest-physical address, size and file offset of each region, in bytes."""
+    USER_ADJACENT = 3
+    """The region whose front-end address follows on that of the region before it."""
 
     def __init__(self, layout: Iterable[tuple[int, int, int]] = LAYOUT) -> None:
         self.regions: list[Region] = []
         for guest, size, offset in layout:
             self.regions.append(self._region(guest, size, offset))
+
+    def add_region(self, guest: int, size: int, offset: int) -> Region:
+        """Add one more region of memory and return it."""
+        self.regions.append(self._region(guest, size, offset))
+        return self.regions[-1]
 
     def _region(self, guest: int, size: int, offset: int) -> Region:
         fd = os.memfd_create("conformance-ram", os.MFD_CLOEXEC)
@@ -81,6 +94,9 @@ class GuestRam:
         os.pwrite(fd, _pattern(file_size), 0)  # not by the mapping: that faults page by page
         view = mmap.mmap(fd, file_size)
         user = 0x7E00_0000_0000 + (len(self.regions) << 36) + offset
+        if len(self.regions) == self.USER_ADJACENT:
+            before = self.regions[-1]
+            user = before.user + before.size
         return Region(guest, size, user, offset, fd, file_size, view)
 
     def close(self) -> None:
@@ -172,12 +188,14 @@ class GuestRam:
             found += [_name(region, start, end) for start, end in _runs(differs)]
         return found
 
-    def expect_untouched(self, before: Picture, allowed: Iterable[Span] = ()) -> None:
-        """Raise :class:`Finding` when anything outside *allowed* has changed."""
+    def expect_untouched(
+        self, before: Picture, allowed: Iterable[Span] = (), *, row: str = ""
+    ) -> None:
+        """Raise :class:`Finding` about *row* when anything outside *allowed* has changed."""
         found = self.changes(before, allowed)
         if found:
             shown = ", ".join(found[:6]) + (" ..." if len(found) > 6 else "")
-            raise Finding(f"memory changed that must not: {shown}")
+            raise Finding(f"memory changed that must not: {shown}", row=row)
 
 
 @cache

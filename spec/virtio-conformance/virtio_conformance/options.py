@@ -10,16 +10,19 @@ from virtio_conformance.profiles import PROFILES, profile_named
 __all__ = ("OPTIONS",)
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--vhost-user": {"metavar": "SOCKET", "help": "test the vhost-user backend that listens there"},
+    "--vhost-user": {
+        "metavar": "SOCKET",
+        "help": "test the vhost-user back-end that listens there",
+    },
     "--vfio-user": {"metavar": "SOCKET", "help": "test the vfio-user server that listens there"},
     "--spawn": {
         "metavar": "COMMAND",
-        "help": "start a fresh backend for every test; {socket} and {dir} are filled in",
+        "help": "start a fresh back-end for every test; {socket} and {dir} are filled in",
     },
     "--protocol": {
         "choices": ["vhost-user", "vfio-user"],
         "default": "vhost-user",
-        "help": "what the spawned backend speaks (default: %(default)s)",
+        "help": "what the spawned back-end speaks (default: %(default)s)",
     },
     "--before": {
         "metavar": "SHELL",
@@ -31,12 +34,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "",
         "help": "shell command that makes the device change its configuration; {dir}, {n}",
     },
+    "--hint-start": {
+        "metavar": "SHELL",
+        "default": "",
+        "help": "shell command that starts a round of free page hinting; {dir}",
+    },
+    "--hint-done": {
+        "metavar": "SHELL",
+        "default": "",
+        "help": "shell command after which the hints are needed no more; {dir}",
+    },
     "--device": {
         "type": profile_named,
         "default": "none",
         "metavar": "TYPE",
         "help": f"device profile, which knows a valid request: {', '.join(sorted(PROFILES))},"
         " or FILE.py:CLASS (default: control plane only)",
+    },
+    "--no-robustness": {
+        "action": "store_true",
+        "help": "send nothing malformed: judge the specifications alone",
+    },
+    "--spec": {
+        "choices": ["1.2", "1.3", "1.4"],
+        "default": "1.4",
+        "help": "version of the virtio standard (default: %(default)s)",
     },
     "--time-limit": {
         "type": float,
@@ -54,15 +76,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": float,
         "default": 10.0,
         "metavar": "SECONDS",
-        "help": "for a backend to listen (default: %(default)s)",
+        "help": "for a back-end to listen (default: %(default)s)",
     },
     "--keep": {
         "action": "store_true",
-        "help": "keep a spawned backend while tests pass: faster, and it meets many front-ends",
+        "help": "keep a spawned back-end while tests pass: faster, and it meets many front-ends",
     },
     "--polls": {
         "action": "store_true",
-        "help": "the backend polls its rings: using a processor is no finding",
+        "help": "the back-end polls its rings: using a processor is no finding",
     },
     "--no-discards": {
         "action": "store_true",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as one HTML page, grouped by the sections of the specifications."""
+"""The report as one HTML page: what is broken first, then every row by chapter."""
 
 from __future__ import annotations
 
@@ -8,103 +8,135 @@ import re
 from collections import Counter
 from itertools import groupby
 
-from virtio_conformance.record import Record, Run
-from virtio_conformance.requirements import revisions
+from virtio_conformance.page_style import SCRIPT, STYLE
+from virtio_conformance.record import FAILED as TEST_FAILED
+from virtio_conformance.record import INCONCLUSIVE, NOT_APPLICABLE, PASSED, Record, Run
 from virtio_conformance.transcript import shortened
-from virtio_conformance.verdict import FAILED, WARNED, Verdict
+from virtio_conformance.verdict import (
+    ADVISED,
+    FAILED,
+    FRAGILE,
+    STATUSES,
+    WARNED,
+    Verdict,
+)
 
 __all__ = ("render",)
 
 SHOWN_WIRE = (6, 14)
 """Lines of an exchange that the page shows, first and last; the JSON file has more."""
 SHOWN_OUTPUT = 12
-"""Last lines of a backend's output."""
+"""Last lines of the output of a back-end."""
 WIDTH = 240
 """Characters of such a line."""
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem} h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #d0d7de}
-h3{font-size:1rem;margin:1.4rem 0 .3rem;font-weight:600}
-table{border-collapse:collapse;width:100%}
-td,th{padding:.25rem .6rem;text-align:left;vertical-align:top}
-tr{border-top:1px solid #eaeef2} .s{white-space:nowrap;font-weight:600}
-.passed{color:#1a7f37} .failed{color:#cf222e} .warned{color:#9a6700} .na,.untestable{color:#6e7781}
-code,pre{font:12px/1.45 ui-monospace,monospace}
-pre{background:#f6f8fa;padding:.6rem;overflow-x:auto}
-details{margin:.3rem 0} summary{cursor:pointer} .id{color:#57606a;font:12px ui-monospace,monospace}
-"""
-
 
 def render(run: Run, verdicts: list[Verdict]) -> str:
-    """The page."""
-    pinned = revisions()
-    sources = f"virtio revision {pinned['virtio'][:8]}, QEMU's documents of {pinned['qemu']}"
+    """Return the page, which needs no other file."""
+    title = f"Conformance of a {run.protocol} back-end, device {run.device}"
     body = [
-        f"<h1>Conformance of a {run.protocol} backend, device {e(run.device)}</h1>",
-        f"<p><code>{e(run.backend)}</code></p>",
-        f"<p>{sources}; {len(run.records)} tests in {run.seconds:.0f} s.</p>",
-        _summary(verdicts),
+        f"<h1>{e(title)}</h1>",
+        _facts(run),
+        _filter(verdicts),
+        *_failures(verdicts),
+        *_inconclusive(run),
+        "<h2>All requirements</h2>",
     ]
-    shown: set[str] = set()
     for chapter, rows in groupby(verdicts, key=lambda v: v.chapter):
-        body.append(f"<h2>{e(chapter.title)}</h2>")
-        for label, inner in groupby(rows, key=lambda v: v.row.label):
-            body.append(_section(label, list(inner), shown))
+        body.append(_chapter(chapter.title, list(rows)))
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<title>{run.protocol} conformance</title><style>{STYLE}</style>" + "\n".join(body)
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        f"<title>{e(title)}</title><style>{STYLE}</style></head><body>"
+        + "\n".join(body)
+        + f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
 def e(text: str) -> str:
-    """Escaped text."""
+    """Return *text* escaped for HTML."""
     return html.escape(text)
 
 
 def _css(status: str) -> str:
-    return status.replace("/", "")
+    return "undecided" if status == "not decided" else status.replace("/", "")
 
 
-def _summary(verdicts: list[Verdict]) -> str:
+def _chip(status: str, text: str = "") -> str:
+    meaning = e(STATUSES[status])
+    return f'<span class="chip {_css(status)}" title="{meaning}">{e(text or status)}</span>'
+
+
+def _facts(run: Run) -> str:
+    """What was tested, with what, when, and what came of it."""
+    counts = Counter(record.outcome for record in run.records)
+    told = ", ".join(
+        f"{counts[outcome]} {'not applicable' if outcome == NOT_APPLICABLE else outcome}"
+        for outcome in (PASSED, TEST_FAILED, INCONCLUSIVE, NOT_APPLICABLE)
+    )
+    sources = ", ".join(f"{name} {text[:12]}" for name, text in run.specifications.items())
+    features = f"<code>{e(run.features or 'unknown')}</code>"
+    if run.protocol_features:
+        features += f", protocol features <code>{e(run.protocol_features)}</code>"
+    entries = [
+        ("back-end", f"<code>{e(run.backend)}</code>"),
+        ("offers", features),
+        ("run", f"{e(run.date)}, {run.seconds:.0f} s; tests: {told}"),
+        ("versions", (f"suite {e(run.suite)}, catalogue {e(run.catalogue)}, sources {e(sources)},"
+                     f" virtio {e(run.spec)}")),
+        *(("note", e(note)) for note in run.notes),
+    ]  # fmt: skip
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in entries) + "</dl>"
+
+
+def _filter(verdicts: list[Verdict]) -> str:
+    """A search field, and a box for each status with its count."""
     counts = Counter(verdict.status for verdict in verdicts)
-    cells = "".join(
-        f'<td><span class="s {_css(status)}">{count}</span> {status}</td>'
-        for status, count in counts.most_common()
+    boxes = "".join(
+        f'<label><input type=checkbox name="{status}" checked>'
+        f" {_chip(status, f'{counts[status]} {status}')}</label>"
+        for status in STATUSES
+        if counts[status]
     )
-    return f"<table><tr>{cells}</tr></table>"
+    field = '<input type=search id=words placeholder="filter by words" aria-label="filter">'
+    return f"<div class=filter>{field}{boxes}</div>"
 
 
-def _section(label: str, rows: list[Verdict], shown: set[str]) -> str:
-    link = rows[0].link
-    title = f'<a href="{e(link)}">{e(label)}</a>' if link else e(label)
-    return f"<h3>{title}</h3><table>{''.join(_row(verdict, shown) for verdict in rows)}</table>"
+# -- what is broken --------------------------------------------------------------------------
 
 
-def _row(verdict: Verdict, shown: set[str]) -> str:
+def _failures(verdicts: list[Verdict]) -> list[str]:
+    """One card for each broken row, the worst first."""
+    parts: list[str] = []
+    for status in (FAILED, WARNED, FRAGILE, ADVISED):
+        broken = [verdict for verdict in verdicts if verdict.status == status]
+        if broken:
+            meaning = STATUSES[status]
+            parts.append(f"<h2>{_chip(status)} {e(meaning[0].upper() + meaning[1:])}</h2>")
+            parts += [_card(verdict) for verdict in broken]
+    if not parts:
+        parts.append("<p>No requirement is broken.</p>")
+    return parts
+
+
+def _card(verdict: Verdict) -> str:
+    """A broken row: what is expected by which sentence, and what was found."""
     row = verdict.row
-    why = e(row.untestable) if row.untestable else _tests(verdict, shown)
+    where = e(row.label)
+    if verdict.link:
+        where = f'<a href="{e(verdict.link)}">{where}</a>'
+    found = "".join(_failure(alike) for alike in _alike(verdict.failures))
     return (
-        f'<tr id="{e(row.id)}"><td class="s {_css(verdict.status)}">{verdict.status}</td>'
-        f"<td class=s>{row.strength}</td><td>{e(row.text)} <span class=id>{e(row.id)}</span>"
-        f"{why}</td></tr>"
+        f'<div class=card id="broken-{e(row.id)}" data-status="{verdict.status}">'
+        f"<h3>{_chip(verdict.status)} <code>{e(row.id)}</code></h3>"
+        f"<dl><dt>expected</dt><dd>{e(row.text)} <span class=soft>({row.strength})</span></dd>"
+        f"<dt>source</dt><dd>{where}; <span class=soft>{e(row.source)}</span></dd></dl>"
+        f"{found}</div>"
     )
-
-
-def _tests(verdict: Verdict, shown: set[str]) -> str:
-    failed = [r for r in verdict.records if r.outcome == "failed"]
-    if verdict.status in (FAILED, WARNED):
-        return "".join(_failure(alike, shown) for alike in _alike(failed))
-    reasons = sorted({r.observed for r in verdict.records if r.outcome == "n/a"})
-    count = sum(r.outcome == "passed" for r in verdict.records)
-    told = f"<br><span class=id>{count} test{'s' * (count > 1)}</span>" if count else ""
-    if not count and reasons:
-        told = f"<br><span class=id>{e('; '.join(reasons))}</span>"
-    return told
 
 
 def _alike(failed: list[Record]) -> list[list[Record]]:
-    """Failures of one test function that were observed in the same words but for numbers."""
+    """Group failures of one test function that were observed in the same words but for numbers."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in failed:
         observed = re.sub(r"0x[0-9a-f]+|\d+", "0", _first_line(record))
@@ -116,27 +148,84 @@ def _first_line(record: Record) -> str:
     return record.observed.partition("\n")[0]
 
 
-def _failure(alike: list[Record], shown: set[str]) -> str:
-    """The first of the failures that are alike in full, the others by name; once on the page."""
+def _failure(alike: list[Record]) -> str:
+    """The first of failures that are alike in full, the others by name."""
     record = alike[0]
-    title = f"<code>{e(record.name)}</code>: {e(_first_line(record))}"
-    if record.name in shown:
-        return f'<p><a href="#{e(record.name)}">{title}</a></p>'
-    shown.add(record.name)
-    parts = [f"<p>{e(record.about)}</p>", f"<pre>{e(record.observed)}</pre>"]
+    title = f"<b>found</b> {e(_first_line(record))}"
+    if alike[1:]:
+        title += f" (and {len(alike) - 1} like it)"
+    parts = [f"<p><code>{e(record.name)}</code>: {e(record.about)}</p>"]
+    if "\n" in record.observed:
+        parts.append(f"<pre>{e(record.observed)}</pre>")
     if alike[1:]:
         names = ", ".join(f"<code>{e(other.name)}</code>" for other in alike[1:])
         parts.append(f"<p>In the same way: {names}</p>")
-        title += f" (and {len(alike) - 1} like it)"
+    parts += _evidence(record)
+    return f'<details id="{e(record.name)}"><summary>{title}</summary>{"".join(parts)}</details>'
+
+
+def _evidence(record: Record) -> list[str]:
+    """Rings, exchange and output, and the command that repeats the test."""
+    parts: list[str] = []
+    if record.rings.strip():
+        parts.append(f"<p>Rings:</p><pre>{e(_narrow(record.rings.splitlines()))}</pre>")
     if record.wire:
         lines = shortened(record.wire.splitlines(), *SHOWN_WIRE)
         parts.append(f"<p>Sent and received:</p><pre>{e(_narrow(lines))}</pre>")
     if record.backend.strip():
         lines = record.backend.strip().splitlines()[-SHOWN_OUTPUT:]
-        parts.append(f"<p>The backend's output, last:</p><pre>{e(_narrow(lines))}</pre>")
+        parts.append(f"<p>Last output of the back-end:</p><pre>{e(_narrow(lines))}</pre>")
     parts.append(f"<p>Again:</p><pre>{e(record.repeat)}</pre>")
-    return f'<details id="{e(record.name)}"><summary>{title}</summary>{"".join(parts)}</details>'
+    return parts
 
 
 def _narrow(lines: list[str]) -> str:
     return "\n".join(line if len(line) <= WIDTH else f"{line[:WIDTH]} ..." for line in lines)
+
+
+def _inconclusive(run: Run) -> list[str]:
+    """Tests that failed before they came to their question."""
+    records = [record for record in run.records if record.outcome == INCONCLUSIVE]
+    if not records:
+        return []
+    cards = [f'<div class=card data-status="not decided">{_failure(a)}</div>'
+             for a in _alike(records)]  # fmt: skip
+    return ["<h2>Inconclusive tests: they ended before they came to their question</h2>", *cards]
+
+
+# -- all rows --------------------------------------------------------------------------------
+
+
+def _chapter(title: str, rows: list[Verdict]) -> str:
+    body = "".join(_row(verdict) for verdict in rows)
+    head = "<thead><tr><th>status<th>strength<th>requirement<th>source</tr></thead>"
+    return (
+        f"<section class=chapter><h3>{e(title)}</h3>"
+        f"<table>{head}<tbody>{body}</tbody></table></section>"
+    )
+
+
+def _row(verdict: Verdict) -> str:
+    row = verdict.row
+    where = e(row.label.rpartition(" / ")[2])
+    if verdict.link:
+        where = f'<a href="{e(verdict.link)}" title="{e(row.label)}">{where}</a>'
+    return (
+        f'<tr id="{e(row.id)}" data-status="{verdict.status}"><td>{_chip(verdict.status)}</td>'
+        f"<td class=soft>{row.strength}</td>"
+        f"<td>{e(row.text)} <span class=id>{e(row.id)}</span>{_why(verdict)}</td>"
+        f"<td>{where}</td></tr>"
+    )
+
+
+def _why(verdict: Verdict) -> str:
+    """The tests of a row, or why there is none."""
+    if verdict.row.untestable:
+        return f"<br><span class=soft>{e(verdict.row.untestable)}</span>"
+    if verdict.failures:
+        return f'<br><a href="#broken-{e(verdict.row.id)}">what was found</a>'
+    count = sum(record.outcome == PASSED for record in verdict.records)
+    if count:
+        return f"<br><span class=id>{count} test{'s' * (count > 1)}</span>"
+    reasons = sorted({r.observed for r in verdict.records if r.outcome == NOT_APPLICABLE})
+    return f"<br><span class=soft>{e('; '.join(reasons))}</span>" if reasons else ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite as a pytest plugin: options, fixtures, time limits, and a record of what was seen.
 
-``pytest --pyargs virtio_conformance --vhost-user SOCKET`` is all that it takes.  Without one
-of the three options nothing of the suite is collected, so the plugin does not get in the way of
-other tests of a project that has it installed.
+Run ``pytest --pyargs virtio_conformance --vhost-user SOCKET``.  Without one of the three options
+nothing of the suite is collected, so that the plugin does not disturb the other tests of a project
+that has it installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from virtio_conformance.findings import Finding, Hang
+from virtio_conformance.findings import Crash, Finding, Hang, NotStarted
+from virtio_conformance.requirements import Requirement, by_id
 from virtio_conformance.target import Options, Target, serves_once
 
 SUITE = Path(__file__).parent / "suite"
@@ -25,6 +26,7 @@ OPTIONS = pytest.StashKey[Options]()
 TARGETS = pytest.StashKey[list[Target]]()
 FAILED = pytest.StashKey[bool]()
 KEPT = pytest.StashKey[Target | None]()
+RIGS = pytest.StashKey[list[Any]]()
 SHOWN = 3
 """So many of a test's last connections are shown with its failure, and the first one."""
 ONLY = {"test_vhost_user": "vhost-user", "test_vfio_user": "vfio-user", "test_pci": "vfio-user"}
@@ -39,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, how in DECLARED.items():
         group.addoption(name, **how)
     group.addoption("--conformance-json", metavar="FILE", help="write the results there")
+    group.addoption("--conformance-shard", metavar="I/N", help="run every Nth test, from the Ith")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,6 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
         command=command,
         before=get("before"),
         config_change=get("config_change"),
+        hint_start=get("hint_start"),
+        hint_done=get("hint_done"),
         device=get("device"),
         time_limit=get("time_limit"),
         answer_limit=get("answer_limit"),
@@ -62,6 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
         polls=get("polls"),
         keep=get("keep"),
         discards=not get("no_discards"),
+        robustness=not get("no_robustness"),
+        spec=get("spec"),
     )
     if get("conformance_json"):
         from virtio_conformance.record import Recorder, Run
@@ -72,18 +79,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def repeat_command(options: Options, nodeid: str) -> str:
     """The line that runs one test again."""
-    words = ["vballoon", "conform"]
+    words = ["virtio-conformance"]
     if options.command:
         words += ["--spawn", options.command]
         words += ["--protocol", options.protocol] if options.protocol != "vhost-user" else []
         words += ["--before", options.before] if options.before else []
         words += ["--config-change", options.config_change] if options.config_change else []
+        words += ["--hint-start", options.hint_start] if options.hint_start else []
+        words += ["--hint-done", options.hint_done] if options.hint_done else []
     else:
         words += [f"--{options.protocol}", options.socket]
     words += ["--device", options.device] if options.device != "none" else []
     words += ["--keep"] if options.keep else []
     words += ["--polls"] if options.polls else []
     words += ["--no-discards"] if not options.discards else []
+    words += ["--spec", options.spec] if options.spec != Options.spec else []
     return shlex.join([*words, "--only", nodeid.rpartition("/")[2]])
 
 
@@ -107,14 +117,41 @@ def _ours(item: pytest.Item) -> bool:
     return item.path.parent == SUITE
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that the options leave out, and those of other shards."""
+    options = config.stash[OPTIONS]
+    chosen = [item for item in items if not _ours(item) or _asked_for(item, options)]
+    shard = config.getoption("conformance_shard")
+    if shard:
+        number, _, count = shard.partition("/")
+        chosen = chosen[int(number) :: int(count)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def _asked_for(item: pytest.Item, options: Options) -> bool:
+    """Whether a test has a row that is to be judged."""
+    rows = [by_id()[name] for name in _requirements(item)]
+    robust = options.robustness or any(row.chapter != "robustness" for row in rows)
+    return robust and any(row.in_version(options.spec) for row in rows)
+
+
 # -- running ---------------------------------------------------------------------------------
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Learn what many tests need to know of the program, so that it is no test's time."""
+    """Learn what many tests need to know of the program; end the run if there is none."""
     if any(map(_ours, session.items)) and not session.config.option.collectonly:
+        from virtio_conformance.learn import learn
+        from virtio_conformance.probe import probe
+
+        try:
+            probe(session.config.stash[OPTIONS])
+        except NotStarted as reason:
+            pytest.exit(str(reason), returncode=2)
         serves_once(session.config.stash[OPTIONS])
+        learn(session.config.stash[OPTIONS])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -140,33 +177,63 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Say what was sent, what came back, which rule it is, and how to repeat it."""
+    """Attach what was sent, what came back, which row is broken, and how to repeat the test."""
     report: pytest.TestReport = yield
     if not _ours(item):
         return report
     ids = _requirements(item)
     report.user_properties.append(("requirement", ids))
-    if report.failed:
+    if report.failed and call.excinfo is not None:
         item.stash[FAILED] = True
-        targets = item.stash.get(TARGETS, [])
-        output = "".join(target.plain(target.output()[-2000:]) for target in targets)
-        report.sections.append(("requirements", "\n".join(_rules(ids))))
-        report.sections.append(("wire", "\n".join(_wire(targets))))
-        report.sections.append(("backend", output))
-        command = repeat_command(item.config.stash[OPTIONS], item.nodeid)
-        report.sections.append(("repeat", command))
-        if call.excinfo is not None and call.excinfo.errisinstance(Finding):
-            told = f"{type(call.excinfo.value).__name__}: {call.excinfo.value}"
-            for target in targets:
-                told = target.plain(told)
-            report.longrepr = told
+        _attach(item, report, call.excinfo.value, ids)
     return report
 
 
+def _attach(
+    item: pytest.Item, report: pytest.TestReport, error: BaseException, ids: list[str]
+) -> None:
+    """Put what people need to know of a failure into its report."""
+    targets = item.stash.get(TARGETS, [])
+    broken = broken_row(error, str(report.when), ids)
+    report.user_properties.append(("broken", broken))
+    output = "".join(target.plain(target.output()[-2000:]) for target in targets)
+    rings = "\n".join(line for rig in item.stash.get(RIGS, []) for line in rig.describe())
+    command = repeat_command(item.config.stash[OPTIONS], item.nodeid)
+    report.sections += [
+        ("requirements", "\n".join(_rules([broken] if broken else ids))),
+        ("wire", "\n".join(_wire(targets))),
+        ("rings", rings),
+        ("backend", output),
+        ("repeat", command),
+    ]
+    if isinstance(error, (Finding, NotStarted)):
+        told = f"{type(error).__name__}: {error}"
+        for target in targets:
+            told = target.plain(told)
+        report.longrepr = told
+
+
+def broken_row(error: BaseException, when: str, ids: list[str]) -> str:
+    """Return the row that *error* accuses the back-end of breaking; empty for none.
+
+    *ids* are the rows of the test, the first of which is what it is about.  Errors in set-up, and
+    errors of the suite itself, accuse nobody.
+    """
+    if not isinstance(error, Finding) or (when == "setup" and not error.row):
+        return ""
+    if error.row:
+        return error.row
+    if isinstance(error, Crash) and not (ids and by_id()[ids[0]].chapter == "robustness"):
+        return "program.healthy"
+    return "" if error.inconclusive or when == "teardown" else next(iter(ids), "")
+
+
 def _requirements(item: pytest.Item) -> list[str]:
-    """Rows that the test checks, those of the other ring layout left out."""
+    """Rows that the test checks, those of the other ring layout and transport left out."""
     layout = getattr(getattr(item, "callspec", None), "params", {}).get("packed", "")
-    other = {"split": "packed.", "packed": "split."}.get(layout, "-")
+    other: tuple[str, ...] = {"split": ("packed.",), "packed": ("split.",)}.get(layout, ())
+    foreign = {"vfio-user": ("vu.",), "vhost-user": ("vf.", "pci.")}
+    other += foreign[item.config.stash[OPTIONS].protocol]
     ids = [str(a) for mark in item.iter_markers("requirement") for a in mark.args]
     return [name for name in ids if not name.startswith(other)]
 
@@ -184,9 +251,7 @@ def _wire(targets: list[Target]) -> list[str]:
 
 
 def _rules(ids: list[str]) -> list[str]:
-    from virtio_conformance.requirements import by_id
-
-    rows = [by_id()[name] for name in ids]
+    rows: list[Requirement] = [by_id()[name] for name in ids]
     return [f"{row.id} ({row.strength}; {row.label}): {row.text}" for row in rows]
 
 
@@ -201,7 +266,7 @@ def options(pytestconfig: pytest.Config) -> Options:
 
 @pytest.fixture
 def target(options: Options, request: pytest.FixtureRequest) -> Iterator[Target]:
-    """The backend, started afresh where it is ours; its health is looked at in the end."""
+    """The back-end, started afresh where the suite starts it; its health is checked afterwards."""
     made = request.config.stash.get(KEPT, None) or Target(options)
     request.config.stash[KEPT] = None
     request.node.stash.setdefault(TARGETS, []).append(made)
@@ -235,22 +300,34 @@ def profile(options: Options) -> Any:
 
 
 @pytest.fixture
-def new_rig(target: Target, profile: Any, options: Options) -> Iterator[Any]:
-    """Makes devices over the transport under test; they are closed in the end."""
-    from virtio_conformance.rig import Rig
-    from virtio_conformance.rig_vfio_user import VfioUserRig
-    from virtio_conformance.rig_vhost_user import VhostUserRig
+def new_rig(
+    target: Target, profile: Any, options: Options, request: pytest.FixtureRequest
+) -> Iterator[Any]:
+    """Return a function that connects to the device over the transport under test."""
+    from virtio_conformance.learn import learn, rig_kind
 
-    made: list[Any] = []
+    made: list[Any] = request.node.stash.setdefault(RIGS, [])
 
     def make(packed: bool = False, **how: Any) -> Any:
-        kind: type[Rig] = VfioUserRig if options.protocol == "vfio-user" else VhostUserRig
-        made.append(kind(target, profile, packed=packed, **how))
-        return made[-1]
+        rig = rig_kind(options)(target, profile, packed=packed, **how)
+        learned = learn(options)
+        rig.frees, rig.frees_reports = learned.frees, learned.numbering.frees
+        made.append(rig)
+        return rig
 
     yield make
     for rig in made:
         rig.close()
+
+
+@pytest.fixture
+def numbering(options: Options, request: pytest.FixtureRequest) -> Any:
+    """The numbers of a balloon's optional queues."""
+    from virtio_conformance.learn import learn
+
+    found = learn(options).numbering
+    request.node.user_properties.append(("note", str(found)))
+    return found
 
 
 @pytest.fixture(params=["split", "packed"])
@@ -279,7 +356,7 @@ def new_client(target: Target, options: Options) -> Iterator[Any]:
     made: list[Client] = []
 
     def make() -> Client:
-        made.append(Client(target.connect(), options.answer_limit))
+        made.append(Client(target.connect(), options.answer_limit, target.first_limit))
         target.taps.append(made[-1].tap)
         return made[-1]
 

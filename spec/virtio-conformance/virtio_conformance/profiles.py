@@ -91,7 +91,7 @@ class Balloon(Profile):
         rig.ram.write(page, bytes([FILL]) * PAGE)
 
         def effect() -> str:
-            freed = not rig.discards or rig.ram.is_hole(page)
+            freed = not rig.discards or not rig.frees or rig.ram.is_hole(page)
             return "" if freed else f"the page at {page:#x} was inflated and is still there"
 
         pfn = BalloonPfn(pfn=page // PAGE).build()
@@ -228,9 +228,9 @@ def profile_named(name: str) -> str:
     """*name* itself, if :func:`find_profile` finds it; for the command line's parser."""
     try:
         find_profile(name)
-    except (ImportError, AttributeError, OSError, TypeError) as error:
+    except Exception as error:  # a file of the user's may raise anything
         known = ", ".join(sorted(PROFILES))
-        raise argparse.ArgumentTypeError(f"{error}, known are {known}") from None
+        raise argparse.ArgumentTypeError(f"{error}; known are {known}") from None
     return name
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from virtio_conformance.findings import Finding, not_applicable
+from virtio_conformance.findings import Finding, not_applicable, preparing
 from virtio_conformance.memory import GuestRam
 from virtio_conformance.observe import EventFd, Process
 from virtio_conformance.profiles import FILL, Exchange, Profile
@@ -46,6 +46,12 @@ class Rig(ABC):
     transport: str
     can_stop = False
     """Whether a single ring can be stopped and started again."""
+    ring_region = 0
+    """The region of memory that rings are made in."""
+    frees = True
+    """Whether a balloon is known to free the pages that it is given; it need not."""
+    frees_reports = True
+    """The same for reported ranges."""
 
     def __init__(self, target: Target, profile: Profile, *, packed: bool = False) -> None:
         self.target = target
@@ -58,7 +64,8 @@ class Rig(ABC):
         self.notes: dict[str, Any] = {}
         self.features = 0
         try:
-            self.connect()
+            with preparing():
+                self.connect()
             if packed:
                 self.need(f.VIRTIO_F_RING_PACKED, "RING_PACKED")
         except BaseException:  # nobody has this device yet: a server may wait for its leaving
@@ -130,10 +137,11 @@ class Rig(ABC):
         ready: bool = True,
         configure: Callable[[], None] | None = None,
     ) -> DriverRing:
-        """Negotiate VERSION_1, the ring layout and *bits*, start the rings; the main one.
+        """Negotiate VERSION_1, the ring layout and *bits*; start the rings; return the main one.
 
         *bits* have to be offered (:meth:`need`); *extra* are device features as a mask;
         *configure* runs between negotiation and the rings, where a driver writes configuration.
+        What fails here is set-up: without an :func:`about` around it, it accuses nobody.
         """
         if not self.profile.has_requests:
             not_applicable("no device profile, so no valid request is known")
@@ -141,22 +149,29 @@ class Rig(ABC):
             self.need(bit, f"feature {bit}")
         wanted = f.mask(f.VIRTIO_F_VERSION_1, *bits) | self.profile.features | extra
         wanted |= f.mask(f.VIRTIO_F_RING_PACKED) if self.packed else 0
-        self.negotiate(wanted & self.offered)
-        if configure:
-            configure()
-        for index in self.profile.queues if queues is None else queues:
-            ring = self.make_ring(size)
-            self.start_ring(index, ring)
-        if ready:
-            self.driver_ok()
-            self.profile.prepare(self)
+        with preparing():
+            self.negotiate(wanted & self.offered)
+            if configure:
+                configure()
+            for index in self.profile.queues if queues is None else queues:
+                self.start_ring(index, self.make_ring(size))
+            if ready:
+                self.driver_ok()
+                self.profile.prepare(self)
         return self.rings.get(self.profile.main) or next(iter(self.rings.values()))
 
-    def make_ring(self, size: int = RING_SIZE, *, start: int = 0, region: int = 0) -> DriverRing:
+    def make_ring(
+        self, size: int = RING_SIZE, *, start: int = 0, region: int | None = None
+    ) -> DriverRing:
         """A ring of the layout and event handling that are negotiated, in guest memory."""
         event_idx = f.has(self.features, f.VIRTIO_F_EVENT_IDX)
         kind = PackedRing if self.packed else SplitRing
+        region = self.ring_region if region is None else region
         return kind(self.ram, size, event_idx=event_idx, start=start, region=region)
+
+    def ring_row(self, split: str, packed: str = "") -> str:
+        """Return the row of the layout under test: ``split.`` or ``packed.`` and its name."""
+        return f"packed.{packed or split}" if self.packed else f"split.{split}"
 
     @property
     def main(self) -> DriverRing:
@@ -229,6 +244,11 @@ class Rig(ABC):
             self.ram.expect_untouched(before, self.allowed(placed))
         return used
 
+    def warm_up(self) -> None:
+        """Put one request through; without that nothing can be said of what comes after."""
+        with preparing():
+            self.run([self.profile.exchange(self, 0)])
+
     def collect(self, ring: DriverRing, count: int, limit: float | None = None) -> list[Used]:
         """Wait for buffers; :class:`Hang` after *limit* seconds (default: the answer limit)."""
         return ring.collect(count, self.target.options.answer_limit if limit is None else limit)
@@ -239,10 +259,12 @@ class Rig(ABC):
         for element in used:
             one = by_id.pop(element.id, None)
             if one is None:
-                raise Finding(f"buffer {element.id} came back, which is none of {list(by_id)}")
+                told = f"buffer {element.id} came back, which is none of {list(by_id)}"
+                raise Finding(told, row=self.ring_row("used.id"))
             room = one.exchange.writable
             if element.len > room:
-                raise Finding(f"used length {element.len} for {room} device-writable bytes")
+                told = f"used length {element.len} for {room} device-writable bytes"
+                raise Finding(told, row=self.ring_row("used.len-written"))
             data = self.ram.read(one.writable_at, room) if room else b""
             fault = one.exchange.verify(element.len, data)
             if fault:
@@ -271,6 +293,13 @@ class Rig(ABC):
     def has_status(self) -> bool:
         """Whether the transport carries the device status, DRIVER_OK above all."""
         return True
+
+    def describe(self) -> list[str]:
+        """Return what the rings were given and how they stand, for a report."""
+        return [
+            line for index, ring in self.rings.items()
+            for line in (f"queue {index}:", *ring.describe())
+        ]  # fmt: skip
 
     # -- the aftermath -----------------------------------------------------------------------
 

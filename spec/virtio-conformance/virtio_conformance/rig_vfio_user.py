@@ -27,7 +27,8 @@ class VfioUserRig(Rig):
 
     def connect(self) -> None:
         """Open the connection and learn what is offered."""
-        self.client = Client(self.target.connect(), self.target.options.answer_limit)
+        sock = self.target.connect()
+        self.client = Client(sock, self.target.options.answer_limit, self.target.first_limit)
         self.target.taps.append(self.client.tap)
         self.client.ram = self.ram
         self.client.negotiate()

@@ -58,7 +58,8 @@ class VhostUserRig(Rig):
 
     def connect(self) -> None:
         """Open the connection and learn what is offered."""
-        self.fe = FrontEnd(self.target.connect(), self.target.options.answer_limit)
+        sock = self.target.connect()
+        self.fe = FrontEnd(sock, self.target.options.answer_limit, self.target.first_limit)
         self.target.taps.append(self.fe.tap)
         self._offered = self.fe.get_u64(Request.GET_FEATURES)
 

@@ -2,7 +2,7 @@
 """Driver side of a virtqueue: what both layouts have in common.
 
 A ring is a place in guest memory and the driver's own bookkeeping.  Everything can also be written
-by hand (each layout's ``write_*`` and ``offer_*``), well-formed or not.
+by hand (the ``write_*`` and ``offer_*`` methods of each layout), well-formed or not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ from virtio_conformance.findings import Finding, Hang
 from virtio_conformance.memory import GuestRam
 
 __all__ = ("DriverRing", "Segment", "Used", "cut_up", "full_fence")
+
+HISTORY = 6
+"""Buffers whose contents a report shows."""
+SHOWN = 12
+"""Segments of a buffer, and entries of a ring, that a report shows."""
 
 _lock = threading.Lock()
 
@@ -67,6 +73,8 @@ class DriverRing(ABC):
         self.event_idx = event_idx
         self.lengths: dict[int, int] = {}
         """Descriptors of each outstanding buffer, by id."""
+        self.history: deque[str] = deque(maxlen=HISTORY)
+        """The newest buffers as they were made available, for reports."""
 
     @abstractmethod
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
@@ -106,6 +114,26 @@ class DriverRing(ABC):
     @abstractmethod
     def publish_span(self) -> list[tuple[int, int]]:
         """Address ranges that publishing itself writes."""
+
+    def remember(self, name: int, segments: Sequence[Segment], indirect: int) -> None:
+        """Keep what a buffer looked like when it was made available."""
+        parts = [f"{s.addr:#x}+{s.len:#x}{'w' if s.write else 'r'}" for s in segments[:SHOWN]]
+        parts += [f"and {len(segments) - SHOWN} more"] if len(segments) > SHOWN else []
+        table = f" in a table at {indirect:#x}" if indirect else ""
+        self.history.append(f"buffer {name}{table}: {', '.join(parts)}")
+
+    def describe(self) -> list[str]:
+        """Return what was made available, and the ring as it stands now."""
+        kind = "packed" if self.packed else "split"
+        return [
+            f"{kind} ring of {self.size} descriptors, {self.outstanding} buffers outstanding",
+            *(f"  made available: {line}" for line in self.history),
+            *(f"  now: {line}" for line in self.state()),
+        ]
+
+    @abstractmethod
+    def state(self) -> list[str]:
+        """Return the indices, flags and entries that the device has written."""
 
     @property
     def outstanding(self) -> int:

@@ -89,6 +89,7 @@ class PackedRing(DriverRing):
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
         """As declared: one descriptor after the other."""
         writes = any(s.write for s in segments)
+        shown = segments
         if indirect:
             self.ram.write(indirect, build_packed_table(segments))
             segments = [Segment(indirect, 16 * len(segments))]
@@ -112,6 +113,7 @@ class PackedRing(DriverRing):
         self.heads.append((head, head_flags))
         self.advance(len(segments))
         self.lengths[name] = len(segments)
+        self.remember(name, shown, indirect)
         if publish:
             self.publish()
         return name
@@ -150,6 +152,17 @@ class PackedRing(DriverRing):
                 self.used_slot -= self.size
                 self.used_wrap ^= 1
         return found
+
+    def state(self) -> list[str]:
+        """Return where the driver stands and the descriptors around there, in words."""
+        slots = [(self.used_slot + i) % self.size for i in range(min(6, self.size))]
+        return [
+            (
+                f"next slot {self.next_slot} (wrap {self.wrap}), used slot {self.used_slot}"
+                f" (wrap {self.used_wrap}); device event {self.device_event.tolist()}"
+            ),
+            *(f"slot {slot}: {_words(self.desc[slot])}" for slot in slots),
+        ]
 
     def wants_kick(self) -> bool:
         """Whether the device asked for a notification."""
@@ -197,3 +210,8 @@ class PackedRing(DriverRing):
     def publish_span(self) -> list[tuple[int, int]]:
         """The ring, where the heads' flags are."""
         return [(self.ring_addr, self.ring_addr + packed.ring_size(self.size))]
+
+
+def _words(entry: np.void) -> str:
+    addr, length, flags = int(entry["addr"]), int(entry["len"]), int(entry["flags"])
+    return f"addr {addr:#x} len {length} id {entry['id']} flags {flags:#06x}"

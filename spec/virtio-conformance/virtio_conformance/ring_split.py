@@ -111,6 +111,7 @@ class SplitRing(DriverRing):
 
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
         """As declared: one descriptor after the other."""
+        shown = segments
         if indirect:
             self.ram.write(indirect, build_table(segments))
             segments = [Segment(indirect, 16 * len(segments))]
@@ -122,6 +123,7 @@ class SplitRing(DriverRing):
             self.write_desc(slot, s.addr, s.len, flags, slots[i + 1] if more else 0)
         self.chains[slots[0]] = slots
         self.lengths[slots[0]] = len(slots)
+        self.remember(slots[0], shown, indirect)
         self.offer_head(slots[0])
         if publish:
             self.publish()
@@ -147,6 +149,18 @@ class SplitRing(DriverRing):
             found.append(self.take_back(Used(head, int(element["len"]))))
             self.free += reversed(self.chains.pop(head, []))
         return found
+
+    def state(self) -> list[str]:
+        """Return the indices, flags and used elements, in words."""
+        now = self.used_idx
+        recent = range(max(now - 4, 0), now) if now >= 4 else range(now)
+        entries = [self.elements[at % self.size] for at in recent]
+        return [
+            (f"available index {int(self.avail[1])}, used index {now}, the driver has seen"
+            f" {self.last_used}; used flags {self.used_flags}"),
+            *(f"used element {at}: id {e['id']} len {e['len']}"
+              for at, e in zip(recent, entries, strict=True)),
+        ]  # fmt: skip
 
     def wants_kick(self) -> bool:
         """Whether the device asked for a notification."""

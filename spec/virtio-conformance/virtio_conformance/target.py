@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend under test: a socket that somebody serves, or a command that is started afresh."""
+"""The back-end under test: a socket that somebody serves, or a command that is started afresh."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from virtio_conformance.findings import Finding, Hang
+from virtio_conformance.findings import Crash, Finding, Hang, NotStarted
 from virtio_conformance.observe import Process
 from virtio_conformance.wiretap import Tap, connect, peer_pid
 
-__all__ = ("Options", "Target", "serves_once")
+__all__ = ("Options", "Target", "fill", "serves_once")
 
 _DEATH_CRIES = re.compile(
     r"Traceback \(most recent call last\)|panicked at|AddressSanitizer|Assertion .* failed"
@@ -28,11 +28,17 @@ _DEATH_CRIES = re.compile(
 )
 _SERVES_ONCE: dict[str, bool] = {}
 """Command → whether the program serves one connection and ends, once that has been tried."""
+_PLACE = re.compile(r"\{(socket|dir|n)\}")
+
+
+def fill(text: str, **places: object) -> str:
+    """Return *text* with ``{socket}``, ``{dir}`` and ``{n}`` replaced; other braces stay."""
+    return _PLACE.sub(lambda found: str(places.get(found[1], found[0])), text)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about the backend."""
+    """What the command line says about the back-end."""
 
     protocol: str = "vhost-user"
     socket: str = ""
@@ -41,20 +47,28 @@ class Options:
     """A shell command that prepares ``{dir}`` before each start."""
     config_change: str = ""
     """A shell command that makes the device change its configuration; ``{n}`` differs each time."""
+    hint_start: str = ""
+    """A shell command that starts a round of free page hinting."""
+    hint_done: str = ""
+    """A shell command after which the hints are needed no more."""
     device: str = "none"
     time_limit: float = 10.0
     answer_limit: float = 2.0
     start_limit: float = 10.0
     polls: bool = False
-    """The backend polls its rings: it uses processor time by design."""
+    """The back-end polls its rings: it uses processor time by design."""
     keep: bool = False
-    """A spawned backend serves the following tests too, as long as they pass."""
+    """A spawned back-end serves the following tests too, as long as they pass."""
     discards: bool = True
     """The balloon frees memory (false for one started with discards switched off)."""
+    robustness: bool = True
+    """Send what no sound peer sends, and judge what comes of it."""
+    spec: str = "1.4"
+    """Version of the virtio standard whose statements are judged."""
 
 
 class Target:
-    """Starts the backend where there is a command, connects to it, and watches it."""
+    """Starts the back-end where there is a command, connects to it, and watches it."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -70,42 +84,60 @@ class Target:
 
     @property
     def spawned(self) -> bool:
-        """Whether this backend is ours alone."""
+        """Whether this back-end is ours alone."""
         return self.popen is not None
 
     def _start(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="conf-"))
         self.socket = str(self.folder / "s")
         places = {"socket": self.socket, "dir": str(self.folder)}
-        if self.options.before:
-            subprocess.run(self.options.before.format(**places), shell=True, check=True)
-        words = [word.format(**places) for word in shlex.split(self.options.command)]
+        self._prepare(fill(self.options.before, **places))
+        words = [fill(word, **places) for word in shlex.split(self.options.command)]
         with (self.folder / "output").open("wb") as output:
-            self.popen = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            try:
+                self.popen = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self.stop()
+                raise NotStarted(f"{words[0]} cannot be started: {error.strerror}") from None
+
+    def _prepare(self, command: str) -> None:
+        """Run the ``--before`` command; raise :class:`NotStarted` when it fails."""
+        if command and (status := subprocess.run(command, shell=True).returncode):
+            self.stop()
+            raise NotStarted(f"--before ends with status {status}: {command}")
 
     def change_configuration(self, meanwhile: Callable[[float], None]) -> None:
         """Run the operator's command that makes the device change its configuration.
 
         *meanwhile* is called again and again until it ends: a server may have something to ask.
         """
+        self.operate(self.options.config_change, meanwhile)
+
+    def operate(self, command: str, meanwhile: Callable[[float], None]) -> None:
+        """Run a command of the operator's; *meanwhile* is called again and again until it ends."""
         self._changes += 1
         places = {"socket": self.socket, "dir": str(self.folder or "."), "n": self._changes % 7 + 1}
-        command = self.options.config_change.format(**places)
+        command = fill(command, **places)
         running = subprocess.Popen(command, shell=True, stdout=subprocess.DEVNULL)
         while running.poll() is None:
             meanwhile(0.02)
         if running.returncode:
             raise Finding(f"{command} ends with status {running.returncode}")
 
-    def connect(self) -> socket.socket:
-        """A new connection."""
-        limit = self.options.start_limit if not self.connections else self.options.answer_limit
+    def connect(self, limit: float | None = None) -> socket.socket:
+        """Return a new connection; raise :class:`Finding` when none comes about.
+
+        The first one waits for the program to start, any other one for an answer.
+        """
+        if limit is None:
+            first = not self.connections
+            limit = self.options.start_limit if first else self.options.answer_limit
         deadline = time.monotonic() + limit
         while True:
             try:
@@ -113,15 +145,21 @@ class Target:
                 break
             except Hang:
                 if self.popen is not None and self.popen.poll() is not None:
-                    raise Finding(f"the backend ended: {self.how_it_ended()}") from None
+                    raise Finding(f"the back-end ended: {self.how_it_ended()}") from None
                 if time.monotonic() > deadline:
                     raise
         self.connections += 1
         self.process = Process(peer_pid(sock))
         return sock
 
+    @property
+    def first_limit(self) -> float:
+        """Seconds for the first answer on the newest connection: a program may still start."""
+        options = self.options
+        return options.start_limit if self.connections <= 1 else options.answer_limit
+
     def output(self) -> str:
-        """What the backend has written, at most the last 20 kB."""
+        """What the back-end has written, at most the last 20 kB."""
         if self.folder is None:
             return ""
         try:
@@ -130,7 +168,7 @@ class Target:
             return ""
 
     def plain(self, text: str) -> str:
-        """*text* with the folder that was made for this backend shown as in its command."""
+        """*text* with the folder that was made for this back-end shown as in its command."""
         if self.folder is None:
             return text
         return text.replace(self.socket, "{socket}").replace(str(self.folder), "{dir}")
@@ -172,22 +210,22 @@ class Target:
         return self.ends_within(limit) and self.popen.returncode >= 0
 
     def expect_healthy(self) -> None:
-        """Raise :class:`Finding` for a crash, or for a traceback in the output."""
+        """Raise :class:`Crash` for an end by a signal, or for a traceback in the output."""
         if self.gone and not self.left_in_peace:
             code = self.popen.poll() if self.popen else 0
             killed = code is not None and code < 0 and code != -signal.SIGTERM
             if self.popen is None or killed or self._cry():
-                raise Finding(f"the backend crashed: {self.how_it_ended()}")
+                raise Crash(f"the back-end crashed: {self.how_it_ended()}")
         cry = self._cry()
         if cry:
-            raise Finding(f"the backend's output has {cry!r}:\n{self.output()[-1500:]}")
+            raise Crash(f"the back-end's output has {cry!r}:\n{self.output()[-1500:]}")
 
     def _cry(self) -> str:
         found = _DEATH_CRIES.search(self.output())
         return found[0] if found else ""
 
     def stop(self) -> None:
-        """End a backend of ours and remove its folder."""
+        """End a back-end of ours and remove its folder."""
         if self.popen is not None and self.popen.poll() is None:
             self.popen.terminate()
             try:

@@ -64,8 +64,8 @@ class Answer:
 class Client:
     """One connection to a vfio-user server; serves its DMA messages while it waits."""
 
-    def __init__(self, sock: socket.socket, limit: float = 2.0) -> None:
-        self.tap = Tap(sock, limit)
+    def __init__(self, sock: socket.socket, limit: float = 2.0, first: float = 0.0) -> None:
+        self.tap = Tap(sock, limit, first)
         self.next_id = 0
         self.ram: GuestRam | None = None
         """Memory in which DMA messages of the server are served."""

@@ -28,6 +28,7 @@ from virtio_formats.vhost_user.requests import Request, request_name
 __all__ = ("FrontEnd", "Reply", "region_payload")
 
 HEADER = VhostUserHeader.SIZE
+REPLY = "vu.header.reply"
 WITH_REPLY = frozenset(
     {
         Request.GET_FEATURES,
@@ -59,7 +60,7 @@ class Reply:
     def u64(self) -> int:
         """The payload as one integer."""
         if len(self.payload) != VhostUserU64.SIZE:
-            raise Finding(f"a reply of {len(self.payload)} bytes where 8 are due")
+            raise Finding(f"a reply of {len(self.payload)} bytes where 8 are due", row=REPLY)
         return VhostUserU64.parse(self.payload).u64
 
 
@@ -76,8 +77,8 @@ def region_payload(region: Region) -> VhostUserMemoryRegion:
 class FrontEnd:
     """One connection to a vhost-user backend."""
 
-    def __init__(self, sock: socket.socket, limit: float = 2.0) -> None:
-        self.tap = Tap(sock, limit)
+    def __init__(self, sock: socket.socket, limit: float = 2.0, first: float = 0.0) -> None:
+        self.tap = Tap(sock, limit, first)
         self.features = 0
         self.protocol = ProtocolFeature(0)
         self.acked = 0
@@ -133,10 +134,12 @@ class FrontEnd:
         if reply.request != request:
             raise Finding(
                 f"a reply to {request_name(reply.request)} where one to"
-                f" {request_name(request)} is due"
+                f" {request_name(request)} is due",
+                row=REPLY,
             )
-        if reply.flags & ~HeaderFlag.NEED_REPLY != VERSION | HeaderFlag.REPLY:
-            raise Finding(f"reply flags {reply.flags:#x}, due is version 1 and the reply bit")
+        if reply.flags != VERSION | HeaderFlag.REPLY:
+            told = f"reply flags {reply.flags:#x}, due is version 1 and the reply bit"
+            raise Finding(told, row=REPLY)
         return reply
 
     def do(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:

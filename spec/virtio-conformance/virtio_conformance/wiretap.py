@@ -44,9 +44,11 @@ def peer_pid(sock: socket.socket) -> int:
 class Tap:
     """A stream socket with descriptors; messages leave their lines in ``log``."""
 
-    def __init__(self, sock: socket.socket, limit: float = 2.0) -> None:
+    def __init__(self, sock: socket.socket, limit: float = 2.0, first: float = 0.0) -> None:
         self.sock = sock
         self.limit = limit
+        self.first = first
+        """Time limit until the first byte comes, if it is longer: the program may still start."""
         self.log = Transcript()
         self.closed = False
 
@@ -62,7 +64,7 @@ class Tap:
             while sent < len(data):
                 sent += self.sock.send(data[sent:])
         except TimeoutError:
-            raise Hang(f"the backend reads nothing for {self.limit} s") from None
+            raise Hang(f"the back-end reads nothing for {self.limit} s") from None
         except (BrokenPipeError, ConnectionResetError):
             self.closed = True
             raise Closed("the connection was closed while sending") from None
@@ -70,7 +72,7 @@ class Tap:
     def receive(self, size: int, limit: float | None = None) -> tuple[bytes, list[int]]:
         """Exactly *size* bytes and the descriptors that came with them."""
         data, fds = b"", list[int]()
-        deadline = time.monotonic() + (self.limit if limit is None else limit)
+        deadline = time.monotonic() + (max(self.limit, self.first) if limit is None else limit)
         while len(data) < size:
             try:
                 part, more = self._once(size - len(data), deadline)
@@ -92,7 +94,8 @@ class Tap:
             part, ancillary = b"", []
         if not part:
             self.closed = True
-            raise Closed("the backend closed the connection")
+            raise Closed("the back-end closed the connection")
+        self.first = 0.0
         return part, _descriptors(ancillary)
 
     def _drop(self, fds: list[int]) -> None:

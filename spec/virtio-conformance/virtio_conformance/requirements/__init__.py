@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The requirement catalogue: what the standards demand of a device, row by row.
 
-One TOML file per chapter.  A row has a stable id, the label of the specification's block it comes
-from, the place of its statement in that block (``at``, counted from 1; rows without one put down
-what the block's running text demands), its strength, a paraphrase, and either the conformance
-tests that check it or the reason why no front-end can.  ``[[elsewhere]]`` entries account for
-statements that do not bind a backend.
+One TOML file for each chapter.  A row has an id, the label of the specification's block that it
+comes from, its strength, a paraphrase, and either the conformance tests that check it or the reason
+why no front-end can.  Where it comes from is one of
 
-``index.json`` is derived from the specifications' sources by :mod:`.count`; together with it the
-catalogue can be shown to be complete (:func:`gaps`).
+``at``
+    the place of a statement with a requirement word (MUST, SHOULD, ...) in the block, from 1;
+``quote``
+    words of a sentence that describes behaviour without such a word, and, where the row does not
+    follow from them at once, how they are read (``reading``);
+``ours``
+    the reason for a rule that no sentence states.  Its strength is OURS: breaking it breaks no
+    standard.
+
+Rows of the chapter on robustness have the strength ROBUST.  ``[[elsewhere]]`` entries account for
+statements that do not bind a back-end.  An id is never given to another row: those of rows that are
+gone are listed in ``retired.toml``.
+
+``index.json`` is derived from the sources of the specifications by :mod:`.count`; together with it
+:func:`gaps` shows whether the catalogue is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +31,22 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-__all__ = ("CHAPTERS", "Chapter", "Elsewhere", "Requirement", "by_id", "chapters", "gaps", "index")
+__all__ = (
+    "CHAPTERS",
+    "VERSION",
+    "Chapter",
+    "Elsewhere",
+    "Requirement",
+    "by_id",
+    "chapters",
+    "gaps",
+    "index",
+    "retired",
+    "revisions",
+)
+
+VERSION = "2"
+"""Version of the catalogue; a row that is added, reworded or retired makes a new one."""
 
 CHAPTERS = (
     "virtio_basic",
@@ -32,7 +58,7 @@ CHAPTERS = (
     "vfio_user",
     "robustness",
 )
-STRENGTHS = ("MUST", "MUST NOT", "SHOULD", "SHOULD NOT", "MAY")
+STRENGTHS = ("MUST", "MUST NOT", "SHOULD", "SHOULD NOT", "MAY", "OURS", "ROBUST")
 
 
 @dataclass(frozen=True)
@@ -44,10 +70,31 @@ class Requirement:
     strength: str
     text: str
     at: int = 0
-    """Which statement of the block, from 1; 0 for one that the running text makes."""
+    """Which statement of the block, from 1; 0 for a row with a quote or of our own."""
+    quote: str = ""
+    """Words of the sentence, where it has no requirement word."""
+    reading: str = ""
+    """How the row follows from the quoted words."""
+    ours: str = ""
+    """Why the rule is there although no sentence states it."""
+    since: str = ""
+    """The first version of the virtio standard that has the statement; empty: 1.2 or before."""
     tests: tuple[str, ...] = ()
     untestable: str = ""
     chapter: str = ""
+
+    def in_version(self, version: str) -> bool:
+        """Return whether the statement is in *version* (``1.2`` ...) of the virtio standard."""
+        return self.since <= version
+
+    @property
+    def source(self) -> str:
+        """What the row rests on, for people: its quote, its place, or its reason."""
+        if self.ours:
+            return f"a rule of this suite: {self.ours}"
+        if self.quote:
+            return f"\u201c{self.quote}\u201d" + (f" {self.reading}" if self.reading else "")
+        return f"statement {self.at} of its block" if self.at else ""
 
 
 @dataclass(frozen=True)
@@ -88,14 +135,22 @@ def _load(name: str) -> Chapter:
 
 @cache
 def by_id() -> dict[str, Requirement]:
-    """Every row by its id; a duplicate raises :class:`ValueError`."""
+    """Return every row by its id; raise :class:`ValueError` for a duplicate or a retired id."""
     found: dict[str, Requirement] = {}
     for chapter in chapters():
         for row in chapter.rows:
-            if row.id in found:
-                raise ValueError(f"requirement {row.id} twice")
+            if row.id in found or row.id in retired():
+                raise ValueError(f"requirement {row.id} is there twice, or is retired")
             found[row.id] = row
     return found
+
+
+@cache
+def retired() -> dict[str, str]:
+    """Return the ids that were used once, and what became of their rows."""
+    text = (files(__package__) / "retired.toml").read_text(encoding="utf-8")
+    gone: dict[str, str] = tomllib.loads(text)["retired"]
+    return gone
 
 
 @cache

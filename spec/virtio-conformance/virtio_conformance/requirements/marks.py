@@ -13,7 +13,7 @@ from pathlib import Path
 
 from virtio_conformance.requirements import CHAPTERS
 
-__all__ = ("SUITE", "marked_tests", "sync")
+__all__ = ("SUITE", "marked_tests", "named_rows", "sync")
 
 SUITE = Path(__file__).parent.parent / "suite"
 
@@ -35,8 +35,14 @@ def _marks(node: ast.FunctionDef) -> list[str]:
     return [str(ast.literal_eval(argument)) for call in wanted for argument in call.args]
 
 
+def named_rows(folder: Path) -> list[str]:
+    """Return the rows that ``row="..."`` and ``about("...")`` name in the files of *folder*."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    return re.findall(r'(?:\brow=|\babout\()"([a-z0-9.-]+)"', text)
+
+
 def sync() -> int:
-    """Rewrite the ``tests`` lines; returns how many chapters changed."""
+    """Rewrite the ``tests`` lines; return how many chapters changed."""
     marks = marked_tests()
     changed = 0
     for name in CHAPTERS:

@@ -14,12 +14,21 @@ of both sides in running text, so there every sentence with such a word counts, 
 from __future__ import annotations
 
 import hashlib
+import html
 import html.parser
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ("VIRTIO_FILES", "Block", "html_blocks", "virtio_blocks")
+__all__ = (
+    "VIRTIO_FILES",
+    "Block",
+    "html_blocks",
+    "plain_html",
+    "plain_tex",
+    "read_blocks",
+    "virtio_blocks",
+)
 
 VIRTIO_FILES = {
     "virtio_basic": "content.tex",
@@ -154,6 +163,18 @@ def _modal(text: str, match: re.Match[str]) -> str:
 
 def _clean(title: str) -> str:
     return " ".join(re.sub("[\uf0c1¶]", "", title).split())
+
+
+def plain_tex(text: str) -> str:
+    """Return the words of a TeX source, without the marks of fields, on one line."""
+    text = re.sub(r"\\(?:field|emph)\{([^}]*)\}", r"\1", text)
+    return " ".join(re.sub(r"\\item(?:\[[^\]]*\])?|[~]", " ", text).split())
+
+
+def plain_html(page: str) -> str:
+    """Return the words of a manual page on one line."""
+    text = re.sub(r"(?s)<(script|style).*?</\1>", "", page)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", text)).split())
 
 
 def read_blocks(path: Path) -> list[Block]:

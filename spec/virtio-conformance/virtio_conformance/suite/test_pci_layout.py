@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from virtio_conformance.findings import not_applicable, require
+from virtio_conformance.findings import about, not_applicable, require
 from virtio_conformance.rig_vfio_user import VfioUserRig
 from virtio_conformance.virtio_pci import VirtioPci
 from virtio_formats.pci import CapId
@@ -69,12 +69,14 @@ def test_bars_size(pci: VirtioPci) -> None:
 @pytest.mark.requirement("pci.id.vendor", "pci.id.device", "pci.id.range")
 def test_vendor_and_device(pci: VirtioPci, split_rig: VfioUserRig) -> None:
     """Vendor 0x1AF4, device 0x1040 plus the virtio ID (or the transitional one)."""
-    require(pci.config(0, 2) == 0x1AF4, f"vendor ID {pci.config(0, 2):#x}")
     device = pci.config(2, 2)
-    require(0x1000 <= device <= 0x107F, f"device ID {device:#x}")
+    vendor = pci.config(0, 2)
+    require(vendor == 0x1AF4, f"vendor ID {vendor:#x}", row="pci.id.vendor")
+    require(0x1000 <= device <= 0x107F, f"device ID {device:#x}", row="pci.id.range")
     expected = split_rig.profile.device_id
     if expected and device >= 0x1040:
-        require(device == 0x1040 + expected, f"device ID {device:#x} for virtio ID {expected}")
+        told = f"device ID {device:#x} for virtio ID {expected}"
+        require(device == 0x1040 + expected, told, row="pci.id.device")
 
 
 @pytest.mark.requirement("pci.id.revision", "pci.id.subsystem-device")
@@ -82,8 +84,10 @@ def test_modern_revision(pci: VirtioPci) -> None:
     """A non-transitional device has a revision of 1 and a subsystem device ID of 0x40 or more."""
     if pci.config(2, 2) < 0x1040:
         not_applicable("a transitional device")
-    require(pci.config(8, 1) >= 1, f"revision {pci.config(8, 1)}")
-    require(pci.config(0x2E, 2) >= 0x40, f"subsystem device ID {pci.config(0x2E, 2):#x}")
+    subsystem = pci.config(0x2E, 2)
+    require(pci.config(8, 1) >= 1, f"revision {pci.config(8, 1)}", row="pci.id.revision")
+    told = f"subsystem device ID {subsystem:#x}"
+    require(subsystem >= 0x40, told, row="pci.id.subsystem-device")
 
 
 @pytest.mark.requirement(
@@ -91,8 +95,11 @@ def test_modern_revision(pci: VirtioPci) -> None:
 )
 def test_structures_are_there(pci: VirtioPci) -> None:
     """Common, notification and ISR structures, and the configuration access capability."""
-    for kind in (CapType.COMMON_CFG, CapType.NOTIFY_CFG, CapType.ISR_CFG, CapType.PCI_CFG):
-        pci.find(kind)
+    rows = {CapType.COMMON_CFG: "common", CapType.NOTIFY_CFG: "notify", CapType.ISR_CFG: "isr",
+            CapType.PCI_CFG: "cfg-access"}  # fmt: skip
+    for kind, name in rows.items():
+        with about(f"pci.{name}.present"):
+            pci.find(kind)
 
 
 @pytest.mark.requirement("pci.cap.length", "pci.common.aligned", "pci.device-config.aligned")
@@ -103,7 +110,10 @@ def test_structures_lie_well(pci: VirtioPci) -> None:
         least = due.get(CapType(found.type), 16) if found.type in list(CapType) else 16
         require(len(found.cap.raw) >= least, f"cap_len {len(found.cap.raw)} of type {found.type}")
         if found.type in (CapType.COMMON_CFG, CapType.DEVICE_CFG):
-            require(found.offset % 4 == 0, f"type {found.type} at offset {found.offset:#x}")
+            common = found.type == CapType.COMMON_CFG
+            row = f"pci.{'common' if common else 'device-config'}.aligned"
+            told = f"type {found.type} at offset {found.offset:#x}"
+            require(found.offset % 4 == 0, told, row=row)
         if found.type in (CapType.PCI_CFG, CapType.VENDOR_CFG):
             continue
         require(found.bar < 6, f"type {found.type} in BAR {found.bar}")
@@ -120,15 +130,16 @@ def test_structures_lie_well(pci: VirtioPci) -> None:
 def test_notification_structure(pci: VirtioPci, offered: int) -> None:
     """Alignment, multiplier and length fit every queue."""
     notify = pci.find(CapType.NOTIFY_CFG)
-    require(notify.offset % 2 == 0, f"offset {notify.offset:#x}")
+    require(notify.offset % 2 == 0, f"offset {notify.offset:#x}", row="pci.notify.aligned")
     factor = notify.multiplier
     even_power = factor & (factor - 1) == 0 and factor != 1
-    require(even_power, f"multiplier {factor}")
-    require(notify.length >= 2, f"length {notify.length}")
+    require(even_power, f"multiplier {factor}", row="pci.notify.multiplier")
+    require(notify.length >= 2, f"length {notify.length}", row="pci.notify.length")
     for index in range(pci.get("num_queues")):
         pci.set("queue_select", index)
         end = pci.get("queue_notify_off") * factor + 2
-        require(notify.length >= end, f"queue {index} is notified at {end - 2:#x}")
+        told = f"queue {index} is notified at {end - 2:#x}"
+        require(notify.length >= end, told, row="pci.notify.formula")
 
 
 @pytest.mark.requirement(
@@ -141,12 +152,17 @@ def test_notification_structure_with_data(pci: VirtioPci, offered: int) -> None:
         not_applicable("NOTIFICATION_DATA is not offered")
     notify = pci.find(CapType.NOTIFY_CFG)
     factor = notify.multiplier
-    require(notify.offset % 4 == 0 and notify.length >= 4, f"{notify.offset:#x}, {notify.length}")
-    require(factor == 0 or (factor % 4 == 0 and factor & (factor - 1) == 0), f"factor {factor}")
+    told = f"offset {notify.offset:#x}"
+    require(notify.offset % 4 == 0, told, row="pci.notify.data-aligned")
+    told = f"length {notify.length}"
+    require(notify.length >= 4, told, row="pci.notify.data-length")
+    good = factor == 0 or (factor % 4 == 0 and factor & (factor - 1) == 0)
+    require(good, f"multiplier {factor}", row="pci.notify.data-multiplier")
     for index in range(pci.get("num_queues")):
         pci.set("queue_select", index)
         end = pci.get("queue_notify_off") * factor + 4
-        require(notify.length >= end, f"queue {index} is notified at {end - 4:#x}")
+        told = f"queue {index} is notified at {end - 4:#x}"
+        require(notify.length >= end, told, row="pci.notify.data-formula")
 
 
 @pytest.mark.requirement("pci.shm.inside-bar", "pci.shm.unique-id")
@@ -156,7 +172,7 @@ def test_shared_memory_regions(pci: VirtioPci) -> None:
     if not regions:
         not_applicable("the device has no shared memory")
     ids = [region.id for region in regions]
-    require(len(set(ids)) == len(ids), f"ids {ids}")
+    require(len(set(ids)) == len(ids), f"ids {ids}", row="pci.shm.unique-id")
     for region in regions:
         high_offset, high_length = struct.unpack_from("<II", region.cap.raw, 16)
         end = region.offset + region.length + (high_offset + high_length << 32)
@@ -173,7 +189,8 @@ def test_vendor_data(pci: VirtioPci) -> None:
     for one in found:
         vendor = int.from_bytes(one.cap.raw[4:6], "little")
         require(vendor != 0x1AF4, "vendor data of the vendor 0x1AF4")
-        require(len(one.cap.raw) % 4 == 0, f"{len(one.cap.raw)} bytes of vendor data")
+        told = f"{len(one.cap.raw)} bytes of vendor data"
+        require(len(one.cap.raw) % 4 == 0, told, row="pci.vendor.size")
 
 
 @pytest.mark.requirement("pci.cfg-access.read", "pci.cfg-access.write")
@@ -192,7 +209,8 @@ def test_access_through_configuration_space(pci: VirtioPci) -> None:
     for select in (1, 0):
         point(0, 4)
         pci.set_config(window + 16, 4, select)
-        require(pci.get("device_feature_select") == select, "a write through the window is lost")
+        told = "a write through the window is lost"
+        require(pci.get("device_feature_select") == select, told, row="pci.cfg-access.write")
     for offset, length in ((0xFFFFFFFC, 4), (0, 3), (1 << 20, 4), (0, 64)):
         point(offset, length)
         pci.config(window + 16, 4)
@@ -208,7 +226,7 @@ def test_device_feature_windows(pci: VirtioPci) -> None:
         require(pci.get("device_feature_select") == select, "the select does not read back")
         words.append(pci.get("device_feature"))
     require(words[0] == words[7] and words[1] == words[6], "the same select shows two values")
-    require(words[1] & 1, "VERSION_1 is not offered")
+    require(words[1] & 1, "VERSION_1 is not offered", row="basic.features.version-1")
     require(not any(words[4:6]), f"features beyond bit 127: {words[4:6]}")
 
 
@@ -240,11 +258,14 @@ def test_reset_values(split_rig: VfioUserRig) -> None:
         rig.start_ring(index, rig.make_ring(16))
     pci.reset()
     require(pci.get("device_status") == 0, f"status {pci.get('device_status')}")
-    require(pci.get("config_msix_vector") == 0xFFFF, "the configuration vector survives a reset")
+    told = "the configuration vector survives a reset"
+    require(pci.get("config_msix_vector") == 0xFFFF, told, row="pci.msix.reset")
     for index in range(pci.get("num_queues")):
         pci.set("queue_select", index)
-        require(pci.get("queue_enable") == 0, f"queue {index} is enabled after a reset")
-        require(pci.get("queue_msix_vector") == 0xFFFF, f"queue {index} keeps its vector")
+        told = f"queue {index} is enabled after a reset"
+        require(pci.get("queue_enable") == 0, told, row="pci.common.queue-enable-reset")
+        told = f"queue {index} keeps its vector"
+        require(pci.get("queue_msix_vector") == 0xFFFF, told, row="pci.msix.reset")
 
 
 @pytest.mark.requirement("pci.common.queue-size-unavailable", "pci.common.queue-size-power")
@@ -254,10 +275,12 @@ def test_queue_sizes(pci: VirtioPci) -> None:
     for index in range(count):
         pci.set("queue_select", index)
         size = pci.get("queue_size")
-        require(size & (size - 1) == 0, f"queue {index} has {size} descriptors")
+        told = f"queue {index} has {size} descriptors"
+        require(size & (size - 1) == 0, told, row="pci.common.queue-size-power")
     for index in (count, count + 1, 0x7FFF, 0xFFFF):
         pci.set("queue_select", index)
-        require(pci.get("queue_size") == 0, f"queue {index} of {count} has a size")
+        told = f"queue {index} of {count} has a size"
+        require(pci.get("queue_size") == 0, told, row="pci.common.queue-size-unavailable")
 
 
 @pytest.mark.requirement("pci.common.admin-index", "pci.common.admin-num")
@@ -268,7 +291,8 @@ def test_administration_queues(pci: VirtioPci, offered: int) -> None:
     require(pci.accept(1 << 32 | 1 << VIRTIO_F_ADMIN_VQ), "ADMIN_VQ is refused")
     index, number = pci.get("admin_queue_index"), pci.get("admin_queue_num")
     require(index >= pci.get("num_queues"), f"admin_queue_index {index}")
-    require(number <= 0x10000 - index, f"{number} administration queues from {index} on")
+    told = f"{number} administration queues from {index} on"
+    require(number <= 0x10000 - index, told, row="pci.common.admin-num")
 
 
 @pytest.mark.requirement("pci.config.halves")
@@ -290,9 +314,10 @@ def test_msix_table_size(pci: VirtioPci) -> None:
     if not msix:
         not_applicable("the device has no MSI-X")
     size = (int.from_bytes(msix[0].raw[2:4], "little") & 0x7FF) + 1
-    require(2 <= size <= 0x800, f"{size} vectors")
+    require(2 <= size <= 0x800, f"{size} vectors", row="pci.msix.table-size")
     count = pci.client.irq_info(PciIrq.MSIX).count
-    require(count == size, f"table size {size}, interrupt info says {count}")
+    told = f"table size {size}, interrupt info says {count}"
+    require(count == size, told, row="vf.irq.info")
 
 
 @pytest.mark.requirement(
@@ -310,14 +335,16 @@ def test_vector_registers(pci: VirtioPci) -> None:
         pci.set("queue_select", 0)
         for vector in {0, 1, count // 2, count - 1}:
             pci.set(name, vector)
-            require(pci.get(name) == vector, f"{name} {vector} reads {pci.get(name):#x}")
+            got = pci.get(name)
+            require(got == vector, f"{name} {vector} reads {got:#x}", row="pci.msix.read-back")
         for vector in {count, 0x7FF, 0x800, 0xFFFE}:
             pci.set(name, vector)
             got = pci.get(name)
             due = vector if vector < count else 0xFFFF
-            require(got == due, f"{name} {vector:#x} of {count} reads {got:#x}")
+            told = f"{name} {vector:#x} of {count} reads {got:#x}"
+            require(got == due, told, row="pci.msix.mapping-failure")
         pci.set(name, 0xFFFF)
-        require(pci.get(name) == 0xFFFF, f"{name} cannot be unmapped")
+        require(pci.get(name) == 0xFFFF, f"{name} cannot be unmapped", row="pci.msix.unmap")
 
 
 @pytest.mark.requirement("basic.features.sr-iov", "basic.features.no-sr-iov")
@@ -343,4 +370,5 @@ def test_queue_reset_register_at_rest(split_rig: VfioUserRig) -> None:
     rig.pci.set("queue_select", 0)
     require(rig.pci.get("queue_reset") == 0, "queue_reset after a reset")
     rig.start_ring(0, rig.make_ring(16))
-    require(rig.pci.get("queue_reset") == 0, "queue_reset of an enabled queue")
+    told = "queue_reset of an enabled queue"
+    require(rig.pci.get("queue_reset") == 0, told, row="pci.common.queue-reset-enabled")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from virtio_conformance.findings import not_applicable, require
+from virtio_conformance.findings import about, not_applicable, require
 from virtio_conformance.memory import Picture
 from virtio_conformance.rig import Rig
 from virtio_conformance.rig_vhost_user import VhostUserRig
@@ -30,14 +30,16 @@ def aftermath(
     rig.ram.expect_untouched(before, spans)
     other = rig.profile.other
     if other is not None and not rig.target.gone and rig.usable():
-        rig.run([rig.profile.exchange(rig, 5)], queue=other, watch=False)
+        with about("ring.others-live"):
+            rig.run([rig.profile.exchange(rig, 5)], queue=other, watch=False)
     if again is not None and not rig.target.gone:
         rig.leave()
         if rig.target.ends_after_a_connection():
             return
-        fresh = again(rig.packed)
-        fresh.bring_up()
-        fresh.run([fresh.profile.exchange(fresh, 1)])
+        with about("ring.others-live"):
+            fresh = again(rig.packed)
+            fresh.bring_up()
+            fresh.run([fresh.profile.exchange(fresh, 1)])
 
 
 def rests(rig: Rig) -> bool:
@@ -61,7 +63,7 @@ def offer(rig: Rig, head: int) -> Picture:
 def up(rig: Rig, *bits: int) -> SplitRing:
     """Bring up with a small split ring that has served one request."""
     ring = rig.bring_up(*bits, size=16)
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     assert isinstance(ring, SplitRing)
     return ring
 
@@ -80,7 +82,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.requirement("ring.loop", "ring.others-live", "vu.reconnect")
+@pytest.mark.requirement("ring.loop", "ring.others-live")
 @pytest.mark.parametrize("length", [0, 1], ids=["empty", "bytes"])
 @pytest.mark.parametrize("shape", LOOPS)
 def test_descriptor_loop(new_rig: Callable[..., Rig], shape: str, length: int) -> None:
@@ -152,7 +154,7 @@ def test_addresses_outside_memory(
     """A buffer that is not, or not wholly, in memory."""
     rig = new_rig(packed)
     rig.bring_up(size=16)
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     addr, length = ADDRESSES[place]
     good = rig.request(1)
     for i, s in enumerate(good.segments):
@@ -206,7 +208,8 @@ def test_wrong_directions(new_rig: Callable[..., Rig], packed: bool, how: str) -
     before = rig.ram.picture()
     rig.main.publish()
     rig.kick(rig.profile.main)
-    aftermath(rig, before, rig.allowed([placed]), new_rig)
+    with about("ring.readable-after-writable" if how == "reversed" else "ring.wrong-direction"):
+        aftermath(rig, before, rig.allowed([placed]), new_rig)
 
 
 INDIRECT_SHAPES = [
@@ -258,12 +261,12 @@ def test_indirect_without_negotiation(new_rig: Callable[..., Rig]) -> None:
     aftermath(rig, before, rig.allowed([placed]), new_rig)
 
 
-@pytest.mark.requirement("ring.return-or-stop", "ring.others-live")
+@pytest.mark.requirement("ring.return-or-stop")
 def test_bad_buffers_among_good_ones(new_rig: Callable[..., Rig], packed: bool) -> None:
     """After a bad buffer the queue either goes on, every good one coming back once, or stops."""
     rig = new_rig(packed)
     ring = rig.bring_up(size=16)
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     good = [rig.submit(rig.request(serial)) for serial in range(2)]
     bad_slot = ring.add([Segment(0x3000_0000, 64)], publish=False)
     good += [rig.submit(rig.request(serial)) for serial in (2, 3)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from virtio_conformance.findings import not_applicable, require
+from virtio_conformance.findings import not_applicable, preparing, require
 from virtio_conformance.rig import Rig
 from virtio_conformance.ring import Used
 from virtio_formats.virtio.features import VIRTIO_F_EVENT_IDX, has
@@ -20,8 +20,9 @@ QUIET = 0.06
 
 
 def one(rig: Rig, serial: int) -> None:
-    """One request through the main ring, without looking at notifications."""
-    rig.run([rig.profile.exchange(rig, serial)], watch=False)
+    """One request through the main ring; without it nothing is known of notifications."""
+    with preparing():
+        rig.run([rig.profile.exchange(rig, serial)], watch=False)
 
 
 def signals(rig: Rig, limit: float = QUIET) -> int:
@@ -51,7 +52,8 @@ def test_silent_when_unwanted(rig: Rig) -> None:
     require(not signals(rig), "a notification although the driver wants none")
     ring.interrupts("on")
     one(rig, 9)
-    require(signals(rig, 2.0), "no notification after they were wanted again")
+    row = rig.ring_row("used-notify.flag-clear", "event.enable")
+    require(signals(rig, 2.0), "no notification after they were wanted again", row=row)
 
 
 @pytest.mark.requirement("split.used-notify.event-ignored")
@@ -95,15 +97,19 @@ def test_event_index(rig: Rig, after: int) -> None:
     """With EVENT_IDX the notification comes at the named buffer, not before it."""
     ring = rig.bring_up(VIRTIO_F_EVENT_IDX, size=16)
     step = len(rig.request().segments) if rig.packed else 1
+    early = rig.ring_row("used-notify.event-miss", "event.desc-miss")
+    due = rig.ring_row("used-notify.event-hit", "event.desc-hit")
     one(rig, 99)
     for turn in range(8):
         ring.interrupts("event", after * step)
         signals(rig, 0.01)
         for serial in range(after):
             one(rig, 4 * turn + serial)
-            require(not signals(rig, 0.02), f"notified {after - serial} buffers too early")
+            told = f"notified {after - serial} buffers too early"
+            require(not signals(rig, 0.02), told, row=early)
         one(rig, 4 * turn + after)
-        require(signals(rig, 2.0), f"no notification at the named buffer, turn {turn}")
+        told = f"no notification at the named buffer, turn {turn}"
+        require(signals(rig, 2.0), told, row=due)
 
 
 @pytest.mark.requirement("split.used-notify.event-miss", "packed.event.desc-miss")
@@ -147,12 +153,13 @@ def test_event_index_past_65535(split_rig: Rig) -> None:
         rig.main.interrupts("event", 1)
         signals(rig, 0.01)
         one(rig, 2 * turn)
-        require(not signals(rig, 0.02), f"notified too early, turn {turn}")
+        told = f"notified too early, turn {turn}"
+        require(not signals(rig, 0.02), told, row="split.used-notify.event-miss")
         one(rig, 2 * turn + 1)
         require(signals(rig, 2.0), f"no notification around 65535, turn {turn}")
 
 
-@pytest.mark.requirement("split.avail-notify.spurious", "vu.ring.enabled")
+@pytest.mark.requirement("split.avail-notify.spurious", "packed.avail-notify.spurious")
 def test_spurious_kicks(rig: Rig) -> None:
     """Notifications without buffers do no harm, however many."""
     rig.bring_up()
@@ -174,7 +181,8 @@ def test_used_flags(split_rig: Rig, event_idx: bool) -> None:
     for serial in range(20):
         one(rig, serial)
         flags = ring.used_flags
-        require(flags in ((0,) if event_idx else (0, 1)), f"used flags {flags:#x}")
+        row = f"split.avail-notify.flags-{'zero' if event_idx else 'values'}"
+        require(flags in ((0,) if event_idx else (0, 1)), f"used flags {flags:#x}", row=row)
 
 
 @pytest.mark.requirement("packed.event.device-values")

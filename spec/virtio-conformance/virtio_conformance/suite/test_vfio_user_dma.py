@@ -74,18 +74,22 @@ def test_map_and_unmap(session: Client, ram: GuestRam, target: Any) -> None:
     before = held(target)
     for region in ram.regions:
         require(not session.map(region).failed, "DMA_MAP failed")
-    require(held(target) > before, "regions with a descriptor are neither mapped nor open")
+    told = "regions with a descriptor are neither mapped nor open"
+    require(held(target) > before, told, row="vf.dma.map-default")
     region = ram.regions[1]
     for address, size in ((region.guest, PAGE), (region.guest + PAGE, region.size - PAGE),
                           (region.guest, region.size * 2)):  # fmt: skip
         payload = DmaUnmap(argsz=24, flags=0, address=address, size=size).build()
-        require(session.ask(Command.DMA_UNMAP, payload).failed, "a part can be unmapped")
+        told = "a part can be unmapped"
+        require(session.ask(Command.DMA_UNMAP, payload).failed, told, row="vf.dma.unmap-exact")
     for region in ram.regions:
         answer = session.unmap(region)
         require(not answer.failed, f"DMA_UNMAP failed with errno {answer.error}")
         due = DmaUnmap(argsz=24, flags=0, address=region.guest, size=region.size).build()
-        require(answer.payload[8:] == due[8:], f"the reply says {answer.payload.hex()}")
-    require(held(target) <= before, "something of the memory is held after DMA_UNMAP")
+        told = f"the reply says {answer.payload.hex()}"
+        require(answer.payload[8:] == due[8:], told, row="vf.dma.unmap-exact")
+    told = "something of the memory is held after DMA_UNMAP"
+    require(held(target) <= before, told, row="vf.dma.unmap-releases")
     require(not session.map(ram.regions[0]).failed, "mapping again failed")
 
 
@@ -120,7 +124,7 @@ def test_map_of_a_pipe(session: Client) -> None:
     os.close(writer)
 
 
-@pytest.mark.requirement("vf.disconnect.cleanup", "vf.robust.leak")
+@pytest.mark.requirement("vf.disconnect.cleanup")
 def test_memory_is_let_go_of_when_the_client_leaves(
     new_client: Callable[[], Client], target: Any, ram: GuestRam
 ) -> None:
@@ -175,8 +179,9 @@ def test_memory_without_descriptor(new_rig: MakeRig, packed: bool) -> None:
     require(seen, "no DMA message, yet buffers came back")
     for _, address, count in seen:
         inside = any(r.guest <= address and address + count <= r.end for r in rig.ram.regions)
-        require(inside or count == 0, f"DMA message of {count} bytes at {address:#x}")
-        require(count <= 1 << 20, f"DMA message of {count} bytes")
+        told = f"DMA message of {count} bytes at {address:#x}"
+        require(inside or count == 0, told, row="vf.dma.message-exported")
+        require(count <= 1 << 20, f"DMA message of {count} bytes", row="vf.access.limit")
 
 
 @pytest.mark.requirement("vf.access.limit")
@@ -203,7 +208,7 @@ def test_dma_that_fails(new_rig: MakeRig, how: str) -> None:
     """Short answers and errors to DMA messages are borne."""
     rig = by_messages(new_rig, False)
     rig.bring_up(size=16)
-    rig.run([rig.request(0)])
+    rig.warm_up()
     rig.client.short_dma = 1 if how == "short" else 0
     rig.client.refuse_dma = how == "refused"
     rig.submit(rig.request(1))
@@ -216,12 +221,12 @@ def test_dma_that_fails(new_rig: MakeRig, how: str) -> None:
     rig.survive(spinning=True)
 
 
-@pytest.mark.requirement("vf.dma.unmap-releases", "vf.dma.message-exported")
+@pytest.mark.requirement("vf.dma.unmap-releases")
 def test_ring_unmapped_while_running(new_rig: MakeRig, packed: bool) -> None:
     """After DMA_UNMAP nothing in that memory is touched, though the ring is still enabled."""
     rig = new_rig(packed)
     rig.bring_up(size=16)
-    rig.run([rig.request(0)])
+    rig.warm_up()
     for region in rig.ram.regions:
         require(not rig.client.unmap(region).failed, "DMA_UNMAP failed")
     rig.submit(rig.request(1))
@@ -237,12 +242,12 @@ def test_ring_unmapped_while_running(new_rig: MakeRig, packed: bool) -> None:
     rig.ram.expect_untouched(before, rig.main.publish_span)
 
 
-@pytest.mark.requirement("vf.dma.unmap-releases", "vf.dma.map")
+@pytest.mark.requirement("vf.dma.map")
 def test_memory_mapped_anew(new_rig: MakeRig) -> None:
     """Regions unmapped and mapped again (as for a guest's reboot) serve a device reset between."""
     rig = new_rig(False)
     rig.bring_up(size=16)
-    rig.run([rig.request(0)])
+    rig.warm_up()
     for region in rig.ram.regions:
         rig.client.unmap(region)
     rig.pci.reset()

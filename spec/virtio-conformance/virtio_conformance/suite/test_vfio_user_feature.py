@@ -109,7 +109,7 @@ def reachable(edges: list[tuple[int, int]], start: int) -> set[int]:
     return found
 
 
-@pytest.mark.requirement("vf.migration.complete", "vf.migration.path", "vf.feature.echo")
+@pytest.mark.requirement("vf.migration.path", "vf.migration.complete")
 @pytest.mark.parametrize(
     "start", [S.RUNNING, S.STOP, S.STOP_COPY, S.RESUMING], ids=lambda s: s.name
 )
@@ -127,7 +127,8 @@ def test_transitions(session: Client, start: DeviceState, end: DeviceState) -> N
         require(answer.failed, f"{start.name} to {end.name} succeeds")
         return
     require(not answer.failed, f"{start.name} to {end.name} failed with errno {answer.error}")
-    require(state(session) == end, f"state {state(session)} after the reply, due is {end.name}")
+    told = f"state {state(session)} after the reply, due is {end.name}"
+    require(state(session) == end, told, row="vf.migration.complete")
 
 
 @pytest.mark.requirement("vf.migration.no-backwards")
@@ -154,13 +155,13 @@ def stream(client: Client) -> bytes:
         require(len(found) < 1 << 24, "the migration stream does not end")
 
 
-@pytest.mark.requirement("vf.migration.complete", "vf.migration.path", "vf.disconnect.state-kept")
+@pytest.mark.requirement("vf.migration.complete")
 def test_state_saved_and_loaded(new_rig: Callable[..., VfioUserRig]) -> None:
     """A device saved and loaded again goes on where its rings stood; stopped, it is silent."""
     rig = new_rig(False)
     need(rig.client, Feature.MIG_DEVICE_STATE, SET)
     rig.bring_up(size=16)
-    rig.run([rig.request(0)])
+    rig.warm_up()
     require(not go(rig.client, S.STOP_COPY).failed, "STOP_COPY failed")
     saved = stream(rig.client)
     placed = rig.submit(rig.request(1))
@@ -221,7 +222,8 @@ def report(rig: VfioUserRig, iova: int, length: int, page: int = PAGE) -> set[in
     raw = np.frombuffer(answer.payload[32:], np.uint8)
     bits = np.flatnonzero(np.unpackbits(raw, bitorder="little"))
     pages = -(-length // page)
-    require(not bits.size or int(bits[-1]) < pages, f"bit {bits[-1:]} of {pages} is set")
+    told = f"bit {bits[-1:]} of {pages} is set"
+    require(not bits.size or int(bits[-1]) < pages, told, row="vf.log.zero-outside")
     return {iova + int(bit) * page for bit in bits}
 
 
@@ -244,7 +246,7 @@ def test_dma_logging(new_rig: Callable[..., VfioUserRig], packed: bool) -> None:
     for addr in range(placed.writable_at, placed.writable_at + used.len, PAGE):
         require(addr // PAGE * PAGE in found, f"written page {addr:#x} is not reported")
     again = {page for iova, length in spans for page in report(rig, iova, length)}
-    require(not again, f"pages reported twice: {sorted(again)[:4]}")
+    require(not again, f"pages reported twice: {sorted(again)[:4]}", row="vf.log.exact")
     rig.run([rig.request(1)])
     for iova, length in spans:
         found |= report(rig, iova, length - 3 * PAGE)
@@ -264,7 +266,7 @@ def test_dma_logging_of_everything(new_rig: Callable[..., VfioUserRig]) -> None:
     require(low in report(rig, 0, 2 << 20), "the used ring is not reported")
 
 
-@pytest.mark.requirement("vf.log.zero-outside", "vf.robust.size")
+@pytest.mark.requirement("vf.robust.size")
 @pytest.mark.parametrize(
     ("iova", "length", "page"),
     [(0, 1 << 63, PAGE), ((1 << 64) - PAGE, 2 * PAGE, PAGE), (0, PAGE, 0), (0, PAGE, 3),
@@ -286,7 +288,7 @@ def test_dma_log_reports_that_make_no_sense(
     rig.survive()
 
 
-@pytest.mark.requirement("vf.feature.echo", "vf.robust.size")
+@pytest.mark.requirement("vf.robust.size")
 @pytest.mark.parametrize("index", list(Feature), ids=lambda f: f.name)
 @pytest.mark.parametrize("length", [0, 3, 100])
 def test_features_with_wrong_payloads(session: Client, index: Feature, length: int) -> None:

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from virtio_conformance.findings import Closed, Hang, not_applicable, require
+from virtio_conformance.findings import Closed, Hang, about, not_applicable, require
 from virtio_conformance.rig_vhost_user import COMMON_PROTOCOL, VhostUserRig
 from virtio_conformance.target import Options
 from virtio_conformance.vhost_user import FrontEnd
@@ -54,12 +54,15 @@ def test_protocol_features(split_rig: VhostUserRig) -> None:
         not_applicable("protocol features are not offered")
     offered = fe.get_u64(Request.GET_PROTOCOL_FEATURES)
     known = sum(P)
-    require(not offered & ~known, f"unknown protocol features {offered & ~known:#x}")
-    if offered & P.GET_VRING_BASE_INFLIGHT:
-        require(offered & P.INFLIGHT_SHMFD, "GET_VRING_BASE_INFLIGHT without INFLIGHT_SHMFD")
     fe.send(Request.SET_PROTOCOL_FEATURES, word(offered & COMMON_PROTOCOL))
-    require(fe.usable(), "SET_PROTOCOL_FEATURES before SET_FEATURES ends the connection")
-    require(offered & P.MQ, "PROTOCOL_F_MQ is not offered")
+    told = "SET_PROTOCOL_FEATURES before SET_FEATURES ends the connection"
+    require(fe.usable(), told, row="vu.protocol-features.early-set")
+    if offered & P.GET_VRING_BASE_INFLIGHT:
+        told = "GET_VRING_BASE_INFLIGHT is offered without INFLIGHT_SHMFD"
+        require(offered & P.INFLIGHT_SHMFD, told, row="vu.base.inflight-pair")
+    told = f"unknown protocol features {offered & ~known:#x}"
+    require(not offered & ~known, told, row="vu.protocol-features.known")
+    require(offered & P.MQ, "PROTOCOL_F_MQ is not offered", row="vu.mq.offered")
 
 
 @pytest.mark.requirement("vu.mq.queue-num")
@@ -109,7 +112,8 @@ def test_acknowledgements(split_rig: VhostUserRig) -> None:
         (Request.SET_PROTOCOL_FEATURES, word(int(fe.protocol))),
     ):
         fe.send(request, payload, need_reply=True)
-        require(fe.expect_reply(request).u64 == 0, f"{request.name} was refused")
+        told = f"{request.name} was refused"
+        require(fe.expect_reply(request).u64 == 0, told, row="vu.reply-ack.value")
     require(fe.tap.silent(0.05), "a second reply")
 
 
@@ -202,7 +206,9 @@ def test_nothing_unasked_on_the_backend_channel(split_rig: VhostUserRig) -> None
         except TimeoutError:
             return
     header = VhostUserHeader.parse(raw)
-    require(header.request not in (1, 3), f"backend request {header.request} was not negotiated")
+    row = "vu.backend.notifier-gated" if header.request == 3 else "vu.backend.iotlb-gated"
+    told = f"back-end request {header.request} was not negotiated"
+    require(header.request not in (1, 3), told, row=row)
 
 
 @pytest.mark.requirement("vu.backend.config-change", "vu.suspended")
@@ -228,7 +234,7 @@ def test_configuration_change_is_announced(split_rig: VhostUserRig, options: Opt
         ours.settimeout(0.15)
         rig.change_configuration()
         try:
-            require(not ours.recv(12), "a message from a suspended device")
+            require(not ours.recv(12), "a message from a suspended device", row="vu.suspended")
         except TimeoutError:
             pass
 
@@ -286,7 +292,7 @@ def test_set_config_of_read_only_fields(split_rig: VhostUserRig) -> None:
         require(after == before, f"read-only field at {offset} now reads {after.hex()}")
 
 
-@pytest.mark.requirement("vu.config.flags", "vu.robust.size")
+@pytest.mark.requirement("vu.robust.size")
 @pytest.mark.parametrize("offset", [0, 8, 60, 252, 0xFFFFFFFC])
 def test_set_config_that_makes_no_sense(split_rig: VhostUserRig, offset: int) -> None:
     """Writes beyond the configuration space and unknown flags do no harm."""
@@ -319,7 +325,7 @@ def test_reset_owner(split_rig: VhostUserRig) -> None:
     require(fe.usable(), "RESET_OWNER ends the connection")
 
 
-@pytest.mark.requirement("vu.close-rarely")
+@pytest.mark.requirement("vu.close-rarely", "program.healthy")
 def test_a_whole_session_stays_open(split_rig: VhostUserRig) -> None:
     """A good session from handshake to stop never loses the connection."""
     rig = split_rig
@@ -365,14 +371,15 @@ def save_state(rig: VhostUserRig) -> bytes:
     """Bring a device up, stop it, and read its state."""
     rig.protocol = COMMON_PROTOCOL | P.DEVICE_STATE
     rig.bring_up()
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     for index in rig.rings:
         rig.stop_ring(index)
     reader, writer = os.pipe()
     reply = rig.fe.ask(Request.SET_DEVICE_STATE_FD, bytes(8), [writer])
     os.close(writer)
     if reply.fds:
-        require(reply.u64 == 0, "a descriptor together with an error")
+        told = "a descriptor together with an error"
+        require(reply.u64 == 0, told, row="vu.state.error-without-fd")
         os.close(reader)
         reader = reply.fds[0]
     else:
@@ -391,9 +398,10 @@ def test_device_state_loaded(split_rig: VhostUserRig, new_rig: object) -> None:
     state = save_state(rig)
     ring, base = rig.main, rig.main.base
     load_state(rig, state)
-    for index, other in list(rig.rings.items()):
-        rig.start_ring(index, other, base=base if other is ring else None)
-    rig.run([rig.profile.exchange(rig, 1)])
+    with about("vu.state.transparent"):
+        for index, other in list(rig.rings.items()):
+            rig.start_ring(index, other, base=base if other is ring else None)
+        rig.run([rig.profile.exchange(rig, 1)])
 
 
 def load_state(rig: VhostUserRig, state: bytes) -> None:

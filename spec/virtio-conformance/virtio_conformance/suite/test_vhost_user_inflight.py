@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from virtio_conformance.findings import Closed, not_applicable, require
+from virtio_conformance.findings import Closed, not_applicable, preparing, require
 from virtio_conformance.rig_vhost_user import COMMON_PROTOCOL, VhostUserRig
 from virtio_formats.vhost_user.features import ProtocolFeature as P
 from virtio_formats.vhost_user.payloads import VhostUserInflight
@@ -72,11 +72,13 @@ def test_inflight_region_after_work(rig: VhostUserRig) -> None:
     """When all buffers are back, none is marked; the used index is the ring's."""
     need_inflight(rig)
     answer, fd = inflight_region(rig)
-    start_with(rig, answer, fd)
-    rig.profile.prepare(rig)
-    for serial in range(5):
-        rig.run([rig.profile.exchange(rig, serial)])
-    rig.fe.barrier()
+    with preparing():
+        start_with(rig, answer, fd)
+        rig.profile.prepare(rig)
+        for serial in range(5):
+            rig.run([rig.profile.exchange(rig, serial)])
+        rig.fe.barrier()
+    row = f"vu.inflight.{'packed' if rig.packed else 'split'}"
     count = max(rig.profile.queues) + 1
     with mmap.mmap(fd, answer.mmap_size + answer.mmap_offset) as view:
         data = view[answer.mmap_offset :]
@@ -88,10 +90,10 @@ def test_inflight_region_after_work(rig: VhostUserRig) -> None:
         version, number, _, used = struct.unpack_from("<HHHH", data, at + 8)
         marks = data[at + 16 : at + 16 + 16 * SIZE : 16]
         due = rig.main_split.used_idx
-        require(used == due, f"used_idx {used}, the ring says {due}")
-    require(version == 1, f"region version {version}")
-    require(number == SIZE, f"desc_num {number}, queue size {SIZE}")
-    require(not any(marks), "buffers are marked as inflight although all are back")
+        require(used == due, f"used_idx {used}, the ring says {due}", row=row)
+    require(version == 1, f"region version {version}", row=row)
+    require(number == SIZE, f"desc_num {number}, queue size {SIZE}", row=row)
+    require(not any(marks), "buffers are marked as inflight although all are back", row=row)
     os.close(fd)
 
 

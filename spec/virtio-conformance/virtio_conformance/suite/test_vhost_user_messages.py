@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages sent wrongly, and a front-end that misbehaves: errors or a closed door, never harm."""
+"""Messages sent wrongly, and a front-end that misbehaves: an error or a closed connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from virtio_conformance.findings import Closed, Hang, not_applicable, require
+from virtio_conformance.findings import Closed, Hang, about, not_applicable, require
 from virtio_conformance.observe import EventFd
 from virtio_conformance.rig_vhost_user import VhostUserRig
 from virtio_formats.vhost_user.header import VhostUserHeader
@@ -50,8 +50,9 @@ def next_one(rig: VhostUserRig, new_rig: MakeRig) -> None:
     rig.leave()
     if rig.target.ends_after_a_connection():
         return
-    fresh = new_rig(False)
-    negotiated(fresh)
+    with about("vu.reconnect"):
+        fresh = new_rig(False)
+        negotiated(fresh)
 
 
 @pytest.mark.requirement("vu.robust.size")
@@ -191,7 +192,7 @@ SURPLUS = {
 """Requests that bring no descriptor, or one."""
 
 
-@pytest.mark.requirement("vu.robust.surplus-fds", "vu.robust.leak")
+@pytest.mark.requirement("vu.robust.surplus-fds")
 @pytest.mark.parametrize("request_type", SURPLUS, ids=lambda r: r.name)
 def test_surplus_descriptors(split_rig: VhostUserRig, request_type: Request) -> None:
     """Descriptors that a request does not bring are closed, not kept."""
@@ -241,7 +242,7 @@ def test_repeated_ring_setup_keeps_memory_flat(split_rig: VhostUserRig) -> None:
     require(grown < 2 << 20, f"{grown} bytes more after 1000 repetitions")
 
 
-@pytest.mark.requirement("vu.robust.truncated", "vu.reconnect")
+@pytest.mark.requirement("vu.robust.truncated")
 @pytest.mark.parametrize("length", [1, 11, 12, 15])
 def test_connection_ends_within_a_message(
     split_rig: VhostUserRig, new_rig: MakeRig, length: int
@@ -256,7 +257,7 @@ def test_connection_ends_within_a_message(
     rig.target.expect_healthy()
 
 
-@pytest.mark.requirement("vu.robust.order", "vu.reconnect")
+@pytest.mark.requirement("vu.robust.order")
 @pytest.mark.parametrize("seed", range(6))
 def test_messages_in_random_order(split_rig: VhostUserRig, new_rig: MakeRig, seed: int) -> None:
     """Well-formed messages in an order that no front-end would send."""
@@ -318,7 +319,7 @@ def test_idle_backend(rig: VhostUserRig) -> None:
     if rig.target.options.polls:
         not_applicable("the backend polls by design")
     rig.bring_up()
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     rig.main_quiet(0.1)
     share = min(rig.process.cpu_share(0.3), rig.process.cpu_share(0.3))
     require(share < 0.1, f"{share:.0%} of a processor while idle")
@@ -329,23 +330,25 @@ def test_many_connections(new_rig: MakeRig) -> None:
     """Front-ends that come and go leave nothing behind, and each is served."""
     rig = new_rig(False)
     rig.bring_up()
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     rig.leave()
     if rig.target.ends_after_a_connection():
         not_applicable("the backend serves one connection and ends")
     held = -1
     for turn in range(5):
-        rig = new_rig(False)
-        rig.bring_up()
-        rig.run([rig.profile.exchange(rig, 0)])
+        with about("vu.reconnect"):
+            rig = new_rig(False)
+            rig.bring_up()
+            rig.run([rig.profile.exchange(rig, 0)])
         if turn == 1:
             held = len(rig.process.fds())
         if turn == 4:
-            require(len(rig.process.fds()) <= held, f"{len(rig.process.fds()) - held} more open")
+            told = f"{len(rig.process.fds()) - held} more open"
+            require(len(rig.process.fds()) <= held, told, row="vu.robust.leak")
         rig.leave()
 
 
-@pytest.mark.requirement("vu.reconnect", "vu.robust.truncated")
+@pytest.mark.requirement("vu.reconnect")
 @pytest.mark.parametrize("moment", ["handshake", "memory", "rings", "work"])
 def test_front_end_dies_at_any_moment(new_rig: MakeRig, moment: str) -> None:
     """A front-end that is gone at some moment does not keep the next one out."""
@@ -363,10 +366,11 @@ def test_front_end_dies_at_any_moment(new_rig: MakeRig, moment: str) -> None:
     rig.leave()
     rig.target.expect_healthy()
     if rig.target.ends_after_a_connection():
-        not_applicable("the backend serves one connection and ends")
-    fresh = new_rig(False)
-    fresh.bring_up()
-    fresh.run([fresh.profile.exchange(fresh, 1)])
+        not_applicable("the back-end serves one connection and ends")
+    with about("vu.reconnect"):
+        fresh = new_rig(False)
+        fresh.bring_up()
+        fresh.run([fresh.profile.exchange(fresh, 1)])
     if not rig.target.options.polls:
         require(fresh.process.settles(), "the backend uses a whole processor")
 
@@ -380,9 +384,10 @@ def test_sigterm(new_rig: MakeRig, moment: str) -> None:
         not_applicable("the backend was not started by the suite")
     if moment == "running":
         rig.bring_up()
-    require(not rig.target.gone, "the program went into the background")
+    row = "vu.program.no-daemon"
+    require(not rig.target.gone, "the program went into the background", row=row)
     require(rig.process.pid == rig.target.popen.pid or os.getpgid(rig.process.pid) ==
-            rig.target.popen.pid, "somebody else serves the socket")  # fmt: skip
+            rig.target.popen.pid, "another program serves the socket", row=row)  # fmt: skip
     rig.target.popen.terminate()
     for _ in range(150):
         if rig.target.gone:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from virtio_conformance.findings import not_applicable, require
+from virtio_conformance.findings import about, not_applicable, require
 from virtio_conformance.observe import EventFd
 from virtio_conformance.rig_vhost_user import VhostUserRig
 from virtio_formats.vhost_user.features import ProtocolFeature as P
@@ -70,12 +70,13 @@ def test_nothing_before_the_kick_descriptor(rig: VhostUserRig) -> None:
     rig.fe.barrier()
     rig.expect_quiet(QUIET)
     rig.ram.expect_untouched(before, rig.allowed())
-    rig.fe.vring_fd(Request.SET_VRING_KICK, index, rig.kicks[index].fd)
-    rig.kick(index)
-    rig.check([placed], rig.collect(ring, 1))
+    with about("vu.ring.enable-kept"):
+        rig.fe.vring_fd(Request.SET_VRING_KICK, index, rig.kicks[index].fd)
+        rig.kick(index)
+        rig.check([placed], rig.collect(ring, 1))
 
 
-@pytest.mark.requirement("vu.ring.disabled-effects", "vu.ring.enabled")
+@pytest.mark.requirement("vu.ring.disabled", "vu.ring.enabled")
 def test_disabled_ring_has_no_effects(rig: VhostUserRig) -> None:
     """Started but disabled, a ring does nothing to memory; once enabled it works."""
     half_up(rig, kick=True, enable=False)
@@ -89,14 +90,15 @@ def test_disabled_ring_has_no_effects(rig: VhostUserRig) -> None:
     rig.main_quiet(QUIET)
     rig.ram.expect_untouched(before, rig.allowed())
     returned = ring.poll()
-    rig.fe.vring(Request.SET_VRING_ENABLE, index, 1)
-    rig.kick(index)
-    if not returned:
-        rig.check([placed], rig.collect(ring, 1))
-    rig.run([rig.profile.exchange(rig, 1)])
+    with about("vu.ring.enabled"):
+        rig.fe.vring(Request.SET_VRING_ENABLE, index, 1)
+        rig.kick(index)
+        if not returned:
+            rig.check([placed], rig.collect(ring, 1))
+        rig.run([rig.profile.exchange(rig, 1)])
 
 
-@pytest.mark.requirement("vu.ring.reconfigure-live", "vu.ring.enabled")
+@pytest.mark.requirement("vu.ring.reconfigure-live")
 def test_disable_and_enable_while_running(rig: VhostUserRig) -> None:
     """ENABLE 0 and 1 while the ring runs lose nothing."""
     rig.bring_up()
@@ -127,7 +129,7 @@ def test_without_protocol_features(new_rig: MakeRig) -> None:
         rig.run([rig.profile.exchange(rig, serial)])
 
 
-@pytest.mark.requirement("vu.call.replace", "vu.ring.reconfigure-live")
+@pytest.mark.requirement("vu.call.replace")
 def test_call_descriptor_replaced(rig: VhostUserRig) -> None:
     """A new call descriptor takes over at once; the old one is silent and closed."""
     rig.bring_up()
@@ -146,7 +148,7 @@ def test_call_descriptor_replaced(rig: VhostUserRig) -> None:
     old.close()
 
 
-@pytest.mark.requirement("vu.base.resume", "vu.robust.nofd-kick")
+@pytest.mark.requirement("vu.base.resume")
 def test_kick_descriptor_of_the_last_start(rig: VhostUserRig) -> None:
     """A ring started again listens to its new kick descriptor; the old one means nothing."""
     rig.bring_up()
@@ -161,10 +163,11 @@ def test_kick_descriptor_of_the_last_start(rig: VhostUserRig) -> None:
         old.close()
     rig.run([rig.profile.exchange(rig, 4)])
     if not rig.target.options.polls:
-        require(rig.process.settles(), "the backend uses a whole processor")
+        told = "the back-end uses a whole processor"
+        require(rig.process.settles(), told, row="vu.robust.idle-cpu")
 
 
-@pytest.mark.requirement("vu.call.replace", "vu.robust.nofd-kick")
+@pytest.mark.requirement("vu.call.replace")
 def test_no_call_descriptor(rig: VhostUserRig) -> None:
     """Without a call descriptor requests are served silently."""
     rig.bring_up()
@@ -193,7 +196,7 @@ def test_no_descriptor(new_rig: MakeRig, request_type: Request) -> None:
     rig.survive(spinning=request_type == Request.SET_VRING_ERR)
 
 
-@pytest.mark.requirement("vu.base.get", "vu.base.resume", "vu.base.set", "vu.base.complete")
+@pytest.mark.requirement("vu.base.resume", "vu.base.get", "vu.base.set")
 @pytest.mark.parametrize("size", [4, 5, 16])
 def test_stop_and_resume(rig: VhostUserRig, size: int) -> None:
     """Stopped and started again at the base it told, a ring loses and repeats nothing."""
@@ -205,12 +208,13 @@ def test_stop_and_resume(rig: VhostUserRig, size: int) -> None:
         not_applicable(f"a request needs more than {size} descriptors")
     for turn in range(3 * size):
         rig.run([rig.profile.exchange(rig, turn)], watch=False)
-        base = rig.stop_ring(index)
-        rig.check_base(index, base)
+        with about("vu.base.get"):
+            base = rig.stop_ring(index)
+            rig.check_base(index, base)
         rig.start_ring(index, ring, base=rig.start_base(ring))
 
 
-@pytest.mark.requirement("vu.base.resume", "vu.base.complete", "vu.suspended")
+@pytest.mark.requirement("vu.base.resume", "vu.base.complete")
 def test_stop_in_the_middle(rig: VhostUserRig) -> None:
     """Stopped amid a batch: what was taken is complete, what was not comes after the resumption."""
     ring = rig.bring_up(size=64)
@@ -224,28 +228,28 @@ def test_stop_in_the_middle(rig: VhostUserRig) -> None:
         used = ring.poll()
         before = rig.ram.picture()
         rig.main_quiet(0.03)
-        require(not ring.poll(), "buffers come back after GET_VRING_BASE")
-        rig.ram.expect_untouched(before)
+        told = "buffers come back after GET_VRING_BASE"
+        require(not ring.poll(), told, row="vu.base.complete")
+        rig.ram.expect_untouched(before, row="vu.base.complete")
         if not rig.packed:
-            require(
-                base & 0xFFFF == rig.main_split.last_used,
-                f"base {base:#x}, used are {rig.main_split.last_used:#x}, turn {turn}",
-            )
+            told = f"base {base:#x}, used are {rig.main_split.last_used:#x}, turn {turn}"
+            require(base & 0xFFFF == rig.main_split.last_used, told, row="vu.base.complete")
             rig.start_ring(index, ring, base=base & 0xFFFF)
         else:
             half = rig.main_packed.used_slot | rig.main_packed.used_wrap << 15
-            require(base & 0xFFFF == half, f"base {base:#x}, used stands at {half:#x}")
+            told = f"base {base:#x}, the used index is {half:#x}"
+            require(base & 0xFFFF == half, told, row="vu.base.complete")
             rig.start_ring(index, ring, base=half | half << 16)
         rig.kick(index)
         used += rig.collect(ring, len(placed) - len(used))
         rig.check(placed, used)
 
 
-@pytest.mark.requirement("vu.suspended", "vu.ring.stopped", "vu.log.stopped-final")
+@pytest.mark.requirement("vu.suspended", "vu.ring.stopped")
 def test_silence_when_stopped(rig: VhostUserRig) -> None:
     """With all rings stopped: no writes, no notifications, no messages; requests are answered."""
     rig.bring_up()
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     stop_all(rig)
     for event in rig.calls.values():
         event.take()
@@ -258,16 +262,17 @@ def test_silence_when_stopped(rig: VhostUserRig) -> None:
     for region in rig.ram.regions:
         require(region.fd > 0, "the suite lost its memory")
     rig.ram.expect_untouched(before, rig.main.publish_span)
-    require(not rig.main.poll(), "a stopped ring was processed")
+    require(not rig.main.poll(), "a stopped ring was processed", row="vu.ring.stopped")
     require(not any(e.take() for e in rig.calls.values()), "a notification from a stopped device")
     require(rig.fe.tap.silent(0.02), "a message from a stopped device")
     rig.fe.barrier()
     require(placed.id >= 0, "the suite did not submit")
     if not rig.target.options.polls:
-        require(rig.process.settles(), "a stopped device uses a whole processor")
+        told = "a stopped device uses a whole processor"
+        require(rig.process.settles(), told, row="vu.robust.idle-cpu")
 
 
-@pytest.mark.requirement("vu.base.resume", "vu.base.set", "vu.mem.table-replaced")
+@pytest.mark.requirement("vu.base.set")
 def test_driver_starts_anew(rig: VhostUserRig) -> None:
     """After a stop, rings with other addresses and sizes begin at 0, as after a guest's reboot."""
     rig.bring_up(size=16)
@@ -294,12 +299,12 @@ def test_logging_toggled_while_running(rig: VhostUserRig) -> None:
         rig.run([rig.profile.exchange(rig, serial)])
 
 
-@pytest.mark.requirement("vu.reset-device", "basic.reset.silent")
+@pytest.mark.requirement("vu.reset-device")
 def test_reset_device(rig: VhostUserRig) -> None:
     """RESET_DEVICE disables rings and keeps the connection; the device can be started anew."""
     rig.need_protocol(P.RESET_DEVICE)
     rig.bring_up()
-    rig.run([rig.profile.exchange(rig, 0)])
+    rig.warm_up()
     rig.fe.do(Request.RESET_DEVICE)
     placed = rig.submit(rig.request(1))
     before = rig.ram.picture()
@@ -317,7 +322,7 @@ def test_reset_device(rig: VhostUserRig) -> None:
     rig.run([rig.profile.exchange(rig, 2)])
 
 
-@pytest.mark.requirement("vu.mq.queue-num", "ring.others-live")
+@pytest.mark.requirement("vu.ring.enabled")
 def test_every_queue_of_the_profile_works(rig: VhostUserRig) -> None:
     """Two rings that take the same requests do so independently."""
     if rig.profile.other is None:

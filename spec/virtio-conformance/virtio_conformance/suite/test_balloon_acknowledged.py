@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the acknowledgement a page is the driver's again: a late discard loses its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from virtio_conformance.balloon import DEFLATE, INFLATE, bring_up, pages, pfns
+from virtio_conformance.findings import not_applicable, require
+from virtio_conformance.memory import PAGE
+from virtio_conformance.numbering import Numbering
+from virtio_conformance.profiles import Exchange
+from virtio_conformance.rig import Placed, Rig
+from virtio_conformance.ring import Segment
+from virtio_formats.virtio.balloon import BalloonFeature
+
+F = BalloonFeature
+ROUNDS = 12
+PAGES = 256
+"""Pages of one request: every second one of a range, so that each is a discard of its own."""
+MARK = b"the driver's again"
+SPINS = 2_000_000
+
+
+@pytest.fixture(autouse=True)
+def only_balloons(profile: Any) -> None:
+    """These tests are for one device type."""
+    if profile.name != "balloon":
+        not_applicable("for memory balloons")
+
+
+def write_at_once(rig: Rig, queue: int, chosen: list[int]) -> None:
+    """Spin until the buffer is used and write to every page, the last one first."""
+    ring = rig.rings[queue]
+    for _ in range(SPINS):
+        if ring.poll():
+            break
+    else:
+        rig.collect(ring, 1)
+    for page in reversed(chosen):
+        rig.ram.write(page, MARK)
+
+
+def expect_kept(rig: Rig, chosen: list[int], turn: int) -> None:
+    """Raise a finding unless every page still holds what was written after the acknowledgement."""
+    rig.main_quiet(0.02)
+    lost = [page for page in chosen if rig.ram.read(page, len(MARK)) != MARK]
+    told = f"turn {turn}: {len(lost)} pages lost what was written after the acknowledgement"
+    require(not lost, f"{told}, e.g. {lost[:1]}")
+
+
+@pytest.mark.requirement("balloon.inflate.acknowledged")
+def test_inflated_pages_after_the_acknowledgement(split_rig: Rig) -> None:
+    """Pages taken back as soon as their inflate request is used keep what is written to them."""
+    rig = split_rig
+    rig.bring_up()
+    start = pages(rig, 2 * PAGES)
+    chosen = [start + 2 * i * PAGE for i in range(PAGES)]
+    data = pfns(*chosen)
+    for turn in range(ROUNDS):
+        for page in chosen:
+            rig.ram.write(page, b"full")
+        back = rig.submit(rig.place(Exchange(data)), queue=DEFLATE)
+        rig.submit(rig.place(Exchange(data)), queue=INFLATE)
+        rig.rings[INFLATE].publish()
+        rig.kick(INFLATE)
+        write_at_once(rig, INFLATE, chosen)
+        rig.rings[DEFLATE].publish()  # without MUST_TELL_HOST it may come after the first use
+        rig.kick(DEFLATE)
+        rig.check([back], rig.collect(rig.rings[DEFLATE], 1))
+        expect_kept(rig, chosen, turn)
+
+
+@pytest.mark.requirement("balloon.report.acknowledged")
+def test_reported_pages_after_the_acknowledgement(split_rig: Rig, numbering: Numbering) -> None:
+    """Pages used again as soon as their report is acknowledged keep what is written to them."""
+    rig = split_rig
+    numbers = numbering.numbers(F.PAGE_REPORTING, rig.offered)
+    if "report" not in numbers:
+        not_applicable("reporting is not offered")
+    bring_up(rig, F.PAGE_REPORTING, numbers, size=64)
+    queue = numbers["report"]
+    start = pages(rig, 2 * PAGES)
+    for turn in range(ROUNDS):
+        chosen = [start + 2 * i * PAGE for i in range(32)]
+        for page in chosen:
+            rig.ram.write(page, b"full")
+        ranges = [Segment(page, PAGE, True) for page in chosen]
+        rig.submit(Placed(Exchange(b""), ranges), queue=queue)
+        rig.rings[queue].publish()
+        rig.kick(queue)
+        write_at_once(rig, queue, chosen)
+        expect_kept(rig, chosen, turn)
