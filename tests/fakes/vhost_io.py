@@ -19,6 +19,9 @@ class Owned:
         fd, self.fd = self.fd, -1
         close_fds([fd] if fd >= 0 else [])
 
+    def fileno(self) -> int:
+        return self.fd
+
     def flush(self) -> None:
         """Nothing is ever sent."""
 

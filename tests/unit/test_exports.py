@@ -29,8 +29,8 @@ PUBLIC = {
         Provenance RegionBits Round RoundKind SkipExport SkipMap VoidReason combine
         write_export""",
     "vballoon.virtio": """DeviceQueue QueueStatus RegionStatus RingFault RingOwner RingRecord
-        RingSet Transport TransportEvents TransportStatus VirtioDevice feature_names internal_fault
-        region_statuses""",
+        RingSet Transport TransportEvents TransportStatus VirtioDevice check_record feature_names
+        internal_fault pack_record region_statuses unpack_record""",
     "vballoon.balloon": "Balloon ConfigSpace Counters GuestStats Role settle_roles",
     "vballoon.vhost_user": """DEFAULT_RING_FEATURES PROTOCOL_FEATURES Session VhostUserBackend
         VhostUserServer""",

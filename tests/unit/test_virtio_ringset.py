@@ -246,6 +246,8 @@ def test_another_process_continues_from_the_records(toy):
     toy.send(0, b"one")
     toy.device.fault = ZeroDivisionError("a bug")
     toy.send(1, b"x")
+    assert toy.rings.state()[0].position is None, "it is in guest memory while the ring runs"
+    toy.rings.park()
     state = toy.rings.state()
     other = Toy(EchoDevice())
     other.memory.close()

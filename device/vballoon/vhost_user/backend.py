@@ -18,6 +18,9 @@ from vballoon.vhost_user.handlers import Handlers
 from vballoon.vhost_user.memtable import MemoryTable
 from vballoon.vhost_user.rings import TRANSPORT_FEATURES, FrontendRings
 from vballoon.vhost_user.session import Reply, Session
+from vballoon.vhost_user.slots import Descriptors, Slots
+from vballoon.vhost_user.state import AreaState, BackendState
+from vballoon.vhost_user.takeover import Staged, check
 from vballoon.vhost_user.transfer import StateTransfer
 from vballoon.virtio import (
     DeviceQueue,
@@ -30,6 +33,7 @@ from vballoon.virtio import (
 )
 from virtio_formats.vhost_user import ProtocolFeature as P
 from virtio_formats.virtio import features as f
+from virtio_formats.virtio.status import DeviceStatus
 
 if TYPE_CHECKING:
     from vballoon.memory import GuestMemory
@@ -83,8 +87,15 @@ class VhostUserBackend:
         protocol_features: P = PROTOCOL_FEATURES,
         events: TransportEvents | None = None,
         engine: Engine = "batch",
+        own_record: bool = False,
     ) -> None:
+        """Attach *device*.
+
+        *own_record*: keep an in-flight area of our own if the front-end gives none, so that
+        another process can continue from :meth:`state`.
+        """
         self.device, self._io = device, io
+        self._slots = Slots()
         self.table = MemoryTable()
         self.config = ConfigAccess(device, io)
         self._log = FrontendLog(self.table, io)
@@ -95,12 +106,13 @@ class VhostUserBackend:
             self._log,
             engine=engine,
             events=events,
+            own_record=own_record,
             starting=lambda: self._transfer.cancel("the rings were started"),
             started=self._send_change,
         )
         self._transfer = StateTransfer(device, io, self.rings, self._finish)
-        offered = device.device_features | ring_features | TRANSPORT_FEATURES
-        handlers = Handlers(device, io, self.rings, self.table, self._log, offered).handlers()
+        self._offered = device.device_features | ring_features | TRANSPORT_FEATURES
+        handlers = Handlers(device, io, self.rings, self.table, self._log, self._offered).handlers()
         self.session = Session(
             handlers | self.config.handlers() | self._transfer.handlers(), protocol_features
         )
@@ -141,6 +153,77 @@ class VhostUserBackend:
 
     def _send_change(self) -> None:
         self.config.send_change(suspended=self.rings.suspended)
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state(self) -> tuple[BackendState, dict[int, int]]:
+        """Return the connection as a value, and its descriptors by slot (they stay ours).
+
+        A descriptor keeps its slot from one call to the next.
+        """
+        slots, rings = self._slots, self.rings
+        slots.begin()
+        area, log, channel = rings.area, self._log.area, self.config.channel
+        state = BackendState(
+            acked=rings.acked,
+            protocol_features=int(self.session.protocol_features),
+            status=int(rings.status),
+            owned=rings.owned,
+            features_ok=rings.features_ok,
+            standstill=rings.standstill,
+            change_due=self.config.change_due,
+            transferred=self._transfer.succeeded,
+            own_area=rings.own_area,
+            config_changes=self.config.changes,
+            regions=self.table.state(slots),
+            inflight=area.state(slots) if area is not None else None,
+            log=AreaState(slots.slot(log, log.fd), log.size, log.offset) if log else None,
+            log_event=slots.slot(self._log.fd_key, self._log.fd),
+            channel=slots.slot(channel[0], channel[1].fileno()) if channel is not None else 0,
+            vrings=rings.vring_states(slots),
+            counters=self.session.request_counters(),
+        )
+        return state, dict(slots.fds)
+
+    def restore(self, state: BackendState, fds: Mapping[int, int]) -> None:
+        """Continue the connection *state* of another process, whose descriptors are *fds*.
+
+        The back-end must be fresh, and the device's own state restored before.  The descriptors
+        are taken over, also on failure.  Raise :class:`~vballoon.errors.PeerError`, with nothing
+        changed, for a state that is not one of this device.
+        """
+        given = Descriptors(fds)
+        try:
+            check(state, self.device, self._offered, self.session.offered)
+            staged = Staged(state, given, self._io)
+        finally:
+            given.close()
+        self._adopt(state, staged)
+        self.device.memory_changed()
+        self.rings.settle()
+
+    def _adopt(self, state: BackendState, staged: Staged) -> None:
+        rings, slots = self.rings, self._slots
+        self.session.restore(P(state.protocol_features), state.counters)
+        self.table.adopt(staged.table, state.regions, slots)
+        rings.acked, rings.status = state.acked, DeviceStatus(state.status)
+        rings.owned, rings.features_ok = state.owned, state.features_ok
+        rings.standstill = state.standstill
+        rings.set_area(staged.inflight)
+        rings.own_area = state.own_area
+        self._log.set_fd(staged.log_event)
+        if staged.log is not None and state.log is not None:
+            slots.keep(staged.log, state.log.slot)
+            self._log.set_area(staged.log, state.acked)
+        if staged.inflight is not None and state.inflight is not None:
+            slots.keep(staged.inflight, state.inflight.slot)
+        if staged.channel is not None:
+            slots.keep(staged.channel[0], state.channel)
+            self.config.set_channel(staged.channel)
+        slots.keep(self._log.fd_key, state.log_event)
+        self.config.change_due, self.config.changes = state.change_due, state.config_changes
+        self._transfer.succeeded = state.transferred
+        rings.restore(state.vrings, staged.events, slots)
 
     # -- status and end -----------------------------------------------------------------------
 

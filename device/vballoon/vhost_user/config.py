@@ -17,7 +17,22 @@ if TYPE_CHECKING:
     from vballoon.vhost_user.io import ChannelIo, Io
     from vballoon.virtio import VirtioDevice
 
-__all__ = ("ConfigAccess",)
+__all__ = ("Channel", "ConfigAccess", "open_channel")
+
+Channel = tuple[BackendChannel, "ChannelIo"]
+"""The back-end channel and its socket."""
+
+
+def open_channel(io: Io, fd: int) -> Channel:
+    """Return a back-end channel on socket *fd*, which is taken over.
+
+    Raise :class:`~vballoon.errors.ProtocolError` ``fd-type`` if it is none.
+    """
+    channel = BackendChannel()
+    try:
+        return channel, io.open_channel(fd, channel)
+    except OSError as error:
+        raise ProtocolError("fd-type", f"back-end channel: {error.strerror}") from None
 
 
 class ConfigAccess:
@@ -25,8 +40,7 @@ class ConfigAccess:
 
     def __init__(self, device: VirtioDevice, io: Io) -> None:
         self._device, self._io = device, io
-        self._channel: BackendChannel | None = None
-        self._channel_io: ChannelIo | None = None
+        self.channel: Channel | None = None
         self.changes = 0
         """Change notifications sent."""
         self.change_due = False
@@ -42,14 +56,13 @@ class ConfigAccess:
 
     def set_backend_req_fd(self, _: None, fds: Fds) -> None:
         """Take over the socket for the back-end's own requests."""
-        channel = BackendChannel()
-        try:
-            channel_io = self._io.open_channel(fds.take(), channel)
-        except OSError as error:
-            raise ProtocolError("fd-type", f"back-end channel: {error.strerror}") from None
-        if self._channel_io is not None:
-            self._channel_io.cancel()
-        self._channel, self._channel_io = channel, channel_io
+        self.set_channel(open_channel(self._io, fds.take()))
+
+    def set_channel(self, channel: Channel) -> None:
+        """Send requests on *channel* from now on."""
+        if self.channel is not None:
+            self.channel[1].cancel()
+        self.channel = channel
 
     def get_config(self, message: VhostUserConfig, _: Fds) -> Reply:
         """Return a part of the configuration space; bytes beyond its end are zero."""
@@ -83,13 +96,14 @@ class ConfigAccess:
         A suspended device sends no messages ("Suspended device state"), so the notification
         waits until the device runs again.
         """
-        if self.change_due and not suspended and self._channel and self._channel_io:
+        if self.change_due and not suspended and self.channel is not None:
             self.change_due = False
             self.changes += 1
-            self._channel.config_changed()
-            self._channel_io.flush()
+            channel, channel_io = self.channel
+            channel.config_changed()
+            channel_io.flush()
 
     def close(self) -> None:
         """Close the back-end channel."""
-        if self._channel_io is not None:
-            self._channel_io.cancel()
+        if self.channel is not None:
+            self.channel[1].cancel()

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from fdsocket import close_fds
 from vballoon.errors import MemoryFault, ProtocolError
-from vballoon.memory import VHOST_LOG_PAGE, BitmapLog
+from vballoon.memory import VHOST_LOG_PAGE
+from vballoon.vhost_user.dirty import SharedLog
 from vballoon.vhost_user.inflight import InflightArea
 from vballoon.vhost_user.memtable import MAX_MEM_SLOTS, MemoryTable
 from vballoon.vhost_user.rings import TRANSPORT_FEATURES
 from vballoon.vhost_user.session import Fds, Handler, Reply, u64
-from vballoon.vhost_user.vring import Vring, decode_base
+from vballoon.vhost_user.vring import MAX_QUEUE_SIZE, Vring, decode_base
 from virtio_formats.vhost_user import (
     Request,
     VhostFeature,
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from vballoon.virtio import VirtioDevice
 
 __all__ = ("Handlers",)
-
-MAX_QUEUE_SIZE = 32768
-"""Descriptors in a ring (virtio: *Virtqueues*)."""
 
 
 class Handlers:
@@ -122,10 +120,12 @@ class Handlers:
         rings.settle()
 
     def set_owner(self, _: None, __: Fds) -> None:
-        """Do nothing: this back-end has no use for an owner."""
+        """Note that the session has an owner; nothing depends on it."""
+        self._rings.owned = True
 
     def reset_owner(self, _: None, __: Fds) -> None:
         """Disable all rings, which is what the deprecated message is for."""
+        self._rings.owned = False
         for vring in self._rings.vrings:
             vring.enabled = False
         self._rings.settle()
@@ -194,7 +194,7 @@ class Handlers:
         covered = message.mmap_size * 8 * VHOST_LOG_PAGE
         if covered < self._table.memory.end:
             raise ProtocolError("log-size", f"covers {covered:#x} of {self._table.memory.end:#x}")
-        area = BitmapLog.map(fds.take(), message.mmap_size, message.mmap_offset)
+        area = SharedLog(fds.take(), message.mmap_size, message.mmap_offset)
         self._log.set_area(area, self._rings.acked)
         return u64(0)
 

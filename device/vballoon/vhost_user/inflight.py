@@ -23,6 +23,8 @@ import numpy as np
 
 from vballoon.errors import ProtocolError
 from vballoon.native import guard
+from vballoon.vhost_user.slots import Slots
+from vballoon.vhost_user.state import AreaState
 from virtio_formats.vhost_user import VhostUserInflight, queue_region_size
 
 if TYPE_CHECKING:
@@ -80,6 +82,16 @@ class InflightArea:
         return VhostUserInflight(
             mmap_size=self.size,
             mmap_offset=self.offset,
+            num_queues=self.num_queues,
+            queue_size=self.queue_size,
+        )
+
+    def state(self, slots: Slots) -> AreaState:
+        """Return the area as a value; its descriptor gets one of *slots*."""
+        return AreaState(
+            slot=slots.slot(self, self.fd),
+            size=self.size,
+            offset=self.offset,
             num_queues=self.num_queues,
             queue_size=self.queue_size,
         )

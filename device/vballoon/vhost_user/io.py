@@ -21,6 +21,9 @@ class Handle(Protocol):
 class ChannelIo(Protocol):
     """The socket of the back-end channel."""
 
+    def fileno(self) -> int:
+        """Return the descriptor of the socket, which stays the channel's."""
+
     def flush(self) -> None:
         """Send what the channel has to send."""
 

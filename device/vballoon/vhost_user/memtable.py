@@ -8,11 +8,14 @@ takes effect only when nothing can fail any more: a refused message leaves the t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from vballoon.errors import ProtocolError
 from vballoon.memory import GuestMemory, MemoryRegion
 from vballoon.vhost_user.session import Fds
+from vballoon.vhost_user.slots import Slots
+from vballoon.vhost_user.state import RegionState
 from virtio_formats.vhost_user import VhostUserMemoryRegion
 
 __all__ = ("MAX_MEM_SLOTS", "MemoryTable")
@@ -31,7 +34,7 @@ class MemoryTable:
         self.memory = GuestMemory()
 
     def replace(self, regions: list[VhostUserMemoryRegion], fds: Fds) -> None:
-        """SET_MEM_TABLE: these regions instead of all earlier ones."""
+        """SET_MEM_TABLE: replace all earlier regions by these."""
         if len(regions) != len(fds):
             raise ProtocolError("fds-mismatch", f"{len(regions)} regions, {len(fds)} descriptors")
         made: list[MemoryRegion] = []
@@ -44,8 +47,21 @@ class MemoryTable:
             raise
         self._switch(memory)
 
+    def state(self, slots: Slots) -> tuple[RegionState, ...]:
+        """Return the regions as values; their descriptors get *slots*."""
+        return tuple(
+            RegionState(
+                guest_address=region.guest_phys_addr,
+                size=region.size,
+                user_address=region.userspace_addr,
+                mmap_offset=region.file_offset,
+                slot=slots.slot(region, region.fd),
+            )
+            for region in self.memory.regions
+        )
+
     def add(self, region: VhostUserMemoryRegion, fds: Fds) -> None:
-        """ADD_MEM_REG: one region more."""
+        """ADD_MEM_REG: add a region."""
         if len(self.memory.regions) >= MAX_MEM_SLOTS:
             raise ProtocolError("memory-slots", f"more than {MAX_MEM_SLOTS} regions")
         made = _map(region, fds)
@@ -57,7 +73,7 @@ class MemoryTable:
         self._switch(memory)
 
     def remove(self, region: VhostUserMemoryRegion) -> None:
-        """REM_MEM_REG: the region is told by guest address, user address and size."""
+        """REM_MEM_REG: remove the region with this guest address, user address and size."""
         wanted = (region.guest_address, region.user_address, region.size)
         keep = [
             r
@@ -68,12 +84,20 @@ class MemoryTable:
             raise ProtocolError("memory-region-unknown", f"{wanted[0]:#x}+{wanted[2]:#x}")
         self._switch(_table(keep))
 
+    def adopt(self, other: MemoryTable, regions: Sequence[RegionState], slots: Slots) -> None:
+        """Take the memory of *other* over, which was made from *regions*."""
+        memory, other.memory = other.memory, GuestMemory()
+        self._switch(memory)
+        by_address = {region.guest_address: region.slot for region in regions}
+        for region in memory.regions:
+            slots.keep(region, by_address[region.guest_phys_addr])
+
     def clear(self) -> None:
         """Forget every region."""
         self._switch(GuestMemory())
 
     def _switch(self, memory: GuestMemory) -> None:
-        """Put *memory* in place, and let go of the regions that are not in it any more."""
+        """Use *memory* from now on, and close the regions that are not in it any more."""
         kept = set(map(id, memory.regions))
         memory.dirty_log = self.memory.dirty_log
         gone = [r for r in self.memory.regions if id(r) not in kept]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from vballoon.vhost_user.inflight import InflightArea
 from vballoon.vhost_user.vring import Vring
 from vballoon.virtio import DeviceQueue, RingRecord, RingSet, TransportEvents, VirtioDevice
 from virtio_formats.vhost_user import VhostFeature
@@ -23,14 +24,15 @@ from virtio_formats.virtio import features as f
 from virtio_formats.virtio.status import DeviceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vballoon.errors import QueueError
     from vballoon.memory import GuestMemory
     from vballoon.vhost_user.dirty import FrontendLog
-    from vballoon.vhost_user.inflight import InflightArea
     from vballoon.vhost_user.io import Handle, Io
     from vballoon.vhost_user.memtable import MemoryTable
+    from vballoon.vhost_user.slots import Slots
+    from vballoon.vhost_user.state import VringState
     from vballoon.virtqueue import Engine, Virtqueue
 
 __all__ = ("TRANSPORT_FEATURES", "FrontendRings")
@@ -45,7 +47,8 @@ POLL_SECONDS = 0.005
 class FrontendRings:
     """The vrings of *device*, in the memory of *table*; a :class:`~vballoon.virtio.RingOwner`.
 
-    *starting* is called before the device starts, *started* after that.
+    *own_record*: without an in-flight area of the front-end's, use one of our own.  *starting* is
+    called before the device starts, *started* after that.
     """
 
     def __init__(
@@ -57,18 +60,23 @@ class FrontendRings:
         *,
         engine: Engine,
         events: TransportEvents | None,
+        own_record: bool,
         starting: Callable[[], None],
         started: Callable[[], None],
     ) -> None:
         self._device, self._io, self._table, self._log = device, io, table, log
-        self._engine = engine
+        self._engine, self._own_record = engine, own_record
         self._starting, self._started = starting, started
         self.acked = 0
         """The acknowledged feature word, the bits of vhost-user itself included."""
         self.status = DeviceStatus(0)
         self.features_ok = True
         """Whether the last SET_FEATURES was accepted."""
+        self.owned = False
+        """Whether SET_OWNER was received."""
         self.area: InflightArea | None = None
+        self.own_area = False
+        """Whether :attr:`area` is our own and not the front-end's."""
         self.vrings = [Vring(index) for index in range(device.num_queues)]
         self.set = RingSet(device, self, events=events)
         self.standstill = True
@@ -125,6 +133,9 @@ class FrontendRings:
 
     def build_ring(self, index: int, record: RingRecord) -> Virtqueue:
         """See :class:`~vballoon.virtio.RingOwner`."""
+        if self.area is None and self._own_record:
+            self.set_area(InflightArea.create(len(self.vrings), self._device.queue_size_max))
+            self.own_area = True
         return self.vrings[index].build(
             self.memory, self.features, self.area, record, engine=self._engine
         )
@@ -147,6 +158,8 @@ class FrontendRings:
             self.unwatch(vring)
             vring.set_fd("kick", None)
             vring.reset()
+        if self.own_area:
+            self.set_area(None)
         self.acked, self.status = 0, DeviceStatus(0)
         self._log.apply(self.acked)
         self.standstill = True
@@ -156,7 +169,7 @@ class FrontendRings:
         """Use the in-flight *area* for rings that start from now on; it is taken over."""
         if self.area is not None:
             self.area.close()
-        self.area = area
+        self.area, self.own_area = area, False
 
     def close(self) -> None:
         """Forget all rings and close their descriptors; the device is stopped already."""
@@ -168,6 +181,25 @@ class FrontendRings:
             vring.reset()
             vring.close()
         self.set_area(None)
+
+    # -- state --------------------------------------------------------------------------------
+
+    def vring_states(self, slots: Slots) -> tuple[VringState, ...]:
+        """Return every ring as a value; the descriptors get *slots*."""
+        return tuple(
+            vring.state(slots, record, ran=self.set.queue(vring.index) is not None)
+            for vring, record in zip(self.vrings, self.set.state(), strict=True)
+        )
+
+    def restore(
+        self, states: Sequence[VringState], fds: Sequence[dict[str, int | None]], slots: Slots
+    ) -> None:
+        """Continue from *states*, which have been checked; *fds* are taken over."""
+        self.set.restore([state.record for state in states])
+        for vring, state, events in zip(self.vrings, states, fds, strict=True):
+            vring.restore(state, events, slots)
+            if vring.started and state.record.broken is None:
+                self.watch(vring)
 
     # -- events of rings ----------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from typing import Any, Final
 
 from fdsocket import close_fds
 from vballoon.errors import PeerError, ProtocolError
+from vballoon.virtio import internal_fault
 from virtio_formats.vhost_user import (
     MAX_FDS_PER_MESSAGE,
     MAX_PAYLOAD,
@@ -178,6 +179,19 @@ class Session:
             close_fds(fds)
         self._output.clear()
 
+    def request_counters(self) -> tuple[tuple[int, int], ...]:
+        """Return how many messages of each known request came; request 0 counts refused ones."""
+        numbers = {"refused": 0} | {request.name: int(request) for request in Request}
+        return tuple(
+            sorted((numbers[n], count) for n, count in self.counters.items() if n in numbers)
+        )
+
+    def restore(self, features: ProtocolFeature, counters: Iterable[tuple[int, int]]) -> None:
+        """Continue the session of another process, between two messages."""
+        self.protocol_features = features
+        for request, count in counters:
+            self.counters[request_name(request) if request else "refused"] = count
+
     def _run(self) -> None:
         while self._open and self._waiting is None and self._step():
             pass
@@ -224,8 +238,8 @@ class Session:
         except PeerError as error:
             self._refuse(header, error, wanted)
         except Exception as error:  # our own fault: the front-end must not pay with a hang
-            log.debug("%s", request_name(header.request), exc_info=True)
-            self._fail(ProtocolError("internal", f"{type(error).__name__}: {error}"))
+            fault = internal_fault(error)
+            self._fail(ProtocolError(fault.rule, f"{request_name(header.request)}: {fault.detail}"))
         else:
             self._answer(header, answer, wanted or self._ack_wanted(header))
 

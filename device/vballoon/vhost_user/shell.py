@@ -188,6 +188,9 @@ class _Channel:
         if error is not None:
             log.warning("back-end channel: %s", error)
 
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
     def flush(self) -> None:
         for data, fds in self._channel.take_output():
             self._stream.send(data, fds)

@@ -77,6 +77,15 @@ class StateTransfer:
             raise ProtocolError("state-direction", f"{message.direction}")
         return u64(NO_FD)
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether the last transfer has succeeded."""
+        return self._outcome == ""
+
+    @succeeded.setter
+    def succeeded(self, value: bool) -> None:
+        self._outcome = "" if value else "the process that made it has ended"
+
     def check(self) -> Reply | _Later:
         """CHECK_DEVICE_STATE: return the outcome, once it is known."""
         return LATER if self._outcome is None else self._answer()

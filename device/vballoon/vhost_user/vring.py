@@ -15,6 +15,7 @@ from fdsocket import close_fds
 from vballoon.errors import ProtocolError
 from vballoon.vhost_user.inflight_packed import PackedInflight
 from vballoon.vhost_user.inflight_split import SplitInflight
+from vballoon.vhost_user.state import VringState
 from vballoon.virtqueue import Resubmit, RingAddresses, RingState, make_virtqueue
 from virtio_formats.vhost_user import VringFlag
 from virtio_formats.virtio import features as f
@@ -22,15 +23,22 @@ from virtio_formats.virtio import packed as packed_ring
 from virtio_formats.virtio import split as split_ring
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vballoon.memory import GuestMemory
     from vballoon.vhost_user.inflight import InflightArea
+    from vballoon.vhost_user.slots import Slots
     from vballoon.virtio import RingRecord
     from vballoon.virtqueue import Engine, Virtqueue
     from virtio_formats.vhost_user import VhostVringAddr
 
-__all__ = ("Vring", "decode_base", "encode_base")
+__all__ = ("MAX_QUEUE_SIZE", "Vring", "decode_base", "encode_base")
+
+MAX_QUEUE_SIZE = 32768
+"""Descriptors in a ring (virtio: *Virtqueues*)."""
 
 _INDEX15 = 0x7FFF
+_EVENTS = ("kick", "call", "err")
 _FLAGS = packed_ring.PvirtqDesc.SIZE - 2
 
 
@@ -83,6 +91,9 @@ class Vring:
         """Whether this life of the ring continues one that ended in a crash."""
         self.recovered = 0
         """Buffers that a record in the in-flight area gave back to this ring."""
+        self._restored = False  # it was not built yet by this process
+        self._interrupted = False  # the process before this one died while it served the ring
+        self._keys = dict.fromkeys(_EVENTS, 0)  # how often each descriptor was replaced
 
     # -- descriptors --------------------------------------------------------------------------
 
@@ -90,12 +101,13 @@ class Vring:
         """Replace the descriptor *name* (``kick``, ``call``, ``err``)."""
         old = getattr(self, name)
         setattr(self, name, fd)
+        self._keys[name] += 1
         if old is not None:
             close_fds([old])
 
     def close(self) -> None:
         """Close every descriptor."""
-        for name in ("kick", "call", "err"):
+        for name in _EVENTS:
             self.set_fd(name, None)
 
     # -- the virtqueue ------------------------------------------------------------------------
@@ -131,7 +143,8 @@ class Vring:
         addresses = self.addresses(memory)
         state, resubmit = record.position, None
         unclaimed = self._unclaimed(record)
-        if state is None or unclaimed:
+        # The record knows more than a position that another process has left.
+        if state is None or unclaimed or (self._restored and area is not None):
             state, resubmit = self._begin(memory, addresses, features, area)
         ring = make_virtqueue(
             memory,
@@ -144,6 +157,7 @@ class Vring:
             dirty_ring=self.addr.log if self.addr.flags & VringFlag.LOG else None,
             resubmit=resubmit,
         )
+        self._restored = False
         if resubmit is not None:
             self.resumed = True
             self.recovered += len(resubmit.ids) - unclaimed
@@ -167,12 +181,24 @@ class Vring:
         region = area.region(self.index, packed=packed) if area else None
         if area is None or region is None:
             self._log = None
-            return self._checked(state), None
+            return self._unrecorded(state), None
         if area.queue_size < self.num:
             raise ProtocolError("inflight-area", f"for {area.queue_size} descriptors")
         if packed:
-            return self._begin_packed(memory, at, state, PackedInflight(region, area.queue_size))
-        return self._begin_split(state, SplitInflight(region, area.queue_size))
+            return self._begin_packed(memory, at, state, PackedInflight(region, self.num))
+        return self._begin_split(state, SplitInflight(region, self.num))
+
+    def _unrecorded(self, state: RingState) -> RingState:
+        """Return where a ring without a record starts, given its base and its used index.
+
+        If the process before this one died while it served the ring, the base is outdated.  Every
+        buffer that is not on the used ring of a split ring is served again then.
+        """
+        if not self._interrupted:
+            return self._checked(state)
+        if self._packed:
+            raise ProtocolError("ring-position", "a packed ring without an in-flight record")
+        return RingState(avail=state.used, used=state.used)
 
     def _checked(self, state: RingState) -> RingState:
         """*state* from SET_VRING_BASE, if it is one of this ring; a record would overrule it."""
@@ -249,7 +275,43 @@ class Vring:
 
     def _forget(self) -> None:
         self.started = self.busy = self.resumed = False
+        self._restored = self._interrupted = False
         self._log = None
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state(self, slots: Slots, record: RingRecord, *, ran: bool) -> VringState:
+        """Return the ring as a value; its descriptors get *slots*."""
+        addr = self.addr
+        return VringState(
+            num=self.num,
+            addr=(addr.flags, addr.descriptor, addr.used, addr.available, addr.log)
+            if addr is not None
+            else None,
+            base=self.base,
+            started=self.started,
+            enabled=self.enabled,
+            kick=slots.slot(self._key("kick"), self.kick),
+            call=slots.slot(self._key("call"), self.call),
+            err=slots.slot(self._key("err"), self.err),
+            recovered=self.recovered,
+            ran=ran,
+            record=record,
+        )
+
+    def restore(self, state: VringState, fds: Mapping[str, int | None], slots: Slots) -> None:
+        """Continue from *state*, which has been checked, with *fds*, which are taken over."""
+        for name, fd in fds.items():
+            self.set_fd(name, fd)
+            slots.keep(self._key(name), getattr(state, name))
+        self.num, self.base, self.addr = state.num, state.base, state.vring_addr(self.index)
+        self.started, self.enabled = state.started, state.enabled
+        self.recovered = state.recovered
+        self._restored, self._interrupted = state.started, state.ran
+
+    def _key(self, name: str) -> tuple[str, int, int]:
+        """Return what identifies the descriptor *name* of this ring in this process."""
+        return name, self.index, self._keys[name]
 
     @property
     def is_initial(self) -> bool:

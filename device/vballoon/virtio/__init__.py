@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from vballoon.virtio.device import DeviceQueue, Transport, VirtioDevice
 from vballoon.virtio.events import TransportEvents
+from vballoon.virtio.records import check_record, pack_record, unpack_record
 from vballoon.virtio.ringset import RingFault, RingOwner, RingRecord, RingSet, internal_fault
 from vballoon.virtio.status import (
     QueueStatus,
@@ -26,7 +27,10 @@ __all__ = (
     "TransportEvents",
     "TransportStatus",
     "VirtioDevice",
+    "check_record",
     "feature_names",
     "internal_fault",
+    "pack_record",
     "region_statuses",
+    "unpack_record",
 )

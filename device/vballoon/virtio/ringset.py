@@ -24,6 +24,7 @@ from vballoon.errors import PeerError, ProtocolError, QueueError
 from vballoon.virtio.device import DeviceQueue
 from vballoon.virtio.events import TransportEvents
 from vballoon.virtio.status import QueueStatus
+from virtio_formats.virtio.ring_state import DETAIL_SIZE, RULE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -42,10 +43,24 @@ it and adding it again, so a ring that has run before waits for the next memory 
 
 @dataclass(frozen=True, slots=True)
 class RingFault:
-    """Why a ring was stopped: the rule that was broken, and how."""
+    """Why a ring was stopped: the rule that was broken, and how.
+
+    Both are printable ASCII of bounded length, so that every fault fits into a packed record.
+    """
 
     rule: str
     detail: str = ""
+
+    @classmethod
+    def of(cls, error: PeerError) -> RingFault:
+        """Return the fault that *error* names, cut to what a record holds."""
+        return cls(_printable(error.rule, RULE_SIZE), _printable(error.detail, DETAIL_SIZE))
+
+
+def _printable(text: str, limit: int) -> str:
+    """Return *text* as at most *limit* printable ASCII characters."""
+    plain = text.encode("ascii", "backslashreplace").decode("ascii")
+    return "".join(letter if letter.isprintable() else "?" for letter in plain)[:limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +261,15 @@ class RingSet:
             self._records = [RingRecord()] * self._count
 
     def state(self) -> tuple[RingRecord, ...]:
-        """Return the record of every ring, for a process that continues where this one ends."""
-        return tuple(self.record(index) for index in range(self._count))
+        """Return the record of every ring, for a process that continues where this one ends.
+
+        Only a parked ring has a position in it.  That of a bound one changes with every buffer;
+        a restarted process finds it in guest memory and in the in-flight record.
+        """
+        return tuple(
+            replace(self.record(index), position=None) if index in self._bound else record
+            for index, record in enumerate(self._records)
+        )
 
     def restore(self, records: Sequence[RingRecord]) -> None:
         """Continue from the *records* of another process; no ring runs until it is settled.
@@ -283,8 +305,7 @@ class RingSet:
         self._break(queue.index, error)
 
     def _break(self, index: int, error: QueueError) -> None:
-        fault = RingFault(error.rule, error.detail)
-        self._records[index] = replace(self._records[index], broken=fault)
+        self._records[index] = replace(self._records[index], broken=RingFault.of(error))
         self.events.queue_broken(index, error.rule, error.detail)
         self._owner.ring_broken(index, error)
 
