@@ -94,4 +94,5 @@ class Gadget(PciDevice):
         self.state = state
 
     def set_running(self, running: bool) -> None:
+        self.refuse("continue" if running else "stop")
         self.log.append(("running", running))

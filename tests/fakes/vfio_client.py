@@ -114,6 +114,8 @@ class FakeClient:
         self.dma_error = 0
         """An errno with which every DMA message is refused."""
         self.dma_sizes: list[int] = []
+        self.refuse_reads = False
+        """Refuse every DMA_READ: memory that the device may only write."""
         self.before_dma: Callable[[], None] | None = None
         """Called before a DMA message is answered: what the client does meanwhile."""
         self.silent = False
@@ -176,10 +178,11 @@ class FakeClient:
     def run(self) -> None:
         """Let the device do what it deferred, until there is nothing left."""
         for _ in range(100):
-            if not self.session.device._deferred:
-                return
             self.session.device.run_deferred()
+            self.session.drain()
             self._collect()
+            if not self.session.device.has_work:
+                return
         raise AssertionError("deferred work without end")
 
     # -- server commands --------------------------------------------------------------------------
@@ -202,6 +205,8 @@ class FakeClient:
                     self.before_dma()
                 if not self.silent:
                     feed(self._dma(head, payload), [])
+        if not done() and self.session.blocked:
+            self.session.cancel_work()  # the client waits for its own command
         if not done():
             raise TimeoutError
 
@@ -210,7 +215,8 @@ class FakeClient:
         request = layout.parse(payload[: layout.SIZE])
         self.dma_sizes.append(request.count)
         ram = [r for r in self.ram if r.holds(request.address, request.count)]
-        if self.dma_error or not ram:
+        refused = self.refuse_reads and head.command == Command.DMA_READ
+        if self.dma_error or refused or not ram:
             failed = HeaderFlags.TYPE_REPLY | HeaderFlags.ERROR
             error = self.dma_error or errno.EFAULT
             return message(head.command, msg_id=head.id, flags=failed, error=error)

@@ -25,6 +25,8 @@ from virtio_formats.vfio_user import (
     Command,
     DeviceInfo,
     IoEventFd,
+    IrqInfo,
+    PciIrq,
     PciRegion,
     RegionAccess,
     RegionFlags,
@@ -440,3 +442,72 @@ class TestRegionDeclarations:
         client.negotiate()
         client.read(0, 0, 4, expect=errno.EIO)
         client.close()
+
+
+class TestClientsOfOtherVersions:
+    """Linux appends fields to the structures of VFIO; their clients were refused."""
+
+    @pytest.mark.parametrize("size", [20, 24, 64])
+    def test_get_info(self, client: FakeClient, size: int) -> None:
+        request = struct.pack("=I", size).ljust(size, b"\0")
+        reply = client.call(Command.DEVICE_GET_INFO, request).payload
+        assert len(reply) == size
+        assert DeviceInfo.parse(reply[:16]).num_regions == 9
+        assert not any(reply[16:])
+
+    def test_get_irq_info(self, client: FakeClient) -> None:
+        request = struct.pack("=IIIII", 20, 0, PciIrq.MSIX, 0, 0)
+        reply = client.call(Command.DEVICE_GET_IRQ_INFO, request).payload
+        assert (len(reply), IrqInfo.parse(reply[:16]).count) == (20, 2048)
+
+    def test_but_not_any_size(self, client: FakeClient) -> None:
+        for size in (17, 84):
+            client.call(Command.DEVICE_GET_INFO, struct.pack("=I", size).ljust(size), expect=22)
+
+
+class TestExpansionRom:
+    def rom(self, size: int) -> PciDevice:
+        rom = Region(size, read=lambda offset, count: b"\x55\xaa".ljust(count, b"\0"))
+        return PciDevice(ConfigSpace(vendor_id=1, device_id=2), {PciRegion.ROM: rom}, {})
+
+    def test_it_is_sized_and_enabled(self) -> None:
+        """It could be read, but the register that shows it to a guest stayed zero."""
+        client = FakeClient(self.rom(0x10000))
+        client.negotiate()
+        client.set_config(0x30, 0xFFFFF800, 4)
+        assert client.config(0x30, 4) == 0xFFFF0000
+        client.set_config(0x30, 0xFEB00001, 4)
+        assert client.config(0x30, 4) == 0xFEB00001
+        assert client.read(PciRegion.ROM, 0, 2) == b"\x55\xaa"
+        client.write(PciRegion.ROM, 0, b"x", expect=errno.EPERM)
+        client.close()
+
+    @pytest.mark.parametrize("size", [1024, 0x3000, 1 << 32])
+    def test_sizes_that_cannot_be(self, size: int) -> None:
+        with pytest.raises(UsageError):
+            self.rom(size)
+
+
+def test_an_ioeventfd_in_an_io_bar_says_so() -> None:
+    """Without KVM_IOEVENTFD_FLAG_PIO the hypervisor watches a memory address."""
+    kick = os.eventfd(0)
+    bar = Region(
+        16,
+        read=lambda offset, count: bytes(count),
+        bar=BarFlags.IO,
+        io_events=[IoEvent(kick, 0, 4, lambda: None), IoEvent(kick, 4, 4, lambda: None, 5)],
+    )
+    config = ConfigSpace(vendor_id=1, device_id=2)
+    client = FakeClient(PciDevice(config, {PciRegion.BAR0: bar}, {}))
+    client.negotiate()
+    request = RegionIoFds(argsz=4096, flags=0, index=0, count=0).build()
+    reply = client.call(Command.DEVICE_GET_REGION_IO_FDS, request)
+    assert [IoEventFd.parse(reply.payload[at : at + 40]).flags for at in (16, 56)] == [2, 3]
+    client.close()
+    for fd in (kick, *reply.fds):
+        os.close(fd)
+
+
+def test_an_ioeventfd_needs_a_descriptor() -> None:
+    with pytest.raises(UsageError, match="descriptor -1"):
+        IoEvent(-1, 0, 4, lambda: None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -21,13 +22,18 @@ from tests.fakes.descriptors import open_fds
 from tests.fakes.pci_device import Gadget
 from tests.fakes.vfio_client import FakeClient, Ram, message
 
-from vfio_user import DmaError, RequestError, SessionLimits
+from vfio_user import DmaError, DmaRegion, RequestError, SessionLimits
 from vfio_user.errors import VfioUserError
 from vfio_user.remote import Layout
 from virtio_formats.vfio_user import (
     Command,
+    DeviceFeature,
+    DeviceState,
     DmaMap,
     DmaUnmap,
+    Feature,
+    FeatureFlags,
+    MigState,
     RegionAccess,
 )
 
@@ -475,6 +481,69 @@ class TestWhileTheDeviceWaits:
         assert gadget.log[-1] == ("reset",)
         assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
 
+    @pytest.mark.parametrize(
+        ("flags", "data"),
+        [
+            (FeatureFlags.GET | Feature.MIG_DEVICE_STATE, b""),
+            (FeatureFlags.GET | Feature.MIGRATION, b""),
+            (FeatureFlags.PROBE | FeatureFlags.SET | Feature.MIG_DEVICE_STATE, b""),
+            (FeatureFlags.GET | Feature.DMA_LOGGING_REPORT, struct.pack("=QQQ", BASE, PAGE, PAGE)),
+        ],
+    )
+    def test_a_question_disturbs_nothing(
+        self, gadget: Gadget, waiting: FakeClient, flags: int, data: bytes
+    ) -> None:
+        """A client that only asks failed the device's DMA, which stopped a virtqueue for good."""
+        gadget.dma.log.start(PAGE, ())
+        request = DeviceFeature(argsz=64, flags=flags).build() + data
+        self.meanwhile(waiting, message(Command.DEVICE_FEATURE, request, msg_id=9))
+        seen: list[bytes] = []
+        gadget.defer(lambda: seen.append(gadget.dma.read(BASE, 4)))
+        waiting.run()
+        assert seen == [b"data"]
+        assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
+
+    def stop(self) -> bytes:
+        request = DeviceFeature(argsz=16, flags=FeatureFlags.SET | Feature.MIG_DEVICE_STATE)
+        state = MigState(device_state=DeviceState.STOP, data_fd=0)
+        return message(Command.DEVICE_FEATURE, request.build() + state.build(), msg_id=9)
+
+    def test_a_change_of_state_waits_for_the_work(
+        self, gadget: Gadget, waiting: FakeClient
+    ) -> None:
+        """All of it: not only for the message that is under way."""
+        self.meanwhile(waiting, self.stop())
+        seen: list[bytes] = []
+
+        def work() -> None:
+            seen.append(gadget.dma.read(BASE, 2))
+            seen.append(gadget.dma.read(BASE + 2, 2))
+            assert ("running", False) not in gadget.log
+
+        gadget.defer(work)
+        waiting.run()
+        assert seen == [b"da", b"ta"]
+        assert gadget.log[-1] == ("running", False)
+        assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
+
+    def test_but_not_for_a_client_that_cannot_answer(
+        self, gadget: Gadget, waiting: FakeClient
+    ) -> None:
+        waiting.silent = True
+        self.meanwhile(waiting, self.stop())
+        failed: list[int] = []
+
+        def work() -> None:
+            try:
+                gadget.dma.read(BASE, 4)
+            except DmaError as error:
+                failed.append(error.errno)
+
+        gadget.defer(work)
+        waiting.run()
+        assert failed == [errno.ECANCELED]
+        assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
+
     def test_the_client_goes(self, gadget: Gadget, waiting: FakeClient) -> None:
         waiting.silent = True
         waiting.before_dma = waiting.session.receive_eof
@@ -494,3 +563,62 @@ class TestWhileTheDeviceWaits:
 def test_every_error_of_this_package_is_one_family() -> None:
     assert issubclass(DmaError, VfioUserError)
     assert issubclass(RequestError, VfioUserError)
+
+
+class TestClientsOfOtherVersions:
+    def test_flags_of_newer_clients(self, gadget: Gadget, client: FakeClient) -> None:
+        """Bits 2 and 3 of memory that comes with a descriptor; they were refused."""
+        client.map(Ram(BASE, PAGE), flags=0b1111)
+        assert gadget.dma.regions[0].window().flags == 3
+        ram = Ram(BASE + 0x10000, PAGE)
+        client.map(ram, flags=0b0111, mapped=False, expect=errno.EINVAL)
+        client.map(ram, flags=0b1100, expect=errno.EINVAL)
+        client.map(ram, flags=0b10011, expect=errno.EINVAL)
+        ram.close()
+
+    def test_a_character_device_is_mapped(self, gadget: Gadget, client: FakeClient) -> None:
+        """As /dev/dax is, whose size fstat does not tell."""
+        fd = os.open("/dev/zero", os.O_RDWR)
+        request = DmaMap(argsz=32, flags=3, offset=0, address=BASE, size=PAGE).build()
+        client.call(Command.DMA_MAP, request, [fd])
+        gadget.dma.write(BASE, b"there")
+        assert gadget.dma.read(BASE, 5) == b"there"
+        assert client.session.requests.sent == 0
+        os.close(fd)
+
+    def test_one_that_cannot_be_mapped_is_reached_by_messages(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        ram = Ram(BASE, PAGE)
+        ram.write(BASE, b"data")
+        before = open_fds()
+        fd = os.open("/dev/null", os.O_RDWR)
+        request = DmaMap(argsz=32, flags=3, offset=0, address=BASE, size=PAGE).build()
+        client.call(Command.DMA_MAP, request, [fd])
+        os.close(fd)
+        client.ram.append(ram)
+        assert gadget.dma.read(BASE, 4) == b"data"
+        assert open_fds() == before
+
+    def test_memory_that_the_device_may_only_write(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        """Which of two layouts the client uses was asked by a read, which it refuses."""
+        ram = Ram(BASE, PAGE)
+        client.map(ram, flags=2, mapped=False)
+        client.refuse_reads = True
+        gadget.dma.write(BASE, b"data")
+        assert ram.read(BASE, 4) == b"data"
+
+
+def test_a_hook_that_fails_leaves_no_region(gadget: Gadget, client: FakeClient) -> None:
+    for number in range(3):
+        client.map(Ram(BASE + number * 0x10000, PAGE))
+
+    def fail(region: DmaRegion) -> None:
+        raise ZeroDivisionError
+
+    gadget.dma.on_unmap = fail
+    client.unmap(0, 0, flags=2, expect=errno.EIO)
+    assert gadget.dma.regions == []
+    gadget.dma.on_unmap = None

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import FakeClient
+from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient
 
 from vfio_user import MigrationMachine, PciDevice, RequestError, SessionLimits
 from vfio_user.migration import MAX_STATE_SIZE, NEXT_HOP
@@ -274,3 +274,130 @@ class TestDeviceFeature:
         for act in (lambda: PciDevice.save_state(None), lambda: PciDevice.load_state(None, b"")):  # type: ignore[arg-type]
             with pytest.raises(RequestError):
                 act()
+
+
+class TestFailures:
+    def refuse(self, gadget: Gadget, what: str) -> None:
+        def fail(asked: str) -> None:
+            if asked == what:
+                raise RequestError(errno.ENOSPC, what)
+
+        gadget.refuse = fail
+
+    @pytest.mark.parametrize("start", [S.STOP, S.RUNNING, S.PRE_COPY])
+    def test_a_save_that_failed_is_not_an_empty_state(
+        self, gadget: Gadget, client: FakeClient, start: DeviceState
+    ) -> None:
+        """The second try found the device in STOP_COPY already, with nothing to read."""
+        go(client, start)
+        self.refuse(gadget, "save")
+        for _ in range(2):
+            go(client, S.STOP_COPY, expect=errno.ENOSPC)
+        assert gadget.migration.state == (S.PRE_COPY if start is S.PRE_COPY else S.STOP)
+        self.refuse(gadget, "")
+        go(client, S.STOP_COPY)
+        assert gadget.migration.read(64) == b"state"
+
+    @pytest.mark.parametrize("what", ["stop", "continue"])
+    def test_a_device_that_can_neither_stop_nor_continue(
+        self, gadget: Gadget, client: FakeClient, what: str
+    ) -> None:
+        if what == "continue":
+            go(client, S.STOP)
+        self.refuse(gadget, what)
+        go(client, S.RUNNING if what == "continue" else S.STOP, expect=errno.ENOSPC)
+        assert feature(client, Feature.MIG_DEVICE_STATE | GET)[0] == S.ERROR
+        go(client, S.RUNNING, expect=errno.EINVAL)
+        self.refuse(gadget, "")
+        client.call(Command.DEVICE_RESET)
+        assert feature(client, Feature.MIG_DEVICE_STATE | GET)[0] == S.RUNNING
+        assert gadget.log[-2:] == [("running", True), ("reset",)]
+
+
+class TestDeferredWork:
+    """Memory must not change after the state was saved, or after a reset."""
+
+    def work(self, gadget: Gadget) -> None:
+        gadget.log.append(("work",))
+
+    def test_it_is_dropped_by_a_reset(self, gadget: Gadget, client: FakeClient) -> None:
+        gadget.defer(lambda: self.work(gadget))
+        client.call(Command.DEVICE_RESET)
+        client.run()
+        assert ("work",) not in gadget.log
+
+    def test_it_is_finished_before_the_device_stops(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        gadget.defer(lambda: gadget.defer(lambda: self.work(gadget)))
+        go(client, S.STOP_COPY)
+        assert gadget.log[-2:] == [("work",), ("running", False)]
+
+    def test_it_is_held_while_the_device_stands_still(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        go(client, S.STOP)
+        gadget.defer(lambda: self.work(gadget))
+        client.run()
+        go(client, S.STOP_COPY)
+        go(client, S.STOP)
+        assert ("work",) not in gadget.log
+        go(client, S.RUNNING)
+        assert gadget.log[-2:] == [("running", True), ("work",)]
+
+    def test_work_without_end_does_not_keep_the_device_from_stopping(
+        self, gadget: Gadget, client: FakeClient
+    ) -> None:
+        def again() -> None:
+            gadget.defer(again)
+
+        again()
+        go(client, S.STOP)
+        assert gadget.migration.state == S.STOP
+
+
+class TestClientsThatDisconnect:
+    @pytest.mark.parametrize("state", [S.STOP, S.STOP_COPY, S.RESUMING])
+    def test_the_state_is_retained(
+        self, gadget: Gadget, client: FakeClient, state: DeviceState
+    ) -> None:
+        """*Socket Disconnection Behavior*: it became RUNNING."""
+        go(client, state)
+        client.close()
+        again = FakeClient(gadget)
+        again.negotiate()
+        data = feature(again, Feature.MIG_DEVICE_STATE | GET)
+        assert MigState.parse(data).device_state == state
+        again.close()
+
+    @pytest.mark.parametrize("how", ["reset", "run"])
+    def test_the_next_client_revives_the_device(
+        self, gadget: Gadget, client: FakeClient, how: str
+    ) -> None:
+        go(client, S.STOP_COPY)
+        client.close()
+        again = FakeClient(gadget)
+        again.negotiate()
+        gadget.defer(lambda: gadget.log.append(("work",)))
+        again.run()
+        assert ("work",) not in gadget.log
+        if how == "reset":
+            again.call(Command.DEVICE_RESET)
+            gadget.defer(lambda: gadget.log.append(("work",)))
+            again.run()
+        else:
+            go(again, S.RUNNING)
+        assert gadget.migration.state == S.RUNNING
+        assert ("work",) in gadget.log
+        again.close()
+
+
+def test_max_data_xfer_size_limits_dma_and_region_access_only(gadget: Gadget) -> None:
+    """A client that takes four bytes in an access could not even ask for the state."""
+    client = FakeClient(gadget)
+    client.negotiate(QEMU_VERSION_DATA.replace(b"1048576", b"4      "))
+    client.read(0, 0, 8, expect=errno.EINVAL)
+    go(client, S.STOP_COPY)
+    data = client.call(Command.MIG_DATA_READ, MigData(argsz=72, size=64).build()).payload
+    assert data[MigData.SIZE :] == b"state"
+    client.close()

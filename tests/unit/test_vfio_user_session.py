@@ -29,14 +29,18 @@ from tests.fakes.vfio_client import (
 )
 
 import vfio_user
-from vfio_user import DmaError, Session, SessionLimits
+from vfio_user import DmaError, Session, SessionLimits, faults
 from virtio_formats.vfio_user import (
     Capabilities,
     Command,
+    DeviceFeature,
     DmaMap,
+    Feature,
+    FeatureFlags,
     Header,
     HeaderFlags,
     IrqSet,
+    MigState,
     PciIrq,
     PciRegion,
     RegionAccess,
@@ -377,11 +381,50 @@ class TestEnd:
         assert open_fds() == before
 
     def test_too_many_commands_waiting(self, gadget: Gadget) -> None:
-        limits = SessionLimits(max_queued=3)
-        client = FakeClient(gadget, limits=limits)
+        """The device waits for client memory, one command for the device, the others for that."""
+        client = FakeClient(gadget, limits=SessionLimits(max_queued=3))
         client.negotiate()
-        client.send(message(Command.DEVICE_RESET) * 4)
-        assert "more commands" in client.session.error
+        client.map(Ram(0x10000, 0x1000), mapped=False)
+        stop = DeviceFeature(argsz=16, flags=FeatureFlags.SET | Feature.MIG_DEVICE_STATE).build()
+        stop += MigState(device_state=1, data_fd=0).build()
+        client.before_dma = lambda: client.session.feed(
+            message(Command.DEVICE_FEATURE, stop) + message(Command.DEVICE_GET_INFO, bytes(16)) * 4
+        )
+        with pytest.raises(DmaError):
+            gadget.dma.read(0x10000, 4)
+        assert "more commands" in (client.session.error or "")
+        client.close()
+
+    def test_pipelined_writes_are_not_commands_that_wait(self, gadget: Gadget) -> None:
+        """2000 posted writes in one piece were refused before one of them was looked at."""
+        client = FakeClient(gadget)
+        client.negotiate()
+        write = RegionAccess(offset=8, region=0, count=1).build() + b"x"
+        client.send(message(Command.REGION_WRITE, write, flags=HeaderFlags.NO_REPLY) * 2000)
+        assert client.session.is_open
+        assert gadget.log.count(("write", 8, b"x")) == 2000
+        client.close()
+
+    def test_a_message_that_is_neither_command_nor_reply(self, gadget: Gadget) -> None:
+        client = FakeClient(gadget)
+        client.negotiate()
+        client.send(message(Command.DEVICE_GET_INFO, bytes(16), flags=2))
+        assert client.inbox.pop().error == errno.EINVAL
+        client.send(message(Command.DEVICE_RESET, flags=2 | HeaderFlags.NO_REPLY))
+        assert ("reset",) not in gadget.log
+        client.close()
+
+    def test_a_fault_of_the_device_is_logged_in_full_once(
+        self, gadget: Gadget, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There was no traceback; and the guest decides how often this happens."""
+        monkeypatch.setattr(faults, "_reported", set())
+        client = FakeClient(gadget)
+        client.negotiate()
+        for _ in range(100):
+            client.write(0, CRASH, b"x", expect=errno.EIO)
+        assert caplog.text.count("Traceback") == 1
+        assert caplog.text.count("REGION_WRITE") == 1
         client.close()
 
 

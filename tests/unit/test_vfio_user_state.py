@@ -329,7 +329,8 @@ class TestCorruption:
         client = FakeClient(device)
 
         def refuse(what: str) -> None:
-            raise RequestError(errno.ENOSPC, what)
+            if what == "map":
+                raise RequestError(errno.ENOSPC, what)
 
         device.refuse = refuse
         with pytest.raises(RequestError):

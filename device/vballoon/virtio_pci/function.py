@@ -380,8 +380,10 @@ class VirtioPciFunction(PciDevice):
     def reset(self) -> None:
         """DEVICE_RESET."""
         self._power_state = 0
+        self._scheduled = False  # a reset drops deferred work
         self.msix.reset()
         self._reset_now()
+        self._schedule()
 
     def dma_mapped(self, region: DmaRegion) -> None:
         """Add guest memory; the table follows in deferred work."""

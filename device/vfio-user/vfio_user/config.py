@@ -25,7 +25,7 @@ from virtio_formats.pci import (
 
 __all__ = ("ConfigSpace",)
 
-_COMMAND, _STATUS, _BARS, _CAP_LIST, _INT_LINE, _INT_PIN = 0x04, 0x06, 0x10, 0x34, 0x3C, 0x3D
+_COMMAND, _STATUS, _BARS, _ROM, _CAP_LIST, _INT_LINE = 0x04, 0x06, 0x10, 0x30, 0x34, 0x3C
 _COMMAND_BITS = Command.IO | Command.MEMORY | Command.MASTER | Command.PARITY | Command.SERR
 _COMMAND_BITS |= Command.INTX_DISABLE
 
@@ -115,6 +115,17 @@ class ConfigSpace:
         self.data[offset : offset + 4] = flags.to_bytes(4, "little")
         everything = (1 << 8 * width) - 1
         self._allow(offset, everything & ~(size - 1), width)
+
+    def add_rom(self, region: Region) -> None:
+        """Show *region* as the expansion ROM, sized; its enable bit can be written.
+
+        Raise :class:`~vfio_user.errors.UsageError` for a size that is no power of two, or below
+        2 KiB.
+        """
+        size = region.size
+        if size < 2048 or size & (size - 1) or size > 1 << 31:
+            raise UsageError(f"an expansion ROM of {size} bytes")
+        self._allow(_ROM, (0xFFFFFFFF & ~(size - 1)) | 1, 4)
 
     def add_capability(self, body: bytes, writable: bytes = b"") -> int:
         """Append a capability, header included; returns its offset.

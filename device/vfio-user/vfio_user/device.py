@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a PCI device is to this package: the class to derive a device from.
+"""The class to derive a device from.
 
-A device outlives its client: descriptors, DMA regions and interrupt eventfds go when the client
-goes, registers and configuration space stay.  All calls come from one thread.
+A device outlives its client: when a client disconnects its DMA regions are unmapped and its
+eventfds are closed; registers, configuration space and migration state stay.  All calls come from
+one thread.
 
     class Doorbell(PciDevice):
         def __init__(self) -> None:
@@ -14,7 +15,6 @@ goes, registers and configuration space stay.  All calls come from one thread.
 from __future__ import annotations
 
 import errno
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -22,6 +22,7 @@ from vfio_user.config import ConfigSpace
 from vfio_user.descriptors import Descriptors
 from vfio_user.dma import DmaRegion, DmaTable
 from vfio_user.errors import RequestError, UsageError
+from vfio_user.faults import guarded
 from vfio_user.intx import IntxPin
 from vfio_user.irqs import IrqTable
 from vfio_user.migration import MigrationMachine
@@ -31,9 +32,10 @@ from virtio_formats.vfio_user import PCI_NUM_REGIONS, DeviceFlags, PciRegion
 
 __all__ = ("PciDevice",)
 
-log = logging.getLogger(__name__)
-
 _EMPTY = Region(0)
+_FINISH_ROUNDS = 64
+"""Rounds of deferred work before a device is stopped; a queue that is never empty must not
+keep it from that."""
 
 
 class PciDevice:
@@ -67,6 +69,8 @@ class PciDevice:
         for index in range(6):
             if self.regions[index].size:
                 config.add_bar(index, self.regions[index])
+        if self.regions[PciRegion.ROM].size:
+            config.add_rom(self.regions[PciRegion.ROM])
         self.client_error: str | None = None
         """Why the last client disconnected, for :meth:`detached`; None for an orderly end."""
         self._deferred: deque[Callable[[], None]] = deque()
@@ -77,52 +81,53 @@ class PciDevice:
     # -- for a device to override -----------------------------------------------------------------
 
     def reset(self) -> None:
-        """Device reset: registers as after power-on (configuration space is done already)."""
+        """Reset the registers, as after power-on; configuration space has been reset already."""
 
     def attached(self) -> None:
-        """A client has connected and negotiated."""
+        """Prepare for a client, which has connected and negotiated."""
 
     def detached(self) -> None:
-        """The client has gone; its memory and its eventfds are let go of next."""
+        """Stop using the client, which has disconnected; its memory is unmapped next."""
 
     def dma_mapped(self, region: DmaRegion) -> None:
-        """A piece of client memory can be used from now on."""
+        """Start to use a piece of client memory."""
 
     def dma_unmapped(self, region: DmaRegion) -> None:
-        """A piece of client memory must not be used any more when this returns."""
+        """Stop using a piece of client memory before this returns."""
 
     def dma_logging(self, active: bool) -> None:
-        """The client wants to know which of its memory the device writes, or no longer.
+        """Start or stop recording which client memory the device writes.
 
         What goes through ``dma.write`` is logged there; a device that writes mapped memory
         itself must call ``dma.log.mark``.
         """
 
     def irq_state(self, index: int, start: int, count: int, masked: bool) -> None:
-        """The client masked or unmasked vectors."""
+        """Take note that the client masked or unmasked vectors."""
 
     def save_state(self) -> bytes:
-        """The device's state for migration; it stands still meanwhile."""
+        """Return the device's state for migration; the device stands still."""
         raise RequestError(errno.EINVAL, "the device does not migrate")
 
     def load_state(self, state: bytes) -> None:
-        """Take a state over; raises :class:`~vfio_user.errors.RequestError` if malformed."""
+        """Take a state over.  Raise :class:`~vfio_user.errors.RequestError` if it is malformed."""
         raise RequestError(errno.EINVAL, "the device does not migrate")
 
     def set_running(self, running: bool) -> None:
-        """Stand still (no DMA, no interrupts), or go on."""
+        """Stand still (no DMA, no interrupts), or continue."""
 
     # -- for a device to use ----------------------------------------------------------------------
 
     def defer(self, work: Callable[[], None]) -> None:
         """Do *work* once the command being served has been answered.
 
+        A reset drops it; while the device stands still for a migration it is held back.
+
         This is the place for DMA: a client may wait for the answer to a region access before it
         looks at the DMA messages that the access caused (QEMU 11.1 holds its global lock then).
         """
         self._deferred.append(work)
-        if self._wake is not None:
-            self._wake()
+        self.wake()
 
     def base_state(self) -> BaseState:
         """Return configuration space, INTx, and pending and masked vectors: the base's own state.
@@ -147,24 +152,46 @@ class PciDevice:
         self.irqs.restore_function(state.held, state.irqs)
         self.intx.set(state.intx)
 
+    def wake(self) -> None:
+        """Have the server do deferred work, and serve the commands that waited for its end."""
+        if self._wake is not None:
+            self._wake()
+
     # -- for sessions and servers -----------------------------------------------------------------
 
     def on_deferred(self, wake: Callable[[], None] | None) -> None:
-        """Call *wake* whenever there is deferred work to :meth:`run_deferred`."""
+        """Call *wake* whenever :meth:`run_deferred` should be called soon."""
         self._wake = wake
 
+    @property
+    def has_work(self) -> bool:
+        """Return whether :meth:`run_deferred` would do anything."""
+        return bool(self._deferred) and self.migration.is_running
+
     def run_deferred(self) -> None:
-        """Do what was deferred until now; what that defers in turn waits for the next call."""
+        """Do what was deferred until now; what that defers in turn waits for the next call.
+
+        Nothing while the device stands still for a migration: its memory must not change.
+        """
+        if not self.migration.is_running:
+            return
         for _ in range(len(self._deferred)):
             work = self._deferred.popleft()
-            try:
-                work()
-            except Exception as error:
-                # A device that fails must not take the server along.
-                log.error("deferred work failed: %s: %s", type(error).__name__, error)
+            guarded("deferred work", work)
+
+    def finish_work(self) -> None:
+        """Do deferred work until there is none, or for a bounded number of rounds.
+
+        Before the device is stopped or its state is replaced.
+        """
+        for _ in range(_FINISH_ROUNDS):
+            if not self.has_work:
+                return
+            self.run_deferred()
 
     def full_reset(self) -> None:
-        """DEVICE_RESET: configuration space, pending interrupts, migration state, registers."""
+        """Serve DEVICE_RESET: deferred work is dropped, everything is as after power-on."""
+        self._deferred.clear()
         self.config.reset()
         self.irqs.clear_pending()
         self.intx.reset()
@@ -185,8 +212,8 @@ class PciDevice:
         """
         self.client_error = error
         self.dma.channel = None
-        self.detached()
-        self.dma.clear()
-        self.stop_logging()
+        # A device that fails here must not keep the next client out.
+        guarded("detached", self.detached)
+        guarded("unmapping", self.dma.clear)
+        guarded("stopping the log", self.stop_logging)
         self.irqs.close()
-        self.migration.reset()

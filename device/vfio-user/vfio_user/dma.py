@@ -34,7 +34,9 @@ __all__ = ("DmaChannel", "DmaRegion", "DmaTable")
 
 PAGE_SIZE = 4096
 _SPACE_END = 1 << 64
-_MAP_FLAGS = int(DmaMapFlags.READABLE | DmaMapFlags.WRITEABLE)  # int: ~ is to keep other bits
+_MAP_FLAGS = int(DmaMapFlags.READABLE | DmaMapFlags.WRITEABLE)  # int: ~ keeps unnamed bits
+_KNOWN_FLAGS = _MAP_FLAGS | 0b1100
+"""Newer clients set bits 2 and 3 on memory that comes with a descriptor; they change nothing."""
 
 
 class DmaChannel(Protocol):
@@ -148,6 +150,8 @@ class DmaTable:
         included.
         """
         _check_map(request)
+        if fd is None and request.flags & ~_MAP_FLAGS:
+            raise RequestError(errno.EINVAL, f"DMA_MAP flags {request.flags:#x}, no descriptor")
         if len(self.regions) >= limit:
             raise RequestError(errno.EINVAL, f"more than {limit} DMA regions")
         if fd is not None:
@@ -169,11 +173,13 @@ class DmaTable:
         region = DmaRegion(
             address=request.address,
             size=request.size,
-            flags=DmaMapFlags(request.flags),
+            flags=DmaMapFlags(request.flags & _MAP_FLAGS),
             fd=fd,
             offset=request.offset if fd is not None else 0,
             descriptors=self._descriptors,
         )
+        if fd is not None and stat.S_ISCHR(os.fstat(fd).st_mode):
+            _map_or_close(region)
         self.regions.insert(position, region)
         self._starts.insert(position, region.address)
         try:
@@ -207,8 +213,14 @@ class DmaTable:
 
     def clear(self) -> None:
         """Unmap everything (the client has disconnected, or asked for it)."""
+        failed: Exception | None = None
         while self.regions:
-            self._remove(len(self.regions) - 1)
+            try:
+                self._remove(len(self.regions) - 1)
+            except Exception as error:  # of a hook; the other regions are unmapped too
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _remove(self, index: int) -> None:
         region = self.regions.pop(index)
@@ -324,6 +336,14 @@ class DmaTable:
         return pieces
 
 
+def _map_or_close(region: DmaRegion) -> None:
+    """Map a character device at once; one that cannot be mapped is reached by messages."""
+    try:
+        region.view  # noqa: B018
+    except DmaError:
+        region.close()
+
+
 def _request(window: DmaWindow) -> DmaMap:
     return DmaMap(
         argsz=DmaMap.SIZE,
@@ -337,7 +357,7 @@ def _request(window: DmaWindow) -> DmaMap:
 def _check_map(request: DmaMap) -> None:
     if request.argsz < DmaMap.SIZE:
         raise RequestError(errno.EINVAL, f"DMA_MAP argsz {request.argsz}")
-    if not request.flags or request.flags & ~_MAP_FLAGS:
+    if not request.flags & _MAP_FLAGS or request.flags & ~_KNOWN_FLAGS:
         raise RequestError(errno.EINVAL, f"DMA_MAP flags {request.flags:#x}")
     if not request.size or request.address % PAGE_SIZE or request.size % PAGE_SIZE:
         raise RequestError(errno.EINVAL, f"DMA_MAP of {request.address:#x}+{request.size:#x}")
@@ -352,6 +372,8 @@ def _check_file(fd: int, request: DmaMap) -> None:
         found = os.fstat(fd)
     except OSError as error:
         raise RequestError(errno.EINVAL, f"DMA_MAP descriptor: {error.strerror}") from None
+    if stat.S_ISCHR(found.st_mode):
+        return  # /dev/dax has no size; whether it can be mapped is found out by mapping it
     if not stat.S_ISREG(found.st_mode):
         raise RequestError(errno.EINVAL, "DMA_MAP descriptor is not a file that can be mapped")
     if request.offset % PAGE_SIZE or request.offset + request.size > found.st_size:

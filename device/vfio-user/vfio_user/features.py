@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DEVICE_FEATURE: migration states and DMA logging.
+"""Serve DEVICE_FEATURE: migration states and DMA logging.
 
-vfio-user specification (QEMU 11.1), ``VFIO_USER_DEVICE_FEATURE``.  Which methods a feature has is
-one table, so that a probe and a call cannot disagree.
+vfio-user specification (QEMU 11.1), ``VFIO_USER_DEVICE_FEATURE``.  One table holds the methods of
+each feature, so that a probe and a call cannot disagree.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from virtio_formats.vfio_user import (
 if TYPE_CHECKING:
     from vfio_user.device import PciDevice
 
-__all__ = ("handle",)
+__all__ = ("changes", "handle")
 
 # Plain integers: ~ of a flag would lose the bits that have no name.
 _GET, _SET, _PROBE = int(FeatureFlags.GET), int(FeatureFlags.SET), int(FeatureFlags.PROBE)
@@ -36,10 +36,18 @@ _INDEX = int(FeatureFlags.INDEX_MASK)
 _METHODS = _GET | _SET
 
 
-def handle(device: PciDevice, payload: bytes, *, limit: int) -> bytes:
-    """Serve one DEVICE_FEATURE request; returns the reply's payload.
+def changes(payload: bytes) -> bool:
+    """Return whether a DEVICE_FEATURE request changes the device: SET, and no PROBE."""
+    if len(payload) < DeviceFeature.SIZE:
+        return False
+    flags = DeviceFeature.parse(payload[: DeviceFeature.SIZE]).flags
+    return flags & _SET != 0 and flags & _PROBE == 0
 
-    *limit* is how many bytes of bitmap a reply may carry.  Raises
+
+def handle(device: PciDevice, payload: bytes, *, limit: int) -> bytes:
+    """Serve one DEVICE_FEATURE request; return the reply's payload.
+
+    *limit* is how many bytes of bitmap a reply may carry.  Raise
     :class:`~vfio_user.errors.RequestError` EINVAL for a feature or a method that the device does
     not have, and for sizes that do not fit.
     """
@@ -120,4 +128,4 @@ _FEATURES: dict[int, tuple[int, Server]] = {
     Feature.DMA_LOGGING_STOP: (_SET, _logging_stop),
     Feature.DMA_LOGGING_REPORT: (_GET, _logging_report),
 }
-"""Feature -> the methods it has, and who serves them."""
+"""Feature to the methods it has, and the function that serves them."""

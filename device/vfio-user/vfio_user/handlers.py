@@ -19,6 +19,7 @@ import numpy as np
 
 from vfio_user import features
 from vfio_user.errors import FatalError, RequestError
+from virtio_formats.pci import BarFlags
 from virtio_formats.vfio_user import (
     CLIENT_COMMANDS,
     PCI_NUM_IRQS,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from vfio_user.regions import Region
     from vfio_user.stream import Message
 
-__all__ = ("EXCLUSIVE", "handle")
+__all__ = ("handle", "is_exclusive")
 
 Reply = tuple[bytes, list[int]]
 
@@ -58,15 +59,19 @@ _ACCESS = struct.Struct(struct_format(RegionAccess.SUBCON) or "")
 
 Head = TypeVar("Head", bound=WireStruct)
 
-EXCLUSIVE = frozenset(
-    {
-        Command.DEVICE_RESET,
-        Command.DEVICE_FEATURE,
-        Command.MIG_DATA_READ,
-        Command.MIG_DATA_WRITE,
-    }
-)
-"""Commands that change the device as a whole; not served in the middle of its work."""
+_GROWTH_MAX = 64
+"""Bytes by which a client's version of a VFIO structure may be larger than ours."""
+
+
+def is_exclusive(message: Message) -> bool:
+    """Return whether a command changes the device as a whole.
+
+    Such a command is not served in the middle of the device's work.  Questions are not exclusive:
+    a client that only asks must not disturb a queue.
+    """
+    if message.command == Command.DEVICE_FEATURE:
+        return features.changes(message.payload)
+    return message.command in (Command.DEVICE_RESET, Command.MIG_DATA_WRITE)
 
 
 def handle(link: Link, device: PciDevice, message: Message) -> Reply:
@@ -76,6 +81,8 @@ def handle(link: Link, device: PciDevice, message: Message) -> Reply:
         raise FatalError(errno.EINVAL, "a command before VERSION")
     if handler is None or message.command not in CLIENT_COMMANDS:
         raise RequestError(errno.EINVAL, f"no command {message.command} for a server")
+    if not message.is_command:
+        raise RequestError(errno.EINVAL, f"message type {message.flags & 0xF}")
     if len(message.fds) > max_fds or len(message.fds) > link.limits.max_msg_fds:
         raise RequestError(errno.EINVAL, f"{len(message.fds)} descriptors where none belong")
     return handler(link, device, message)
@@ -84,6 +91,17 @@ def handle(link: Link, device: PciDevice, message: Message) -> Reply:
 def _split(kind: type[Head], payload: bytes) -> tuple[Head, bytes]:
     """The fixed part of a payload, and what follows it."""
     return kind.parse(payload[: kind.SIZE]), payload[kind.SIZE :]
+
+
+def _grown(kind: type[Head], payload: bytes) -> tuple[Head, int]:
+    """Return a structure of VFIO, and by how many bytes the client's version of it is larger.
+
+    Linux appends 32-bit fields to these structures; what this server does not know it leaves zero.
+    """
+    if len(payload) % 4 or len(payload) > kind.SIZE + _GROWTH_MAX:
+        raise RequestError(errno.EINVAL, f"{kind.__name__} of {len(payload)} bytes")
+    head, rest = _split(kind, payload)
+    return head, len(rest)
 
 
 def _check_argsz(argsz: int, least: int, most: int | None = None) -> None:
@@ -152,7 +170,7 @@ def dma_unmap(link: Link, device: PciDevice, message: Message) -> Reply:
 
 def device_get_info(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_GET_INFO``."""
-    request = DeviceInfo.parse(message.payload)
+    request, more = _grown(DeviceInfo, message.payload)
     _check_argsz(request.argsz, DeviceInfo.SIZE)
     info = DeviceInfo(
         argsz=DeviceInfo.SIZE,
@@ -160,7 +178,7 @@ def device_get_info(link: Link, device: PciDevice, message: Message) -> Reply:
         num_regions=PCI_NUM_REGIONS,
         num_irqs=PCI_NUM_IRQS,
     )
-    return info.build(), []
+    return info.build() + bytes(more), []
 
 
 def _region(device: PciDevice, index: int) -> Region:
@@ -195,15 +213,16 @@ def get_region_io_fds(link: Link, device: PciDevice, message: Message) -> Reply:
     if link.client is not None and len(files) > link.client.max_msg_fds:
         raise RequestError(errno.ENOSPC, f"{len(files)} descriptors are more than max_msg_fds")
     reply = RegionIoFds(argsz=needed, flags=0, index=request.index, count=len(events)).build()
-    reply += b"".join(event.describe(files.index(event.fd)) for event in events)
+    io = bool(region.bar & BarFlags.IO)
+    reply += b"".join(event.describe(files.index(event.fd), io=io) for event in events)
     return reply, [os.dup(fd) for fd in files]
 
 
 def get_irq_info(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_GET_IRQ_INFO``."""
-    request = IrqInfo.parse(message.payload)
+    request, more = _grown(IrqInfo, message.payload)
     _check_argsz(request.argsz, IrqInfo.SIZE)
-    return device.irqs.describe(request.index), []
+    return device.irqs.describe(request.index) + bytes(more), []
 
 
 def set_irqs(link: Link, device: PciDevice, message: Message) -> Reply:
@@ -272,14 +291,14 @@ def device_reset(link: Link, device: PciDevice, message: Message) -> Reply:
 
 def device_feature(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_DEVICE_FEATURE``."""
-    return features.handle(device, message.payload, limit=link.transfer_limit), []
+    return features.handle(device, message.payload, limit=link.limits.max_data_xfer_size), []
 
 
 def mig_data_read(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_MIG_DATA_READ``."""
     request = MigData.parse(message.payload)
     _check_argsz(request.argsz, MigData.SIZE + request.size)
-    if request.size > link.transfer_limit:
+    if request.size > link.limits.max_data_xfer_size:
         raise RequestError(errno.EINVAL, f"MIG_DATA_READ of {request.size} bytes")
     data = device.migration.read(request.size)
     return MigData(argsz=MigData.SIZE + len(data), size=len(data)).build() + data, []
@@ -288,7 +307,7 @@ def mig_data_read(link: Link, device: PciDevice, message: Message) -> Reply:
 def mig_data_write(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_MIG_DATA_WRITE``."""
     request, data = _split(MigData, message.payload)
-    if request.size != len(data) or request.size > link.transfer_limit:
+    if request.size != len(data) or request.size > link.limits.max_data_xfer_size:
         raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE of {request.size}, {len(data)} bytes")
     device.migration.write(data)
     return b"", []

@@ -5,7 +5,7 @@ vfio-user specification (QEMU 11.1), ``VFIO_USER_DEVICE_GET_IRQ_INFO`` and
 ``VFIO_USER_DEVICE_SET_IRQS``.  MSI and MSI-X are edges: an edge on a masked vector, or on one
 that has no eventfd at the moment, stays pending until it can be delivered.  INTx is a level: it
 is signalled once, masks itself (AUTOMASKED), and is signalled again on unmask while it is still
-asserted.
+asserted.  A client may give an eventfd with which it unmasks INTx, as VFIO has it.
 
 A vector can be masked twice: by the client (a SET_IRQS message) and by the function itself (the
 mask bit of its MSI-X table entry).  An edge is delivered when neither applies.
@@ -76,6 +76,7 @@ class IrqTable:
         self._asserted = False
         self._held: set[int] = set()
         self.on_state: Callable[[int, int, int, bool], None] | None = None
+        self._on_unmask_fd: Callable[[int | None], None] | None = None
 
     def count(self, index: int) -> int:
         """Return how many vectors *index* has."""
@@ -193,11 +194,10 @@ class IrqTable:
             (not fds or kind == IrqSetFlags.DATA_EVENTFD, "descriptors without DATA_EVENTFD"),
             (not fds or len(fds) == count, "as many descriptors as vectors"),
             (not edge or action == IrqSetFlags.ACTION_TRIGGER, "this index cannot be masked"),
-            # VFIO reads an UNMASK eventfd of INTx, vfio-user writes it: a client cannot know which.
             (
                 index != PciIrq.INTX
                 or kind != IrqSetFlags.DATA_EVENTFD
-                or action == IrqSetFlags.ACTION_TRIGGER,
+                or action != IrqSetFlags.ACTION_MASK,
                 "INTx is masked by message only",
             ),
             (all(_is_eventfd(fd) for fd in fds), "a descriptor that is no eventfd"),
@@ -212,6 +212,8 @@ class IrqTable:
                 fd, entry.on_mask = entry.on_mask, fd
             elif request.flags & IrqSetFlags.ACTION_UNMASK:
                 fd, entry.on_unmask = entry.on_unmask, fd
+                if request.index == PciIrq.INTX:
+                    self._watch_unmask()
             else:
                 fd, entry.trigger = entry.trigger, fd
                 self._assigned(request.index, entry)
@@ -231,13 +233,37 @@ class IrqTable:
             return
         masked = bool(request.flags & IrqSetFlags.ACTION_MASK)
         for entry in entries:
-            _signal(entry.on_mask if masked else entry.on_unmask)
+            if request.index != PciIrq.INTX:
+                _signal(entry.on_mask if masked else entry.on_unmask)
             entry.masked = masked
             self._try(request.index, entry)
         if self.on_state is not None:
             self.on_state(request.index, request.start, request.count, masked)
 
+    def watch_unmask(self, watch: Callable[[int | None], None] | None) -> None:
+        """Call *watch(fd)* with the eventfd by which the client unmasks INTx, now and on changes.
+
+        As in VFIO, the client signals that eventfd (KVM does when the guest ends the interrupt);
+        whoever watches it calls :meth:`unmask_intx`.
+        """
+        self._on_unmask_fd = watch
+        self._watch_unmask()
+
+    def _watch_unmask(self) -> None:
+        entries = self._vectors[PciIrq.INTX]
+        if self._on_unmask_fd is not None:
+            self._on_unmask_fd(entries[0].on_unmask if entries else None)
+
+    def unmask_intx(self) -> None:
+        """Unmask INTx if the client has signalled its eventfd, and signal it if still asserted."""
+        for entry in self._vectors[PciIrq.INTX]:
+            if entry.on_unmask is not None and _consumed(entry.on_unmask):
+                entry.masked = False
+                self._deliver_intx()
+
     def _disable(self, index: int) -> None:
+        if index == PciIrq.INTX and self._on_unmask_fd is not None:
+            self._on_unmask_fd(None)
         for entry in self._vectors[index]:
             for fd in (entry.trigger, entry.on_mask, entry.on_unmask):
                 self._descriptors.close(fd)
@@ -302,6 +328,7 @@ class IrqTable:
             entry.on_mask = self._adopt(vector.on_mask, fds)
             entry.on_unmask = self._adopt(vector.on_unmask, fds)
             self._try(vector.index, entry)
+        self._watch_unmask()
 
     def _adopt(self, slot: int | None, fds: Mapping[int, int]) -> int | None:
         return None if slot is None else self._descriptors.adopt(slot, fds[slot])
@@ -349,6 +376,19 @@ def _signal(fd: int | None) -> None:
         os.eventfd_write(fd, 1)
     except BlockingIOError:
         pass
+
+
+def _consumed(fd: int) -> bool:
+    """Return whether the eventfd was signalled; take the signal.  Never blocks."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if not poll.poll(0):
+        return False
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:  # another process was faster
+        return False
+    return True
 
 
 def _writable(fd: int) -> bool:

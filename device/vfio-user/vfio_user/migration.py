@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The migration state machine and its data stream.
 
-vfio-user specification (QEMU 11.1), ``VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE``.  The arcs that a
-device really takes are few; any other transition is walked along them.  ``NEXT_HOP`` says for
-each pair of states which state comes next on that walk; a pair that is not in the table cannot be
-reached and is refused, and the state stays what it was.
+vfio-user specification (QEMU 11.1), ``VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE``.  A device takes
+few arcs itself; any other transition is walked along them.  ``NEXT_HOP`` gives for each pair of
+states the next state on that walk; a pair that is not in the table is refused, and the state
+stays as it was.
 
 Theory of operation: the device runs in RUNNING and PRE_COPY and stands still in the others.
-STOP_COPY reads its state out, RESUMING takes a new one in; leaving RESUMING for STOP hands the
-whole of it to the device, which may refuse.  ERROR is left by a device reset only.
+STOP_COPY reads its state out, RESUMING takes a new one in; the arc from RESUMING to STOP hands
+the whole of it to the device, which may refuse.  ERROR is left by a device reset only.  The state
+survives the client: the next one finds it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ NEXT_HOP: dict[tuple[DeviceState, DeviceState], DeviceState] = {
     (_PRE_COPY, _STOP): _RUNNING,
     (_PRE_COPY, _RESUMING): _RUNNING,
 }
-"""From where, to where: which state is next.  STOP_COPY to PRE_COPY is explicitly not allowed."""
+"""Current state and target: the next state.  STOP_COPY to PRE_COPY is explicitly not allowed."""
 
 _SAVING = (_STOP_COPY, _PRE_COPY)
 _ACTIVE = (_RUNNING, _PRE_COPY)
@@ -55,20 +56,20 @@ _ACTIVE = (_RUNNING, _PRE_COPY)
 _STATES = {DeviceState.ERROR, *(state for pair in NEXT_HOP for state in pair)}
 
 MAX_STATE_SIZE = 64 << 20
-"""Bytes of state that a client can make us hold; a device's own state is a few KiB."""
+"""Bytes of state that a client can make the server hold; a device's own state is a few KiB."""
 
 
 class Migratable(Protocol):
-    """What the machine asks of a device."""
+    """The part of a device that the machine calls."""
 
     def save_state(self) -> bytes:
-        """The whole state of the device, which stands still."""
+        """Return the whole state of the device, which stands still."""
 
     def load_state(self, state: bytes) -> None:
-        """Take a state over; raises RequestError for one that is malformed."""
+        """Take a state over.  Raise RequestError for one that is malformed."""
 
     def set_running(self, running: bool) -> None:
-        """Stand still, or go on."""
+        """Stand still, or continue."""
 
 
 class MigrationMachine:
@@ -77,8 +78,14 @@ class MigrationMachine:
     def __init__(self, device: Migratable) -> None:
         self.state = DeviceState.RUNNING
         self._device = device
+        self._running = True
         self._outgoing = b""
         self._incoming = bytearray()
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether the device may change memory and raise interrupts."""
+        return self.state in _ACTIVE
 
     def save(self) -> MigrationState:
         """Return the state, and the data that is under way."""
@@ -95,20 +102,22 @@ class MigrationMachine:
 
     def restore(self, saved: MigrationState) -> None:
         """Take a checked state over."""
-        self._enter(DeviceState(saved.state))
+        self._run(saved.state in _ACTIVE)
+        self._settle(DeviceState(saved.state))
         self._outgoing = saved.outgoing
         self._incoming[:] = saved.incoming
 
     def reset(self) -> None:
-        """A device reset leads back to RUNNING from every state, ERROR included."""
-        self._enter(DeviceState.RUNNING)
+        """Return to RUNNING from every state, ERROR included: a device reset."""
+        self._run(True)
+        self._settle(DeviceState.RUNNING)
 
     def go(self, wanted: int) -> list[DeviceState]:
-        """Walk to the state *wanted*; returns the states passed, the last one included.
+        """Walk to the state *wanted*; return the states passed, the last one included.
 
-        Raises :class:`~vfio_user.errors.RequestError` EINVAL for a state that does not exist or
+        Raise :class:`~vfio_user.errors.RequestError` EINVAL for a state that does not exist or
         cannot be reached, and whatever the device raises on the way; the state is then the last
-        one that was reached.
+        one that was reached, or ERROR where the device could neither be stopped nor continued.
         """
         try:
             target = DeviceState(wanted)
@@ -124,23 +133,42 @@ class MigrationMachine:
         return path
 
     def _take(self, following: DeviceState) -> None:
+        """Take one arc.  Where the device fails, the state stays, or becomes ERROR."""
         if self.state == _RESUMING:
             self._device.load_state(bytes(self._incoming))
-        self._enter(following)
-        if following == _STOP_COPY:  # behind _enter: the device stands still by now
-            self._outgoing = self._device.save_state()
+        before = self.state
+        self._run(following in _ACTIVE)
+        outgoing = b""
+        if following == _STOP_COPY:  # the device stands still by now
+            try:
+                outgoing = self._device.save_state()
+            except BaseException:
+                self._run(before in _ACTIVE)
+                raise
+        self._settle(following)
+        self._outgoing = outgoing
 
-    def _enter(self, state: DeviceState) -> None:
-        before, self.state = self.state, state
+    def _run(self, running: bool) -> None:
+        """Make the device run or stand still; ERROR if it fails to."""
+        if self._running == running:
+            return
+        try:
+            self._device.set_running(running)
+        except BaseException:
+            self._settle(DeviceState.ERROR)
+            self._running = False  # a reset makes it run again
+            raise
+        self._running = running
+
+    def _settle(self, state: DeviceState) -> None:
+        self.state = state
         self._outgoing = b""
         self._incoming.clear()
-        if (before in _ACTIVE) != (state in _ACTIVE):
-            self._device.set_running(state in _ACTIVE)
 
     def read(self, size: int) -> bytes:
-        """The next bytes of saved state, at most *size*; fewer means that there are no more now.
+        """Return the next bytes of saved state, at most *size*; fewer if there are no more now.
 
-        Nothing is ready in PRE_COPY: the whole state comes in STOP_COPY.  Raises
+        Nothing is ready in PRE_COPY: the whole state comes in STOP_COPY.  Raise
         :class:`~vfio_user.errors.RequestError` EINVAL in any other state.
         """
         if self.state not in _SAVING:
@@ -149,13 +177,13 @@ class MigrationMachine:
         return data
 
     def write(self, data: bytes) -> None:
-        """More bytes of the state to take over.
+        """Add bytes to the state to take over.
 
-        Raises :class:`~vfio_user.errors.RequestError`: EINVAL outside RESUMING, EFBIG for more
+        Raise :class:`~vfio_user.errors.RequestError`: EINVAL outside RESUMING, EFBIG for more
         than :data:`MAX_STATE_SIZE`.
         """
         if self.state != _RESUMING:
             raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE in state {self.state.name}")
         if len(self._incoming) + len(data) > MAX_STATE_SIZE:
-            raise RequestError(errno.EFBIG, "more device state than a device can have")
+            raise RequestError(errno.EFBIG, "more device state than the limit")
         self._incoming += data

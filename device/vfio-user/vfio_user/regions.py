@@ -47,16 +47,22 @@ class IoEvent:
     callback: Callable[[], None]
     datamatch: int | None = None
 
-    DATAMATCH_FLAG = 1  # KVM_IOEVENTFD_FLAG_DATAMATCH of <linux/kvm.h>
+    DATAMATCH_FLAG = 1 << 0  # KVM_IOEVENTFD_FLAG_DATAMATCH of <linux/kvm.h>
+    PIO_FLAG = 1 << 1  # KVM_IOEVENTFD_FLAG_PIO
 
-    def describe(self, fd_index: int) -> bytes:
-        """This sub-region as DEVICE_GET_REGION_IO_FDS tells it."""
+    def __post_init__(self) -> None:
+        if self.fd < 0:
+            raise UsageError(f"an ioeventfd with descriptor {self.fd}")
+
+    def describe(self, fd_index: int, *, io: bool = False) -> bytes:
+        """Return this sub-region for DEVICE_GET_REGION_IO_FDS; *io*: it is in an I/O BAR."""
+        match = 0 if self.datamatch is None else self.DATAMATCH_FLAG
         return IoEventFd(
             offset=self.offset,
             size=self.size,
             fd_index=fd_index,
             type=IoFdType.IOEVENTFD,
-            flags=0 if self.datamatch is None else self.DATAMATCH_FLAG,
+            flags=match | (self.PIO_FLAG if io else 0),
             padding=0,
             datamatch=self.datamatch or 0,
         ).build()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shell: a device on a Unix socket, on asyncio.
 
-One client at a time; the next one waits until the first has disconnected, and then finds the
-device as it was left.
+One client at a time: a second one is refused with EBUSY, and one that connects after the first
+has disconnected finds the device as it was left.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 
 import fdsocket
+from vfio_user.busy import Refusal, hung_up
 from vfio_user.device import PciDevice
+from vfio_user.faults import guarded
 from vfio_user.link import SessionLimits
 from vfio_user.session import Session
 
@@ -27,7 +29,12 @@ DMA_TIMEOUT = 4.0
 """Seconds for an answer to DMA_READ or DMA_WRITE: less than the five after which QEMU gives up on
 a command of its own, so that a client which waits for us gets an answer in time."""
 
+BLOCKED_TIMEOUT = 1.0
+"""Seconds that a command may wait for the device's work while that waits for the client."""
+
 _READ_SIZE = 1 << 16
+_REFUSALS_MAX = 16
+"""Clients that are told at a time that the device is in use; further ones are just closed."""
 
 
 class Server:
@@ -46,12 +53,15 @@ class Server:
         """Why the last connection ended; None for an orderly end."""
         self._finished = asyncio.Event()
         self._only: socket.socket | None = None  # a connection that exists already
+        self._next: socket.socket | None = None  # waits until the last client's end is noticed
+        self._refusals: list[Refusal] = []
         self._acceptor: fdsocket.Acceptor | None = None
         if fdsocket.is_listening(listener):
             self._acceptor = fdsocket.Acceptor(listener, self._connect, self._not_accepted)
         else:
             self._only = listener
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._unmask_fd: int | None = None
 
     async def serve(self) -> None:
         """Serve clients until :meth:`close`; on an inherited connection, until it has ended."""
@@ -65,9 +75,10 @@ class Server:
     def _start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.device.on_deferred(self._wake)
+        self.device.irqs.watch_unmask(self._watch_unmask)
         for region in self.device.regions:
             for event in region.io_events:
-                self._loop.add_reader(event.fd, _signalled, event.fd, event.callback)
+                self._loop.add_reader(event.fd, self._signalled, event.fd, event.callback)
         if self._acceptor is not None:
             self._acceptor.resume()
         elif self._only is not None:
@@ -78,20 +89,53 @@ class Server:
             self._loop.call_soon(self.run_deferred)
 
     def run_deferred(self) -> None:
-        """Do what the device has deferred, and send what results."""
+        """Do what the device has deferred, serve what waited for it, and send the results."""
         self.device.run_deferred()
         if self.connection is not None:
+            self.connection.session.drain()
             self.connection.flush()
+
+    def _signalled(self, fd: int, callback: Callable[[], None]) -> None:
+        try:
+            os.eventfd_read(fd)
+        except BlockingIOError:
+            return
+        guarded("an ioeventfd's callback", callback)
+        self.run_deferred()
+
+    def _watch_unmask(self, fd: int | None) -> None:
+        if self._loop is None:
+            return
+        if self._unmask_fd is not None:
+            self._loop.remove_reader(self._unmask_fd)
+        self._unmask_fd = fd
+        if fd is not None:
+            self._loop.add_reader(fd, self.device.irqs.unmask_intx)
 
     def _not_accepted(self, error: OSError) -> None:
         log.error("cannot accept a client: %s", error.strerror)
 
     def _connect(self, sock: socket.socket) -> None:
-        if self._acceptor is not None:
-            self._acceptor.pause()
+        if self.connection is not None:
+            self._busy(sock)
+            return
         log.info("client connected")
         self.connection = Connection(self, sock)
         self.connection.stream.start()
+
+    def _busy(self, sock: socket.socket) -> None:
+        """Refuse a client, unless the present one has gone and that is just not noticed yet."""
+        assert self.connection is not None
+        stream = self.connection.stream
+        if self._next is None and (not stream.is_open or hung_up(stream.fileno())):
+            self._next = sock
+            return
+        self._refusals = [refusal for refusal in self._refusals if refusal.is_open]
+        if len(self._refusals) >= _REFUSALS_MAX:
+            sock.close()
+            return
+        log.info("a second client is refused: the device is in use")
+        self._refusals.append(Refusal(sock))
 
     def disconnected(self, error: str | None) -> None:
         """Wait for the next client: the connection, which calls this, has ended."""
@@ -100,10 +144,11 @@ class Server:
         self.connection = None
         if self._loop is None:
             return
-        if self._acceptor is not None:
-            self._acceptor.resume()
-        else:
+        if self._acceptor is None:
             self._finished.set()
+        elif self._next is not None:
+            sock, self._next = self._next, None
+            self._connect(sock)
 
     def close(self) -> None:
         """Close the socket and the connection; the device stays.  Safe to call again."""
@@ -111,8 +156,15 @@ class Server:
             for region in self.device.regions:
                 for event in region.io_events:
                     self._loop.remove_reader(event.fd)
+        self.device.irqs.watch_unmask(None)
+        self._watch_unmask(None)
         self._loop = None
         self.device.on_deferred(None)
+        for refusal in self._refusals:
+            refusal.close()
+        if self._next is not None:
+            self._next.close()
+            self._next = None
         if self.connection is not None:
             self.connection.close()
         if self._acceptor is not None:
@@ -130,6 +182,7 @@ class Connection:
         )
         self.stream = fdsocket.FdStream(sock, self)
         self._twin: fdsocket.FdStream | None = None
+        self._blocked_until = 0.0  # until when a command waits for the device's work; 0: none does
 
     # -- what the stream asks of its receiver -----------------------------------------------------
 
@@ -180,18 +233,27 @@ class Connection:
     def _wait(self, done: Callable[[], bool]) -> None:
         """Exchange messages until *done*; see :class:`vfio_user.session.Session`."""
         deadline = time.monotonic() + DMA_TIMEOUT
-        twin = self._twin
         while not done():
             self.flush()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            if twin is not None:
-                data, fds = twin.receive(_READ_SIZE, left)
-                self.session.feed_twin(data, fds)
-            else:
-                data, fds = self.stream.receive(_READ_SIZE, left)
-                self.session.feed(data, fds)
+            if self.session.blocked and not self._blocked_until:
+                self._blocked_until = time.monotonic() + BLOCKED_TIMEOUT
+            limit = min(deadline, self._blocked_until or deadline)
+            try:
+                self._receive(limit - time.monotonic())
+            except TimeoutError:
+                if limit >= deadline:
+                    raise
+                self.session.cancel_work()
+        if not self.session.blocked:
+            self._blocked_until = 0.0
+
+    def _receive(self, seconds: float) -> None:
+        if seconds <= 0:
+            raise TimeoutError
+        if self._twin is not None:
+            self.session.feed_twin(*self._twin.receive(_READ_SIZE, seconds))
+        else:
+            self.session.feed(*self.stream.receive(_READ_SIZE, seconds))
 
 
 class _TwinReceiver:
@@ -211,11 +273,3 @@ class _TwinReceiver:
         if self._connection.session.is_open:
             self._connection.session.close("the twin socket was closed")
             self._connection.flush()
-
-
-def _signalled(fd: int, callback: Callable[[], None]) -> None:
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        return
-    callback()

@@ -11,8 +11,9 @@ session then asks its *wait* function to let the driver send, and to feed it, un
 arrived.  Commands that arrive meanwhile are served in order, so that a client which waits for one
 of them (QEMU holds its global lock while it does) can get to answer the server.  Two exceptions:
 while one command is being served no other one is; and a command that changes the device as a
-whole (``handlers.is_exclusive``: a reset, for example) cannot be served in the middle of the
-device's work, so it ends that work by failing its DMA.
+whole (``handlers.is_exclusive``) cannot be served in the middle of the device's work.  A reset ends
+that work by failing its DMA with ECANCELED; any other waits for the end of the work, and the
+driver ends it the same way when that takes too long.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from vfio_user import handlers
 from vfio_user.device import PciDevice
 from vfio_user.errors import DmaError, FatalError, RequestError
+from vfio_user.faults import report_fault
 from vfio_user.link import Link, Output, SessionLimits
 from vfio_user.remote import DmaRequests
 from vfio_user.resume import capture, restore
@@ -97,15 +99,17 @@ class Session:
             close_all(list(fds))
             return
         for message in self._input.feed(data, list(fds)):
-            if message.is_reply:
+            if not self.is_open:
+                message.close()
+            elif message.is_reply:
                 self._answered(message)
             else:
                 self._waiting.append(message)
-        if len(self._waiting) > self.limits.max_queued:
-            self.close("more commands than the server holds at a time")
+                self.drain()
+                if len(self._waiting) > self.limits.max_queued:
+                    self.close("more commands than the server holds at a time")
         if self._input.early > _EARLY_FDS_MAX:
             self.close("more descriptors than a message can carry")
-        self.drain()
         if self._input.malformed is not None and not self._serving and self.is_open:
             message, size = self._input.malformed
             self._refuse(message, errno.EINVAL)
@@ -185,8 +189,9 @@ class Session:
     def drain(self) -> None:
         """Serve the commands that wait, as far as they can be served now."""
         while self._waiting and not self._serving and self.is_open:
-            if self.requests.busy and self._waiting[0].command in handlers.EXCLUSIVE:
-                self.requests.abort(errno.ECANCELED)
+            if self.blocked:
+                if self._waiting[0].command == Command.DEVICE_RESET:
+                    self.cancel_work()
                 return
             self._serving = True
             try:
@@ -194,13 +199,30 @@ class Session:
             finally:
                 self._serving = False
 
+    @property
+    def blocked(self) -> bool:
+        """Return whether a command waits for the end of the device's work.
+
+        The driver calls :meth:`cancel_work` when that takes too long: the client may be unable
+        to answer DMA messages while it waits for its own command.
+        """
+        if not self.requests.busy or not self._waiting or self._serving:
+            return False
+        return handlers.is_exclusive(self._waiting[0])
+
+    def cancel_work(self) -> None:
+        """Fail the DMA that the device waits for with ECANCELED."""
+        self.requests.abort(errno.ECANCELED)
+
     def _drain_later(self) -> None:
         """Serve the commands that waited for the end of the device's work."""
         if self._waiting and not self._serving:
-            self.device.defer(self.drain)
+            self.device.wake()
 
     def _serve(self, message: Message) -> None:
         try:
+            if handlers.is_exclusive(message) and message.command != Command.DEVICE_RESET:
+                self.device.finish_work()
             payload, fds = handlers.handle(self.link, self.device, message)
         except RequestError as error:
             self._refused(message, error)
@@ -210,7 +232,7 @@ class Session:
             self._refused(message, RequestError(error.errno, str(error)))
         except Exception as error:
             # A device's own callback failed: report it to the client and continue to serve.
-            log.error("%s: %s: %s", _name(message), type(error).__name__, error)
+            report_fault(_name(message), error)
             self._refuse(message, errno.EIO)
         else:
             if message.wants_reply:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting a byte stream with descriptors into messages.
+"""Cut a byte stream with descriptors into messages.
 
 Descriptors that arrive with some bytes belong to the last message that begins in those bytes, or
-to the one that they go on with: Linux ends a read behind the bytes that descriptors came with.
+to the one that they continue: Linux ends a read after the bytes that descriptors came with.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ HEADER = struct.Struct(struct_format(Header.SUBCON) or "")
 """The header's declaration as one :mod:`struct` format: every message passes through here."""
 
 _TYPE = int(HeaderFlags.TYPE_MASK)
-_REPLY, _NO_REPLY = int(HeaderFlags.TYPE_REPLY), int(HeaderFlags.NO_REPLY)
+_COMMAND, _REPLY = int(HeaderFlags.TYPE_COMMAND), int(HeaderFlags.TYPE_REPLY)
+_NO_REPLY = int(HeaderFlags.NO_REPLY)
 
 
 @dataclass(slots=True)
@@ -36,21 +37,26 @@ class Message:
 
     @property
     def is_reply(self) -> bool:
-        """Whether it answers a command."""
+        """Return whether it answers a command."""
         return self.flags & _TYPE == _REPLY
 
     @property
+    def is_command(self) -> bool:
+        """Return whether it is a command; the other types are not assigned."""
+        return self.flags & _TYPE == _COMMAND
+
+    @property
     def wants_reply(self) -> bool:
-        """Whether the sender waits for an answer."""
+        """Return whether the sender waits for an answer."""
         return not self.flags & _NO_REPLY
 
     def close(self) -> None:
-        """Close the descriptors that nobody took."""
+        """Close the descriptors that no handler took."""
         close_all(self.fds)
 
 
 class Splitter:
-    """One direction of a connection; holds what is not yet a whole message.
+    """Cuts one direction of a connection; holds what is not yet a whole message.
 
     *limit* is the size of the largest message in bytes, its header included.
     """
@@ -58,17 +64,17 @@ class Splitter:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.malformed: tuple[Message, int] | None = None
-        """The header whose size cannot be, and that size; nothing is read behind it."""
+        """A header of impossible size, and that size; nothing after it is read."""
         self._buffer = bytearray()
         self._early: list[int] = []
 
     @property
     def early(self) -> int:
-        """Descriptors of a message that is not complete yet."""
+        """Return how many descriptors belong to a message that is not complete yet."""
         return len(self._early)
 
     def feed(self, data: bytes, fds: list[int]) -> list[Message]:
-        """The messages that *data* completes; *fds* are taken over."""
+        """Return the messages that *data* completes; *fds* are taken over."""
         self._buffer += data
         messages = self._cut()
         if messages and not self._buffer:
