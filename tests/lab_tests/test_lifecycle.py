@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 from tests.lab import NAMES, Machine
 from tests.lab.backend import TRANSPORTS, Backend, negotiated, wait_until
+
+from vballoon.skipmap import SkipExport
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
@@ -66,6 +69,41 @@ def test_reboot(transport: str) -> None:
         assert (pages["ballooned"], pages["hinted"]) == (0, 0)  # the old boot's bits are void
         assert len(os.listdir(f"/proc/{backend.pid}/fd")) <= descriptors + 2
         quiet(vm)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_reboot_into_a_guest_without_a_driver(transport: str, tmp_path: Path) -> None:
+    """No page that an export leaves out holds data of the new boot."""
+    with (
+        Backend(transport) as backend,
+        Machine(memory=MEMORY, reboot=True, extra=backend.device("q35")) as vm,
+    ):
+        vm.guest.load("virtio_balloon")
+        wait_until(lambda: "VIRTIO_BALLOON_F_STATS_VQ" in negotiated(backend))
+        size = backend.ctl("query-balloon")["actual"]
+        backend.ctl("balloon", value=size - 192 * MIB)
+        wait_until(lambda: backend.ctl("query-balloon")["actual"] == size - 192 * MIB)
+        vm.guest.run("(sleep 0.5; echo b >/proc/sysrq-trigger) & exit 0")
+        vm.wait_until_up()
+        vm.guest.sh(
+            "mkdir -p /mnt; mount -t tmpfs -o size=90% none /mnt; yes | head -c 300M >/mnt/data"
+        )
+        assert backend.ctl("query-balloon")["driver-running"] is False
+        vm.qmp("stop")
+        folder = tmp_path / "export"
+        backend.ctl("export-skip-bitmap", directory=str(folder))
+        export = SkipExport(folder)
+        skipped = export.skippable(None)
+        (ram,) = vm.ram
+        with ram.path.open("rb") as file:
+            for index, region in enumerate(export.layout.regions):
+                pages = skipped.region_extents(index).bytes().moved(-region.guest_phys_addr)
+                for start, end in pages.moved(region.file_offset):
+                    data = os.pread(file.fileno(), end - start, start)
+                    assert data.count(0) == end - start, hex(start)
+        shown = backend.ctl("query-skip-bitmap")
+        if transport == "vhost-user":  # over vfio-user the reset is seen, and all bits are void
+            assert shown["pages"]["ballooned"] < shown["ballooned-ever"] == 192 * MIB // 4096
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

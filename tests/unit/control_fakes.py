@@ -37,6 +37,7 @@ class FakeBalloon:
         self.skipmap = SkipMap(self.memory)
         self.counters = Counters(inflated_pages=3)
         self.ram_bytes = self.actual_bytes = self.memory.size
+        self.driver_running = True
         self.latest = FakeStats()
         self.calls = []
         self.requested = 0

@@ -83,7 +83,7 @@ class TestInflate:
         rig.send(INFLATE, rig.pfns(FIRST, FIRST + 1))
         rig.fill(FIRST + 1)  # used again, not deflated
         assert set_pages(rig, Provenance.BALLOONED) == []
-        skipped = rig.balloon.skipmap.reported_now().extents().tolist()
+        skipped = rig.balloon.skipmap.valid_now(Provenance.REPORTED).extents().tolist()
         assert skipped == ([[FIRST, FIRST + 1]] if discard else [])
 
     def test_no_discard_records_and_leaves_the_memory(self) -> None:
@@ -140,7 +140,7 @@ class TestReporting:
         rig.fill(FIRST, 512)
         rig.send(REPORT, (rig.pages(FIRST, 512),))
         rig.fill(FIRST + 7)
-        runs = rig.balloon.skipmap.reported_now().extents().tolist()
+        runs = rig.balloon.skipmap.valid_now(Provenance.REPORTED).extents().tolist()
         assert runs == [[FIRST, FIRST + 7], [FIRST + 8, FIRST + 512]]
 
 

@@ -60,7 +60,7 @@ def test_qemu_s_client_library(server, path, balloon):
         await qmp.connect(str(path))
         try:
             assert qmp.greeting.QMP.version["package"].startswith("vballoon")
-            assert await qmp.execute("query-balloon") == {"actual": 6 * MIB}
+            assert (await qmp.execute("query-balloon"))["actual"] == 6 * MIB
             listener = EventListener()
             with qmp.listen(listener):
                 assert await qmp.execute("balloon", {"value": 5 * MIB}) == {}
@@ -87,8 +87,8 @@ def test_qmp_shell_as_a_program(server, path):
         env={**os.environ, "TERM": "dumb"},
     )
     assert done.returncode == 0, done.stderr
-    assert '{"return": {"actual": 6291456}}' in done.stdout
-    assert '{"return": {"actual": 4194304}}' in done.stdout
+    assert '{"return": {"actual": 6291456, "driver-running": true}}' in done.stdout
+    assert '{"return": {"actual": 4194304, "driver-running": true}}' in done.stdout
     assert "CommandNotFound" in done.stdout
 
 
@@ -134,7 +134,7 @@ def test_wrong_arguments_get_one_sentence(client, command, arguments, says):
     with pytest.raises(UsageError, match=says) as raised:
         client.execute(command, arguments)
     assert "\n" not in str(raised.value)
-    assert client.execute("query-balloon") == {"actual": 6 * MIB}
+    assert client.execute("query-balloon") == {"actual": 6 * MIB, "driver-running": True}
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,15 @@ def test_before_a_guest_is_there(path, command, arguments):
 
 
 def test_statistics_and_their_interval(client, server, balloon):
-    assert client.execute("query-guest-stats") == {"stats": {}, "last-update": 0}
+    assert client.execute("query-guest-stats") == {
+        "stats": {}, "last-update": 0, "driver-running": True,
+    }  # fmt: skip
     client.execute("set-guest-stats-interval", {"seconds": 1000})
     assert balloon.requested == 1
     assert client.execute("query-guest-stats") == {
         "stats": {"stat-free-memory": 1 << 40},
         "last-update": 1700000000,
+        "driver-running": True,
     }
     server.operator.stats_interval = 0.02  # the timer, without waiting for seconds
     server.call(server.operator.interval_changed)
@@ -292,7 +295,7 @@ def test_clients_do_not_share_anything_but_events(server, path, balloon):
         for client in (one, two):
             event = client.wait_event("BALLOON_CHANGE", 10)
             assert event["data"] == {"actual": 4 * MIB}
-        assert two.execute("query-balloon") == {"actual": 4 * MIB}
+        assert two.execute("query-balloon") == {"actual": 4 * MIB, "driver-running": True}
 
 
 def test_pipelined_commands_are_answered_in_order(server, path):

@@ -80,10 +80,10 @@ def test_the_safety_rule_is_and_not(skipmap):
 def test_reported_is_only_what_is_still_a_hole(skipmap, memory):
     low, high = memory.regions
     put(skipmap, R, (0, 100), (1 << 20, (1 << 20) + 100))
-    assert skipmap.reported_now().count() == 200
+    assert skipmap.valid_now(Provenance.REPORTED).count() == 200
     low.view[7 * 4096 + 13] = 1  # the guest takes page 7 back
     high.view[50 * 4096] = 1
-    assert skipmap.reported_now().extents().tolist() == [
+    assert skipmap.valid_now(Provenance.REPORTED).extents().tolist() == [
         [0, 7], [8, 100], [1 << 20, (1 << 20) + 50], [(1 << 20) + 51, (1 << 20) + 100],
     ]  # fmt: skip
     assert skipmap.count(R) == 200
@@ -93,7 +93,7 @@ def test_memory_without_a_file_counts_as_data():
     region = MemoryRegion(guest_phys_addr=0, size=MIB)
     skipmap = SkipMap(GuestMemory([region]))
     put(skipmap, R, (0, 10))
-    assert skipmap.reported_now().count() == 0
+    assert skipmap.valid_now(Provenance.REPORTED).count() == 0
     skipmap.close()
 
 

@@ -70,7 +70,7 @@ class Balloon(VirtioDevice):
         self.counters = Counters()
         self.discarder = Discarder(enabled=discard)
         self.config = ConfigSpace(walk=bool(features & BalloonFeature.FREE_PAGE_WALK))
-        self.skipmap = SkipMap(GuestMemory())
+        self.skipmap = SkipMap(GuestMemory(), discards=discard)
         self.events: Callable[[str, dict[str, Any]], None] = lambda name, data: None
         self.stats_queue = StatsQueue(self.counters)
         self.hints = CommandRounds(
@@ -120,6 +120,7 @@ class Balloon(VirtioDevice):
         assert self.transport is not None  # a transport starts what it has attached to
         self._settle_roles(self.transport.features, self.transport.queues)
         self.config.lock()
+        self.skipmap.set_driver_running(True)
         if self._loaded is not None:  # memory may have come after the state
             self._take_ballooned(self._loaded)
             self._loaded = None
@@ -176,7 +177,8 @@ class Balloon(VirtioDevice):
         return bool(self.transport.features & _MUST_TELL_HOST)
 
     def stop(self) -> None:
-        """Give the statistics buffer back while its ring is still there."""
+        """Give the statistics buffer back while its ring still runs."""
+        self.skipmap.set_driver_running(False)  # a pause, or a guest that starts anew
         self.stats_queue.release()
         self.config.unlock()
 
@@ -220,6 +222,7 @@ class Balloon(VirtioDevice):
     def detach(self) -> None:
         """The front-end has gone; rounds belong to its connection."""
         self._void(VoidReason.FRONTEND_LOST)
+        self.skipmap.set_driver_running(False)
         self._forget_driver()
         super().detach()
 
@@ -234,6 +237,14 @@ class Balloon(VirtioDevice):
     def actual_bytes(self) -> int:
         """The guest's logical size: its memory less what is in the balloon (QEMU's ``actual``)."""
         return max(0, self.ram_bytes - (self.config.fields.actual << PAGE_SHIFT))
+
+    @property
+    def driver_running(self) -> bool:
+        """Whether the guest's driver is known to run: whether any ring runs.
+
+        While it is not, the balloon, the rounds and the statistics may be those of an earlier boot.
+        """
+        return self.skipmap.driver_running
 
     @property
     def poisoned(self) -> bool:

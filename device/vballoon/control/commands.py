@@ -51,9 +51,13 @@ def balloon(operator: Operator, value: int) -> dict[str, Any]:
 
 @COMMANDS.command("query-balloon")
 def query_balloon(operator: Operator) -> dict[str, Any]:
-    """Show how many bytes of memory the guest has, excluding the balloon."""
+    """Show how many bytes of memory the guest has, excluding the balloon.
+
+    While ``driver-running`` is false, the number may be that of an earlier boot of the guest.
+    """
     operator.require_memory()
-    return {"actual": operator.balloon.actual_bytes}
+    balloon = operator.balloon
+    return {"actual": balloon.actual_bytes, "driver-running": balloon.driver_running}
 
 
 @COMMANDS.command("query-guest-stats")
@@ -63,6 +67,7 @@ def query_guest_stats(operator: Operator) -> dict[str, Any]:
     return {
         "stats": {stat_name(tag): value for tag, value in latest.values.items()},
         "last-update": int(latest.last_update),
+        "driver-running": operator.balloon.driver_running,
     }
 
 
@@ -139,7 +144,8 @@ def query_round(operator: Operator, kind: str | None = None) -> dict[str, Any]:
     if not found:
         name = f"{kind} round" if kind else "round"
         raise CommandError(f"no {name} yet; start one with start-hinting or start-walk")
-    return max(found, key=lambda r: r.published.monotonic_ns).as_dict()
+    latest = max(found, key=lambda r: r.published.monotonic_ns)
+    return latest.as_dict() | {"driver-running": operator.balloon.driver_running}
 
 
 # The skip bitmap.
@@ -149,14 +155,15 @@ def query_round(operator: Operator, kind: str | None = None) -> dict[str, Any]:
 def query_skip_bitmap(operator: Operator) -> dict[str, Any]:
     """Show the number of pages of each provenance, the guest's regions, and the rounds.
 
-    ``reported`` counts the pages that are still holes in the backing file.
+    ``ballooned`` and ``reported`` count the pages that may be left out now: those that are still
+    holes in the backing file.
     """
     skipmap = operator.require_memory()
     return {
         "page-size": PAGE_SIZE,
         "guest-size": operator.balloon.ram_bytes,
-        "pages": {p.value: skipmap.count(p) for p in Provenance}
-        | {"reported": skipmap.reported_now().count()},
+        "pages": {p.value: skipmap.valid_now(p).count() for p in Provenance},
+        "ballooned-ever": skipmap.count(Provenance.BALLOONED),
         "reported-ever": skipmap.count(Provenance.REPORTED),
         "regions": [
             {"guest-phys-addr": r.guest_phys_addr, "size": r.size, "file-offset": r.file_offset}
@@ -204,8 +211,7 @@ def query_memory_map(operator: Operator, cells: int) -> dict[str, Any]:
     resident = PageBitmap(skipmap.layout)
     for region in skipmap.memory.regions:
         resident.set_ranges(data_pages(region))
-    seen = {"resident": resident} | {p.value: skipmap.bitmap(p) for p in Provenance}
-    seen["reported"] = skipmap.reported_now()
+    seen = {"resident": resident} | {p.value: skipmap.valid_now(p) for p in Provenance}
     pages = cell_pages(skipmap.layout, cells)
     return {
         "cell-pages": pages,

@@ -48,6 +48,10 @@ class ControlledBalloon(Protocol):
         """Size of guest memory in bytes, 0 while no front-end is connected."""
 
     @property
+    def driver_running(self) -> bool:
+        """Whether any ring runs: else the balloon's state may be that of an earlier boot."""
+
+    @property
     def actual_bytes(self) -> int:
         """Size of guest memory in bytes, excluding the balloon."""
 

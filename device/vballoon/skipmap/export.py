@@ -61,10 +61,7 @@ class FrozenExport:
         self._layout = skipmap.layout
         self._poison = skipmap.poison
         self._rounds = tuple(_round_entry(r) for r in skipmap.rounds.values())
-        self._bitmaps = {
-            p: skipmap.reported_now() if p is Provenance.REPORTED else skipmap.bitmap(p).copy()
-            for p in Provenance
-        }
+        self._bitmaps = {p: skipmap.valid_now(p) for p in Provenance}
 
     def write(self, directory: str | os.PathLike[str]) -> Manifest:
         """Write a new *directory*, whole or not at all.

@@ -31,10 +31,15 @@ class SkipMap:
     Pages are of 4 KiB; page numbers are guest-physical addresses shifted right by 12.  The bits
     are in one memory descriptor (:meth:`open_fd`), 1 bit for each page and provenance, and take
     memory only where one was set.
+
+    *discards*: inflated and reported pages are freed, so that a page in use again shows as data.
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, *, discards: bool = True) -> None:
         self.memory = memory
+        self.discards = discards
+        self.driver_running = False
+        """Whether the driver that made the bits is known to run: whether any ring runs."""
         self.layout = BitmapLayout(memory.regions)
         self._identities = [_identity(r) for r in sorted(memory.regions, key=_address)]
         self.rounds: dict[RoundKind, Round] = {}
@@ -48,6 +53,7 @@ class SkipMap:
             p: PageBitmap(self.layout, self._store.section(i), partial(self._store.spans, i))
             for i, p in enumerate(_SECTIONS)
         }
+        self.set_driver_running(False)
 
     def bitmap(self, provenance: Provenance) -> PageBitmap:
         """The live bitmap of *provenance*; :meth:`PageBitmap.copy` it to keep it."""
@@ -123,12 +129,30 @@ class SkipMap:
         """
         return combine((self._bitmaps[p] for p in provenances or _SECTIONS), into)
 
-    def reported_now(self) -> PageBitmap:
-        """The reported pages that are still holes of the backing file.
+    def set_driver_running(self, running: bool) -> None:
+        """Note whether any ring runs, for :meth:`valid_now` and for readers of the descriptor."""
+        self.driver_running = running
+        self._store.note(driver_running=running, discards=self.discards)
 
-        A page that was touched again after its discard is data again, whatever its bit says.
+    def valid_now(self, provenance: Provenance) -> PageBitmap:
+        """Return the bits of *provenance* that may be used at this moment, as a copy.
+
+        Reported and ballooned pages must still be holes in the backing file.  A guest can start
+        anew into something that loads no driver, and nothing distinguishes that from a pause: its
+        former balloon is then ordinary memory, and what has been touched is data.  Where nothing
+        is discarded there are no holes to look at, so ballooned pages are valid only while the
+        driver is known to run.  Hinted and walked bits have the rule of their round.
         """
-        result = self._bitmaps[Provenance.REPORTED].copy()
+        if provenance is Provenance.BALLOONED and not self.discards:
+            kept = self._bitmaps[provenance]
+            return kept.copy() if self.driver_running else PageBitmap(self.layout)
+        if provenance in (Provenance.BALLOONED, Provenance.REPORTED):
+            return self._holes(provenance)
+        return self._bitmaps[provenance].copy()
+
+    def _holes(self, provenance: Provenance) -> PageBitmap:
+        """The pages of *provenance* that are holes: one touched after its discard is data."""
+        result = self._bitmaps[provenance].copy()
         for region in self.memory.regions if result.spans() else ():
             result.clear_ranges(data_pages(region))
         return result
@@ -177,8 +201,9 @@ class SkipMap:
         Ballooned and reported bits of regions that are the same in both tables are kept; rounds
         are void.
         """
-        successor = SkipMap(memory)
+        successor = SkipMap(memory, discards=self.discards)
         successor.poison = self.poison
+        successor.set_driver_running(self.driver_running)
         former = {identity: i for i, identity in enumerate(self._identities) if identity}
         for identity in successor._identities:
             if identity in former:

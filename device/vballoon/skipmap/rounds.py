@@ -5,7 +5,8 @@ A set bit is the promise "this page may be left out".  Who made the promise deci
 holds:
 
 ==========  =====================================================================================
-ballooned   until the page is deflated
+ballooned   while the page is a hole of the backing file; without discarding, while the driver that
+            inflated it is known to run
 reported    while the page is a hole of the backing file
 hinted      only together with writes tracked since before the round's command id was published,
             or verified on the stopped guest

@@ -63,6 +63,8 @@ Page page[PAGES];
 chan ring = [2] of { mtype:record, byte /* round */, byte /* page */ };
 
 bool running = true;	/* the guest */
+bool known = true;	/* the driver is known to run: its rings do */
+bool discards = true;	/* the device frees pages; --no-discard: it does not */
 bool poisoned;		/* the guest expects its poison value in free pages */
 bool fills;		/* the restore fills left-out pages with that value */
 bool tracking;		/* the tracker notes writes */
@@ -155,7 +157,11 @@ end:	do
 	:: atomic { ring?kind(round, p) ->
 		if
 		:: kind == INFLATE ->
-			page[p].ballooned = true; discard(p); page[p].where = ballooning
+			page[p].ballooned = true; page[p].where = ballooning;
+			if
+			:: discards -> discard(p)
+			:: else
+			fi
 		:: kind == DEFLATE ->
 #ifndef DEFLATE_KEEPS
 			page[p].ballooned = false;
@@ -167,11 +173,12 @@ end:	do
 		:: kind == REPORT ->
 #ifndef DISCARD_POISONED
 			if
-			:: poisoned -> page[p].where = free
+			:: poisoned || !discards -> page[p].where = free
 			:: else ->
 #else
 			if
-			:: true ->
+			:: !discards -> page[p].where = free
+			:: else ->
 #endif
 #ifdef ACKNOWLEDGE_BEFORE_DISCARD
 				page[p].reported = true; page[p].where = free; goto discard_late
@@ -278,6 +285,16 @@ inline other_memory(first, end)	/* no write of this guest put the content there 
 	od
 }
 
+inline another_kernel()	/* uses all memory, has no driver, and does not tell the device */
+{
+	boot++; seen = 0;
+	p = 0;
+	do
+	:: p < PAGES -> page[p].where = used; page[p].val = data; touch(p); p++
+	:: else -> break
+	od
+}
+
 proctype World()
 {
 	byte p, which;
@@ -289,9 +306,16 @@ end:	do
 #ifndef RESET_KEEPS
 			void_round(); void_balloon()
 #endif
+			; known = true
 		:: boot++; driver_gone();	/* the machine is reset, or a kernel starts another */
 #ifndef REBOOT_KEEPS
 			void_round(); void_balloon()
+#endif
+			; known = true
+		:: empty(ring) ->		/* reboot without driver: the rings stop, and no more is said */
+			another_kernel();
+#ifndef STOPPED_IS_KNOWN
+			known = false
 #endif
 		:: some_page(which);		/* memory goes, other memory comes */
 			if
@@ -312,12 +336,7 @@ end:	do
 			void_round(); void_balloon()
 #endif
 #ifdef SILENT_KEXEC
-		:: empty(ring) -> boot++; seen = 0;	/* another kernel, and the device is not told yet */
-			p = 0;
-			do
-			:: p < PAGES -> page[p].where = used; page[p].val = data; touch(p); p++
-			:: else -> break
-			od
+		:: empty(ring) -> another_kernel()	/* by kexec: not even the rings stop */
 #endif
 		fi;
 		p = 0; which = 0 }
@@ -382,10 +401,10 @@ inline read_memmap()
 #else
 #define HOLE(p) page[p].hole
 #endif
-#ifdef BALLOONED_NEEDS_HOLE
-#define BALLOONED(p) (page[p].ballooned && page[p].hole)
-#else
+#ifdef BALLOONED_WITHOUT_HOLE
 #define BALLOONED(p) page[p].ballooned
+#else	/* a hole; where nothing is discarded, the driver must be known to run */
+#define BALLOONED(p) (page[p].ballooned && (discards -> page[p].hole : known))
 #endif
 #ifdef IGNORE_GENERATION
 #define STILL_VALID true
@@ -454,6 +473,12 @@ init {
 #endif
 		:: true
 		fi;
+#ifndef DISCARDS
+		if
+		:: discards = false
+		:: true
+		fi;
+#endif
 		if
 		:: fills = true
 		:: true

@@ -3,7 +3,8 @@
 
 The reply of the command gives the offset of each bitmap after the header.  A reader that needs the
 bits of a round reads the header, copies the bits, and reads the header again.  It may use the copy
-if the state is complete in both headers and the round and the generation are equal.
+if the state is complete in both headers and the round and the generation are equal.  Ballooned and
+reported bits say what the driver did; README.md says what their reader must check.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from virtio_formats.wire import WireStruct
 __all__ = ("LIVE_MAGIC", "LIVE_VERSION", "LiveHeader", "LiveRoundState")
 
 LIVE_MAGIC = b"VBSKIPMP"
-LIVE_VERSION = 1
+LIVE_VERSION = 2
 
 
 class LiveRoundState(IntEnum):
@@ -52,6 +53,10 @@ class LiveHeader(WireStruct):
     walk_round: int
     walk_state: int
     walk_published: int
+    driver_running: int
+    """1 while the driver that inflated the ballooned pages is known to run."""
+    discards: int
+    """1 where ballooned pages are freed: a reader must then check that each is still a hole."""
 
     SUBCON = c.Struct(
         "magic" / c.Bytes(8),
@@ -66,4 +71,6 @@ class LiveHeader(WireStruct):
         "walk_round" / c.Int32ul,
         "walk_state" / c.Int32ul,
         "walk_published" / c.Int64ul,
+        "driver_running" / c.Int32ul,
+        "discards" / c.Int32ul,
     )
