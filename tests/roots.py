@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the sources are: the import packages of the four distributions and their folders."""
+"""The import packages of the four distributions and their folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = {
     "vfio_user": REPOSITORY / "device/vfio-user",
     "vballoon": REPOSITORY / "device",
 }
-"""Import package to the folder that stands on the import path for it."""
+"""Import package to its folder on the import path."""
 SOURCE_ROOTS = tuple(dict.fromkeys(PACKAGES.values()))
 SUITE = PACKAGES["virtio_conformance"] / "virtio_conformance/suite"
 

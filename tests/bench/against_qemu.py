@@ -77,7 +77,7 @@ class Bench:
 
     @contextlib.contextmanager
     def bound(self, device: Device) -> Iterator[None]:
-        """The driver serves *device* and no other."""
+        """Bind the driver to *device* and to no other."""
         pci = f"/sys/bus/pci/devices/0000:00:{device.slot:02x}.0"
         self.vm.guest.wait_for(f"[ -e {pci}/virtio*/features ]")
         node = self.vm.guest.sh(f"cd {pci} && echo virtio*").strip()
@@ -138,12 +138,12 @@ class Bench:
             wait_until(lambda: device.actual() >= full, timeout=300, step=0.02)
 
     def touch(self) -> None:
-        """The guest has written to most of its memory, and freed it."""
+        """Have the guest write to most of its memory and free it."""
         mib = self.size.inflate + self.size.inflate // 4
         self.vm.guest.sh(f"memhog {mib} pattern </dev/null >/dev/null", timeout=300)
 
     def report(self, device: Device) -> None:
-        """The guest frees memory; until most of it has come back."""
+        """Have the guest free memory, and wait until most of it is given back."""
         guest = self.vm.guest
         guest.start(f"memhog {self.size.freed} pattern", log="/run/hog.log", fifo="/run/hog")
         guest.wait_for("grep -q filled /run/hog.log", timeout=300)
@@ -156,7 +156,7 @@ class Bench:
         guest.sh("kill %1 2>/dev/null; killall memhog; rm -f /run/hog /run/hog.log; true")
 
     def hint(self, device: Device, what: str) -> None:
-        """A hinting round of ours."""
+        """Run a hinting round on this device."""
         assert device.backend is not None
         backend = device.backend
         with self.timed(device, what):
@@ -201,7 +201,7 @@ def run(options: Options) -> Part:
 
 
 def _hint_fresh(bench: Bench, device: Device) -> None:
-    """Rounds in a guest that has hardly used its memory, as those in-process are."""
+    """Measure rounds in a guest that has hardly used its memory, like the in-process ones."""
     with bench.bound(device):
         for _ in range(bench.size.turns):
             bench.hint(device, "hint")
@@ -210,7 +210,7 @@ def _hint_fresh(bench: Bench, device: Device) -> None:
 def _interleave(
     bench: Bench, one: Device, two: Device, floor: Device | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Turns of two devices; the queue counters of the last one of each.
+    """Run turns of two devices and return the queue counters of the last turn of each.
 
     *floor* only inflates and deflates, between them.
     """
@@ -277,7 +277,7 @@ def _contenders(vm: Machine, vhost: Backend, vfio: Backend) -> list[Device]:
 
 
 def _hint_in_process(bench: Bench, own: Device) -> None:
-    """QEMU hints at the beginning of a migration, and tells nobody: its trace of buffers shows it.
+    """QEMU hints at the beginning of a migration without an event; its trace of buffers shows it.
 
     Our devices cannot be migrated, so they are not plugged in yet.  The end of the migration ends
     the round, however far it came, so what counts is the time for each GiB.
@@ -316,7 +316,7 @@ def _stamp(line: str) -> float:
 
 
 def _burst(stamps: list[float]) -> list[float]:
-    """The first buffers, up to a pause of a second."""
+    """Return the first buffers, up to a pause of a second."""
     assert len(stamps) > 2, "no buffer was traced"
     for i, (one, following) in enumerate(itertools.pairwise(stamps)):
         if following - one > 1:
@@ -384,7 +384,7 @@ def _write(
 
 
 def _write_floor(part: Part, own: Device, ours: Device, floor: Device) -> None:
-    """What is left of inflating where no page is freed: the guest's work and the round trips."""
+    """Measure inflating without discarding: the guest's work and the round trips."""
     table = part.table(
         "The floor: vhost-user with `--no-discard`, in the same turns", "what", "in-process",
         "vhost-user", FLOOR, f"{FLOOR} / in-process", f"vhost-user / {FLOOR}",

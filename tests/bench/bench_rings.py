@@ -77,7 +77,7 @@ class Bench:
         self.written = np.zeros(self.buffers, np.uint32)
 
     def refill(self) -> None:
-        """The same buffers again, as a driver that reuses them at once would offer them."""
+        """Make the same buffers available again, like a driver that reuses them at once."""
         if isinstance(self.driver, SplitDriver):
             self.driver.next_avail = (self.driver.next_avail + self.buffers) % 65536
             self.driver.publish()
@@ -98,7 +98,7 @@ class Bench:
         return spent
 
     def best(self, rounds: int, handle: Callable[[object], object] | None = None) -> float:
-        """The best of *rounds*, in nanoseconds a buffer."""
+        """Return the minimum over *rounds*, in nanoseconds for each buffer."""
         spent = []
         for _ in range(rounds):
             spent.append(self.round(handle))

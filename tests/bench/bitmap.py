@@ -153,7 +153,7 @@ def _rate(part: Part, samples: Samples, count: int, **params: object) -> Samples
 
 
 def _huge(size: int) -> GuestMemory:
-    """A guest that is only counted with, never touched."""
+    """Return a guest memory that is used for sizes only and never accessed."""
     low = MemoryRegion(guest_phys_addr=0, size=3 * GIB)
     return GuestMemory([low, MemoryRegion(guest_phys_addr=4 * GIB, size=size - 3 * GIB)])
 

@@ -134,7 +134,7 @@ class _Strace:
         time.sleep(0.05)
 
     def stop(self) -> dict[str, int]:
-        """Calls by name."""
+        """Return the number of calls by name."""
         self._process.terminate()
         self._process.wait(10)
         lines = self._out.read_text().splitlines()

@@ -94,7 +94,7 @@ class Front:
             return 0
 
     def place(self, data: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """*data* in guest memory, as the columns of one buffer."""
+        """Write *data* to guest memory and return the columns of one buffer."""
         at = self.arena.take(len(data))
         self.memory.write(at, data)
         return np.array([at]), np.array([len(data)])
@@ -182,7 +182,7 @@ class VfioFront(Front):
         self.pci.driver_ok()
 
     def kick(self, index: int) -> None:
-        """A posted write, as QEMU sends it: no reply is wanted, so processes can share this."""
+        """Send a posted write like QEMU: without a reply, so that processes can share this."""
         bar, offset = self._places[index]
         access = RegionAccess(offset=offset, region=bar, count=2).build()
         self.client.send(
@@ -195,6 +195,6 @@ class VfioFront(Front):
 
 
 def connect(transport: str, path: Path, **how: int) -> Front:
-    """A front-end of that transport at the socket *path*."""
+    """Return a front-end of the transport, connected to the socket *path*."""
     kind = {"vhost-user": VhostFront, "vfio-user": VfioFront}[transport]
     return kind(path, **how)

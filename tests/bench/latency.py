@@ -68,7 +68,7 @@ def run(options: Options) -> Part:
 
 
 def _trips(options: Options, *, storm: bool) -> dict[str, Samples]:
-    """The trips of all contenders, in turns of a few dozen."""
+    """Measure the round trips of all contenders, in turns of a few dozen."""
     share = 30
     with (
         Backend("vhost-user") as one,
@@ -170,7 +170,7 @@ class _Echo:
         os.eventfd_read(self._answer)
 
     def close(self) -> None:
-        """The process ends."""
+        """End the process."""
         os.eventfd_write(self._ask, 1 << 20)
         os.waitpid(self._pid, 0)
         os.close(self._ask)
@@ -178,7 +178,7 @@ class _Echo:
 
 
 def _statistics(part: Part, options: Options) -> None:
-    """The operator asks; the device gives the buffer back; the driver sends a new one."""
+    """Measure from the operator's request, over the used buffer, to the driver's new buffer."""
     table = part.table(
         "Statistics: from the operator's command until the new figures can be read",
         "transport", "p50, us", "p99, us",

@@ -83,7 +83,7 @@ class FullRing(ABC):
 
     @abstractmethod
     def wants_kick(self) -> bool:
-        """Whether the device asked to be told of what was filled in last."""
+        """Return whether the device wants a notification of the buffers filled last."""
 
     @abstractmethod
     def done(self) -> bool:
@@ -222,6 +222,6 @@ class FullPacked(FullRing):
 
 
 def make_load(memory: GuestMemory, size: int, features: int, arena: Arena, **how: Any) -> FullRing:
-    """The driver for the ring that *features* choose."""
+    """Return the driver for the ring format of *features*."""
     kind = FullPacked if f.has(features, f.VIRTIO_F_RING_PACKED) else FullSplit
     return kind(memory, size, features, arena, **how)

@@ -33,13 +33,13 @@ class Samples:
         return statistics.median(self.values)
 
     def per(self, count: float, unit: str) -> Samples:
-        """The same in another unit: each value divided by *count*."""
+        """Return the samples in another unit: each value divided by *count*."""
         return Samples(self.name, unit, [v / count for v in self.values], dict(self.params))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The garbage collector does not run in between (as in the standard library's timeit)."""
+    """Disable the garbage collector inside the block, like the standard library's timeit."""
     gc.collect()
     was = gc.isenabled()
     gc.disable()
@@ -51,7 +51,7 @@ def quiet() -> Iterator[None]:
 
 
 def interleaved(contenders: Mapping[str, Turn], turns: int, *, warm: int = 1) -> dict[str, Samples]:
-    """*turns* rounds in which every contender has one turn; *warm* more before that are dropped.
+    """Run *turns* rounds with one turn of every contender, after *warm* rounds that are dropped.
 
     The order is reversed in every second round, so that nobody always follows the same neighbour.
     """
@@ -67,7 +67,7 @@ def interleaved(contenders: Mapping[str, Turn], turns: int, *, warm: int = 1) ->
 
 
 def ratio(above: Samples, below: Samples) -> float:
-    """The median over the rounds of ``above / below``: pairs that shared the same moment."""
+    """Return the median of ``above / below`` over the rounds, in pairs from the same round."""
     return statistics.median(pairs(above, below))
 
 
@@ -82,6 +82,6 @@ def share_below(values: Sequence[float], limit: float) -> float:
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """The nearest-rank percentile."""
+    """Return the nearest-rank percentile."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, round(percent / 100 * len(ordered)) - 1))]

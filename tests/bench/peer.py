@@ -55,7 +55,7 @@ class _Job(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled loops; raises :class:`RuntimeError` where there is no C compiler."""
+    """Return the compiled loops.  Raise :class:`RuntimeError` without a C compiler."""
     if shutil.which(COMPILER[0]) is None:
         raise RuntimeError("the benchmarks compile a C loop to compare with: install gcc")
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL:
 
 
 def compiler_version() -> str:
-    """The compiler's own words about itself."""
+    """Return the version line of the compiler."""
     done = subprocess.run([COMPILER[0], "--version"], capture_output=True, text=True, check=True)
     return f"{done.stdout.splitlines()[0]}, {COMPILER[1]}"
 

@@ -120,7 +120,7 @@ def _idle(part: Part, options: Options, transport: str, rows: list[list[object]]
 
 
 def _report_everything(front: Front) -> None:
-    """Every block of 2 MiB behind the rings' space is reported, then ballooned page by page."""
+    """Report every block of 2 MiB after the rings' space, then balloon it page by page."""
     blocks = np.arange(SPACE, front.memory.end, 2 * MIB, dtype=np.uint64)
     for at in range(0, blocks.size, front.size):
         part = blocks[at : at + front.size]

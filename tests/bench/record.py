@@ -59,7 +59,7 @@ class Part:
     notes: list[str] = field(default_factory=list)
 
     def table(self, title: str, *columns: str, note: str = "") -> Table:
-        """A new table of this part."""
+        """Add a table to this part and return it."""
         self.tables.append(Table(title, list(columns), note=note))
         return self.tables[-1]
 
@@ -70,13 +70,13 @@ class Part:
         self.goals.append(Goal(text, _rounded(value), limit, at_most, unit))
 
     def keep(self, samples: Samples, **params: object) -> Samples:
-        """Keep raw samples, with what tells them apart."""
+        """Keep raw samples with the parameters that identify them."""
         samples.params.update(params)
         self.samples.append(samples)
         return samples
 
     def as_json(self) -> dict[str, Any]:
-        """The part as it is stored."""
+        """Return the part in its stored form."""
         plain = asdict(self)
         plain["goals"] = [asdict(g) | {"met": g.met} for g in self.goals]
         for entry in plain["samples"]:
@@ -89,7 +89,7 @@ def _rounded(value: float) -> float:
 
 
 def host() -> dict[str, str]:
-    """What the figures were taken on: context, nothing more."""
+    """Return a description of the machine that the figures were measured on."""
     cpu = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -124,7 +124,7 @@ def run_facts(form: str) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The file *path*, or an empty one."""
+    """Return the record in the file *path*, or an empty record."""
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found

@@ -14,7 +14,7 @@ INTRODUCTION = """\
 Written by `make bench` from `docs/benchmarks.json`, which keeps every sample. Figures that are
 compared were taken in turns within one run (A B A B, the order reversed every second time) and are
 medians; a ratio is the median of the ratios of the turns. Absolute times depend on the machine and
-its mood, and are context only.
+its load, and are context only.
 
 The compiled inner loops are in use where they were built (`VBALLOON_NATIVE=0` turns them off);
 *numpy* is the same without them.
@@ -64,7 +64,7 @@ def _goal_cells(goal: dict[str, Any]) -> list[str]:
 
 
 def goal_lines(part: dict[str, Any]) -> list[str]:
-    """The goals of a part for the terminal."""
+    """Return the goals of a part as text for the terminal."""
     return [
         f"  {'met    ' if goal['met'] else 'NOT MET'}  {goal['text']}:"
         f" {number(goal['value'])} {goal['unit']}"

@@ -139,7 +139,7 @@ def measure(
 def make_subjects(
     case: Case, memory: GuestMemory, space: int, *, scalar: bool
 ) -> dict[str, Subject]:
-    """The contenders, each with a ring and payloads of its own."""
+    """Return the contenders, each with its own ring and payloads."""
     arena = Arena(0x1000, space - 0x1000)
 
     def payloads() -> Payloads:
@@ -157,7 +157,7 @@ def make_subjects(
 
 
 def _warm(part: Part, options: Options) -> None:
-    """The same with a guest whose bitmap stays in the cache."""
+    """Measure with a guest whose bitmap stays in the cache."""
     table = _table(part, "hint, split, direct, a guest of 4 GiB (bitmap in the cache)")
     for size in (256, 1024):
         case = Case("hint", size)
@@ -219,7 +219,7 @@ def _judge(part: Part) -> None:
                 flat = [s.median for s in batch if int(str(s.params["size"])) >= 256]
                 c_flat = [s.median for s in lib if int(str(s.params["size"])) >= 256]
                 part.goal(
-                    f"{role}, {kind}: cost a buffer flat from 256 to 32768: dearest / median "
+                    f"{role}, {kind}: cost a buffer flat from 256 to 32768: maximum / median "
                     f"(C library: {max(c_flat) / sorted(c_flat)[len(c_flat) // 2]:.2f})",
                     max(flat) / sorted(flat)[len(flat) // 2], 1.5, unit="x",
                 )  # fmt: skip

@@ -264,7 +264,7 @@ class OurSubject(Subject):
         self._begin(arena)
 
     def config_changed(self) -> None:
-        """The driver reads the configuration anyway."""
+        """Do nothing: the driver reads the configuration in any case."""
 
     def _notify(self) -> None:
         self.notified += 1
@@ -273,7 +273,7 @@ class OurSubject(Subject):
         raise error
 
     def _begin(self, arena: Arena) -> None:
-        """The first buffer of a round."""
+        """Return the first buffer of a round."""
         if self.case.role == "hint":
             data = BalloonCmdId(cmd_id=self.balloon.start_hinting()).build()
         elif self.case.role == "walk":

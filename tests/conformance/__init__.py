@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite judged: real backends of other projects, and mutants of our own."""
+"""Tests of the conformance suite: back-ends of other projects, and mutants of this one."""

@@ -2,7 +2,7 @@
 """Run the suite on back-ends of other projects, from Debian packages, and keep the reports.
 
 ``python -m tests.conformance.foreign [NAME ...]`` unpacks the packages into the lab's cache (the
-host gets none), starts each backend afresh for every test, and writes
+host gets none), starts a new back-end for every test, and writes
 ``docs/conformance/NAME.html``.
 """
 
@@ -38,7 +38,7 @@ LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend: where its package comes from, and how it is started."""
+    """A back-end: its package, and the command that starts it."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ class Backend:
     options: tuple[str, ...] = ()
 
     def root(self) -> Path:
-        """The unpacked packages, in the lab's cache."""
+        """Return the folder of the unpacked packages in the lab's cache."""
         recipe = [self.release.name, *self.packages, self.target]
 
         def fill(folder: Path) -> None:
@@ -63,14 +63,14 @@ class Backend:
         return cache.build_locked(f"foreign-{self.name}", recipe, "foreign", fill)
 
     def words(self) -> str:
-        """The program as it starts from the unpacked packages."""
+        """Return the command that starts the program from the unpacked packages."""
         root = self.root()
         places = f"{root / LIBRARIES}:{root / LIBRARIES / 'ceph'}"
         loader = f"{root}/lib64/ld-linux-x86-64.so.2 --library-path {places}"
         return f"{loader} {root / self.program}"
 
     def plain(self, text: str) -> str:
-        """*text* with the program by its name, as anybody would start it who has it installed."""
+        """Return *text* with the program's name, as if the package were installed."""
         return text.replace(self.words(), Path(self.program).name).replace(str(self.root()), "")
 
 
@@ -118,7 +118,7 @@ BACKENDS = (
 
 
 def run(backend: Backend, more: list[str]) -> Run:
-    """The suite over one backend."""
+    """Run the suite on one back-end."""
     with tempfile.TemporaryDirectory(prefix="foreign-") as folder:
         results = Path(folder) / "results.json"
         command = [sys.executable, "-m", "virtio_conformance.run"]
@@ -132,7 +132,7 @@ def run(backend: Backend, more: list[str]) -> Run:
 
 
 def main() -> None:
-    """Run the suite over the named backends, or all."""
+    """Run the suite on the named back-ends, or on all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=", ".join(b.name for b in BACKENDS))
     parser.add_argument("--option", action="append", default=[], help="passed on to the suite")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand-ins that tests drive the device with: a virtqueue driver, guest memory of our own."""
+"""Fakes that tests drive the device with: drivers, front-ends, clients and guest memory."""

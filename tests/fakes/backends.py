@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vhost-user backend under test: in a thread of this process, or in a process to be killed."""
+"""A vhost-user back-end under test, in a thread of this process or in a process to be killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Backend:
-    """A server on a thread of its own.  ``on_loop`` runs a function where the server lives."""
+    """A server in its own thread.  ``on_loop`` runs a function in the server's loop."""
 
     def __init__(self, server: VhostUserServer, loop: asyncio.AbstractEventLoop) -> None:
         self.server, self.loop = server, loop
@@ -81,7 +81,7 @@ class KillableBackend:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                # Never outlives a test that fails before it comes to the kill.
+                # The child must end even if a test fails before it kills the child.
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 logging.disable(logging.CRITICAL)
                 fd = os.dup(listener.fileno())
@@ -93,11 +93,11 @@ class KillableBackend:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
-        assert os.WIFSIGNALED(status), "the backend had ended by itself"
+        assert os.WIFSIGNALED(status), "the back-end ended before it was killed"
 
 
 class Recorder(TransportEvents):
-    """Keeps the events that the transport tells."""
+    """Record the events that the transport reports."""
 
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []

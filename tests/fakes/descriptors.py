@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counting the descriptors of this process: nothing that a test or the product opens stays open."""
+"""Count the descriptors of this process, to detect leaks of tests and of the product."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 
 def open_fds() -> int:
-    """How many descriptors this process has open."""
+    """Return the number of descriptors that this process has open."""
     return len(os.listdir("/proc/self/fd"))
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's side of a virtqueue: what a good driver does, and hooks to do worse.
+"""The driver side of a virtqueue, correct by default, with access to its raw memory.
 
-Everything is written from the standard's text (git revision 15f488c1), not from the device's
-code: an index is compared by listing the indices in between, not by modular tricks.  A test tells
-the driver what to make available (:meth:`DriverRing.add`), makes it visible
-(:meth:`DriverRing.publish`), and looks at what came back (:meth:`DriverRing.collect`).  For bad
-deeds the raw views (``desc``, ``avail_ring``, …) are there to be scribbled on.
+The code follows the text of the standard (git revision 15f488c1), not the device's code: indices
+are compared by listing the indices in between, not by modular arithmetic.  A test adds buffers
+(:meth:`DriverRing.add`), makes them visible (:meth:`DriverRing.publish`), and reads what the device
+used (:meth:`DriverRing.collect`).  Tests of bad drivers write to the raw views (``desc``,
+``avail_ring`` and others).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEXT, WRITE, INDIRECT = 1, 2, 4
 
 
 class Element(NamedTuple):
-    """One piece of a buffer: guest-physical address, bytes, device-writable or not."""
+    """One element of a buffer: guest-physical address, bytes, device-writable or not."""
 
     addr: int
     len: int
@@ -35,7 +35,7 @@ class Element(NamedTuple):
 
 
 class DriverRing(ABC):
-    """What both formats have in common."""
+    """The common part of both ring formats."""
 
     addresses: RingAddresses
     desc: NDArray[Any]
@@ -46,11 +46,11 @@ class DriverRing(ABC):
         self.event_idx = f.has(features, f.VIRTIO_F_EVENT_IDX)
         self.in_order = f.has(features, f.VIRTIO_F_IN_ORDER)
         self.outstanding: dict[int, tuple[Element, ...]] = {}
-        """What was made available and has not come back, by head or buffer id, oldest first."""
+        """Available buffers that are not used yet, by head or buffer id, oldest first."""
 
     @abstractmethod
     def add(self, *elements: Element, indirect: bool = False) -> int:
-        """Write a chain (not yet visible); returns its head or buffer id."""
+        """Write a chain, not yet visible to the device, and return its head or buffer id."""
 
     @abstractmethod
     def publish(self) -> None:
@@ -58,27 +58,27 @@ class DriverRing(ABC):
 
     @abstractmethod
     def should_kick(self) -> bool:
-        """Whether the device asked to be notified of what was published since the last call."""
+        """Return whether the device wants a notification of buffers published since last time."""
 
     @abstractmethod
     def collect(self) -> list[tuple[int, int]]:
-        """The buffers that the device has used since last time: (id, written bytes)."""
+        """Return the buffers used since the last call as (id, written bytes)."""
 
     @abstractmethod
     def interrupts(self, wanted: bool) -> None:
-        """Ask for used buffer notifications, or not (with event indices: at the next one)."""
+        """Enable or disable used buffer notifications (with event indices: for the next buffer)."""
 
     @property
     @abstractmethod
     def room(self) -> int:
-        """Descriptors that are free."""
+        """Number of free descriptors."""
 
     def buffer(self, size: int, writable: bool = False) -> Element:
-        """A fresh piece of memory as an element."""
+        """Return an element of newly allocated memory."""
         return Element(self.arena.take(size), size, writable)
 
     def _done(self, ident: int, length: int) -> list[tuple[int, int]]:
-        """Buffers completed by one used element: with in-order, all the older ones as well."""
+        """Return the buffers that one used element completes: with in-order, all older ones too."""
         assert ident in self.outstanding, f"buffer {ident} came back but was not outstanding"
         ids = list(self.outstanding)
         upto = ids.index(ident) if self.in_order else 0
@@ -110,13 +110,13 @@ class SplitDriver(DriverRing):
         self.next_avail = self.last_used = self.kicked = start
         self.avail[1] = self.used[1] = start
         if self.event_idx:
-            self.avail[-1] = start  # used_event: the first used buffer is announced
+            self.avail[-1] = start  # used_event: notify for the first used buffer
             self.used[-1] = start
         self._chains: dict[int, list[int]] = {}
 
     @property
     def avail_ring(self) -> np.ndarray:
-        """The heads (uint16[size])."""
+        """The available ring's heads (uint16[size])."""
         return self.avail[2 : 2 + self.size]
 
     @property
@@ -145,7 +145,7 @@ class SplitDriver(DriverRing):
         return head
 
     def write_table(self, addr: int, elements: tuple[Element, ...]) -> None:
-        """An indirect table at *addr*, in order."""
+        """Write an indirect table at *addr*, in order."""
         table = np.zeros(len(elements), split.VirtqDesc.dtype())
         for i, e in enumerate(elements):
             more = i + 1 < len(elements)
@@ -202,7 +202,7 @@ class PackedDriver(DriverRing):
         return self.room_left
 
     def flags(self, e: Element | None = None, more: bool = False) -> int:
-        """Flags of an available descriptor in the slot that is next."""
+        """Return the flags of an available descriptor in the next slot."""
         return (link(e, more) if e else 0) | (0x80 if self.wrap else 0x8000)
 
     def add(self, *elements: Element, indirect: bool = False) -> int:
@@ -219,9 +219,9 @@ class PackedDriver(DriverRing):
         return ident
 
     def write_list(self, rows: list[tuple[int, int, int]], ident: int) -> None:
-        """Descriptors (addr, len, flags without the wrap bits) in the next slots; head stays dark.
+        """Write descriptors (addr, len, flags without wrap bits) to the next slots, head not yet.
 
-        The buffer id is in the last descriptor only; the others carry a wrong one on purpose.
+        Only the last descriptor has the buffer id; the others have a wrong one on purpose.
         """
         self._slots[ident] = len(rows)
         self.room_left -= len(rows)
@@ -240,7 +240,7 @@ class PackedDriver(DriverRing):
             self.slot, self.wrap = 0, not self.wrap
 
     def write_table(self, addr: int, elements: tuple[Element, ...]) -> None:
-        """An indirect table at *addr*: order is position; NEXT and ids mean nothing in it."""
+        """Write an indirect table at *addr*; position is the order, NEXT and ids are ignored."""
         table = np.zeros(len(elements), packed.PvirtqDesc.dtype())
         for i, e in enumerate(elements):
             table[i] = (e.addr, e.len, 0, WRITE if e.writable else 0)
@@ -287,7 +287,7 @@ class PackedDriver(DriverRing):
 
 
 def link(e: Element, more: bool) -> int:
-    """The NEXT and WRITE flags of an element."""
+    """Return the NEXT and WRITE flags of an element."""
     return (NEXT if more else 0) | (WRITE if e.writable else 0)
 
 
@@ -297,12 +297,12 @@ def zero(memory: GuestMemory, start: int, end: int) -> None:
 
 
 def between(old: int, new: int) -> list[int]:
-    """The 16-bit indices from *old* up to, not including, *new*."""
+    """Return the 16-bit indices from *old* up to, not including, *new*."""
     return [i % 65536 for i in range(old, old + (new - old) % 65536)]
 
 
 def wants_event(event: np.ndarray, slots: list[tuple[int, bool]], event_idx: bool) -> bool:
-    """Whether an event suppression structure asks for a notification of *slots* (slot, wrap)."""
+    """Return whether an event suppression structure asks for a notification of *slots*."""
     mode = int(event[1]) & 3
     if mode == 2 and event_idx:
         return (int(event[0]) & 0x7FFF, bool(int(event[0]) >> 15)) in slots
@@ -312,7 +312,7 @@ def wants_event(event: np.ndarray, slots: list[tuple[int, bool]], event_idx: boo
 def make_driver(
     memory: GuestMemory, size: int, features: int = 0, *, arena: Arena | None = None, start: int = 0
 ) -> DriverRing:
-    """The driver for the ring that *features* choose; its areas come from *arena*."""
+    """Return the driver for the ring format of *features*, with its areas in *arena*."""
     arena = arena or Arena(0x10000, memory.regions[0].size - 0x10000)
     if f.has(features, f.VIRTIO_F_RING_PACKED):
         return PackedDriver(memory, size, features, arena)

@@ -10,7 +10,7 @@ from vballoon.virtqueue import ChainBatch
 
 
 class Echo(VirtioDevice):
-    """Copies what is readable, reversed, into what is writable.  Records its life in ``log``."""
+    """Copy the readable part, reversed, into the writable part.  Record all calls in ``log``."""
 
     device_id = 42
     num_queues = 2

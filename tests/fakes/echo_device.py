@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtio device for tests: writes what it reads, and can be told to hold or reorder buffers."""
+"""A virtio device for tests: it writes what it reads, and can hold or reorder buffers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ F_UPPER = 1 << 1
 
 
 class EchoDevice(VirtioDevice):
-    """Copies the readable part of each buffer into its writable part.
+    """Copy the readable part of each buffer into its writable part.
 
-    *hold* buffers of each queue are kept back until more come (or the device stops); *shuffle*
-    gives them back in another order.  ``log`` records what the transport told the device.
+    *hold* buffers of each queue are held until more arrive or the device stops; *shuffle* gives
+    them back in another order.  ``log`` records the calls of the transport.
     """
 
     device_id = 42
@@ -45,7 +45,7 @@ class EchoDevice(VirtioDevice):
         return bytes(self.config)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Only bytes 4 to 7 are writable."""
+        """Write *data*; only bytes 4 to 7 are writable."""
         self.log.append(f"write_config {offset} {len(data)}")
         for at, value in enumerate(data, offset):
             if 4 <= at < 8:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vhost-user front-end that plays QEMU: memory from a memfd, every message, rings of our own.
+"""A vhost-user front-end that acts like QEMU: memory in a memfd, every message, its own rings.
 
-Blocking, with a timeout on everything.  Written from vhost-user.rst (QEMU 11.1.3) with the wire
-formats of ``spec/``, and with nothing of the backend's.
+It blocks, with a timeout on every operation.  It follows vhost-user.rst (QEMU 11.1.3) with the wire
+formats of ``spec/``, and shares no code with the back-end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Ring:
         os.eventfd_write(self.kick_fd, 1)
 
     def submit(self, data: bytes, room: int = 0, *, indirect: bool = False) -> int:
-        """Make a buffer available: *data* to read, *room* bytes to write; returns its id."""
+        """Make a buffer available, *data* to read and *room* bytes to write, and return its id."""
         elements = [self.driver.buffer(len(data))]
         self.driver.memory.write(elements[0].addr, data)
         if room:
@@ -57,13 +57,13 @@ class Ring:
         return ident
 
     def called(self, timeout: float = 0.0) -> int:
-        """How many notifications are pending (0 when none comes in time)."""
+        """Return the number of pending notifications, 0 if none arrives in time."""
         if not select.select([self.call_fd], [], [], timeout)[0]:
             return 0
         return os.eventfd_read(self.call_fd)
 
     def collect(self, count: int, timeout: float = TIMEOUT) -> list[tuple[int, int]]:
-        """Wait for *count* used buffers: (id, written)."""
+        """Wait for *count* used buffers and return them as (id, written)."""
         done: list[tuple[int, int]] = []
         end = time.monotonic() + timeout
         while True:
@@ -129,7 +129,7 @@ class Frontend:
         self.send_raw(head + payload, fds)
 
     def receive(self, request: int) -> bytes:
-        """The payload of the reply to *request*; its descriptors go to :attr:`reply_fds`."""
+        """Return the payload of the reply to *request*; store descriptors in :attr:`reply_fds`."""
         self.reply_fds: list[int] = []
         head = vu.VhostUserHeader.parse(self._read(12))
         assert head.request == request, f"reply to {head.request}, expected {request}"
@@ -150,7 +150,7 @@ class Frontend:
         return data
 
     def call(self, request: int, payload: bytes = b"", fds=()) -> bytes:
-        """Send a request that has a reply of its own."""
+        """Send a request and return its reply."""
         self.send(request, payload, fds)
         return self.receive(request)
 
@@ -158,12 +158,12 @@ class Frontend:
         return vu.VhostUserU64.parse(self.call(request, payload, fds)).u64
 
     def ack(self, request: int, payload: bytes = b"", fds=()) -> int:
-        """Send with NEED_REPLY; the acknowledgement."""
+        """Send a request with NEED_REPLY and return the acknowledgement."""
         self.send(request, payload, fds, need_reply=True)
         return vu.VhostUserU64.parse(self.receive(request)).u64
 
     def ok(self, request: int, payload: bytes = b"", fds=()) -> None:
-        """Send, and see it done (by the acknowledgement where that is negotiated)."""
+        """Send a request and check that it succeeded, by its acknowledgement if negotiated."""
         if self.protocol & P.REPLY_ACK:
             assert self.ack(request, payload, fds) == 0, f"{R(request).name} failed"
         else:
@@ -176,18 +176,18 @@ class Frontend:
         return vu.VhostVringState(index=index, num=num).build()
 
     def expect_close(self, timeout: float = TIMEOUT) -> None:
-        """The back-end closes without a word."""
+        """Check that the back-end closes the connection without a reply."""
         self.sock.settimeout(timeout)
         try:
             data = self.sock.recv(1)
         except ConnectionResetError:
             return
-        assert data == b"", "a reply where a closed connection is due"
+        assert data == b"", "a reply instead of a closed connection"
 
     # -- the usual sequence -------------------------------------------------------------------
 
     def negotiate(self, wanted: int | None = None, protocol: int | None = None) -> None:
-        """Features and protocol features as QEMU does it; None: everything offered."""
+        """Negotiate features and protocol features like QEMU; None takes everything offered."""
         offered = self.get_u64(R.GET_FEATURES)
         self.features = offered & ~F_LOG_ALL if wanted is None else wanted
         if self.features & F_PROTOCOL:
@@ -212,7 +212,7 @@ class Frontend:
         return bytes(8) + self.region(number).build()
 
     def share_memory(self) -> None:
-        """Every region, by ADD_MEM_REG if negotiated, else in one table."""
+        """Send every region, by ADD_MEM_REG if negotiated, else in one table."""
         regions = self.memory.regions
         if self.protocol & P.CONFIGURE_MEM_SLOTS:
             for i, r in enumerate(regions):
@@ -222,7 +222,7 @@ class Frontend:
         self.ok(R.SET_MEM_TABLE, table.build(), [r.fd for r in regions])
 
     def user(self, addr: int) -> int:
-        """The front-end's virtual address of guest-physical *addr*."""
+        """Return the front-end's virtual address of guest-physical *addr*."""
         for r in self.memory.regions:
             if 0 <= addr - r.guest_phys_addr < r.size:
                 return addr - r.guest_phys_addr + r.userspace_addr
@@ -240,7 +240,7 @@ class Frontend:
         ).build()
 
     def make_ring(self, index: int = 0, size: int = 16) -> Ring:
-        """A ring in guest memory, not yet told of."""
+        """Return a ring in guest memory that is not yet sent to the back-end."""
         driver = make_driver(self.memory, size, self.features, arena=self.arena)
         ring = Ring(
             index,
@@ -253,7 +253,7 @@ class Frontend:
         return ring
 
     def start_ring(self, ring: Ring, base: int | None = None, *, enable: bool = True) -> None:
-        """NUM, BASE, ADDR, KICK, CALL, ERR, ENABLE: the order in which QEMU has them."""
+        """Send NUM, BASE, ADDR, KICK, CALL, ERR, ENABLE, in QEMU's order."""
         i = ring.index
         packed = f.has(self.features, f.VIRTIO_F_RING_PACKED)
         if base is None:
@@ -275,19 +275,19 @@ class Frontend:
         return ring
 
     def stop_ring(self, ring: Ring) -> int:
-        """GET_VRING_BASE; the number that the back-end tells."""
+        """Send GET_VRING_BASE and return the index in the reply."""
         reply = self.call(R.GET_VRING_BASE, self.state(ring.index, 0))
         told = vu.VhostVringState.parse(reply)
         assert told.index == ring.index
         return told.num
 
     def status_ok(self) -> None:
-        """Device status up to DRIVER_OK, where it is negotiated."""
+        """Set the device status up to DRIVER_OK, if STATUS is negotiated."""
         if self.protocol & P.STATUS:
             self.ok(R.SET_STATUS, self.u64(15))
 
     def open_channel(self) -> socket.socket:
-        """SET_BACKEND_REQ_FD; our end of the channel."""
+        """Send SET_BACKEND_REQ_FD and return this end of the channel."""
         ours, theirs = socket.socketpair()
         self.ok(R.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
         theirs.close()
@@ -296,7 +296,7 @@ class Frontend:
         return ours
 
     def up(self, *rings: int, size: int = 16, **negotiate) -> list[Ring]:
-        """Negotiate, share memory, start the rings: a device that works."""
+        """Negotiate, share memory and start the rings."""
         self.negotiate(**negotiate)
         self.share_memory()
         made = [self.new_ring(i, size) for i in rings or (0,)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest's page structures, made up: what a stopped Linux would show of its free lists."""
+"""Page structures of a fake guest, as a stopped Linux has them in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BASE = 0xFFFFEA0000000000
 ANCHOR = 0xFFFF888000100000
-"""Where the made-up guest keeps the heads of its free lists: not among the page structures."""
+"""Address of the heads of the free lists, outside the page structures."""
 SIZE = 64
 HEADER = WalkMemmap(
     witness_value=0x5EED_0F_A_B007_1234,
@@ -93,7 +93,7 @@ class MadeUpGuest:
         self._link()
 
     def page(self, pfn: int) -> Any:
-        """The structure of page *pfn*, to be changed."""
+        """Return a writable view of the structure of page *pfn*."""
         for area in self.areas:
             if area.pfn <= pfn < area.pfn + area.num:
                 return self.tables[area.pfn][pfn - area.pfn]
@@ -111,7 +111,7 @@ class MadeUpGuest:
                 self.page(pfn)["prev"], self.page(pfn)["next"] = nodes[i], nodes[i + 2]
 
     def layout(self, **changes: int) -> MemmapLayout:
-        """The layout as the guest module would tell it, with fields *changes* made otherwise."""
+        """Return the layout as the guest module reports it, with the fields *changes* replaced."""
         runs = np.zeros(len(self.areas), WalkMemmapRun.dtype())
         for run, area in zip(runs, self.areas, strict=True):
             for name in ("pfn", "num", "addr", "node", "zone"):

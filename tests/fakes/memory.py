@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory for tests: regions of one memfd, or reached by messages only."""
+"""Guest memory for tests: regions of one memfd, or memory that is reached by messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _noted(fd: int) -> int:
 
 
 def memfd(size: int, flags: int = os.MFD_CLOEXEC) -> int:
-    """A file of *size* bytes without a name; the caller owns the descriptor."""
+    """Return a memfd of *size* bytes; the caller owns the descriptor."""
     fd = os.memfd_create(f"guest{next(_names)}", flags)
     os.ftruncate(fd, size)
     return _noted(fd)
@@ -33,11 +33,11 @@ def memfd(size: int, flags: int = os.MFD_CLOEXEC) -> int:
 def make_memory(
     *regions: tuple[int, int], file_offset: int = 0, fd: int | None = None
 ) -> GuestMemory:
-    """Mapped guest memory: *regions* are (guest-physical address, size), one file for all.
+    """Return mapped guest memory; *regions* are (guest-physical address, size) in one file.
 
-    Without arguments: 16 MiB at 0.  Each region starts in the file where the last one ended, from
-    *file_offset* on; its userspace address is its guest address plus 2^46.  The file is *fd*, which
-    it takes over, or else a new memfd.
+    The default is 16 MiB at 0.  The regions follow each other in the file from *file_offset* on.
+    The userspace address of a region is its guest address plus 2^46.  The file is *fd*, which is
+    then owned by the memory, or else a new memfd.
     """
     regions = regions or ((0, 16 << 20),)
     if fd is None:
@@ -60,17 +60,17 @@ def make_memory(
 
 @contextmanager
 def closed_at_the_end() -> Iterator[None]:
-    """Close whatever :func:`make_memory` and :func:`memfd` make in the meantime."""
+    """Close everything that :func:`make_memory` and :func:`memfd` create inside the block."""
     _files.clear()
     yield
     for fd, inode in _files:
-        with suppress(OSError):  # closed already: as it should be
+        with suppress(OSError):  # already closed by its owner
             if os.fstat(fd).st_ino == inode:
                 os.close(fd)
 
 
 class MessageMemory:
-    """Answers DMA reads and writes out of a mapped table (a vfio-user client's side).
+    """Answer DMA reads and writes from a mapped table, like a vfio-user client.
 
     ``reads`` and ``writes`` count messages; addresses in ``refuse`` fault.
     """
@@ -94,7 +94,7 @@ class MessageMemory:
 
 
 def by_messages(backing: GuestMemory) -> tuple[GuestMemory, MessageMemory]:
-    """The same memory as *backing*, without a mapping, and what answers the messages."""
+    """Return the memory of *backing* without a mapping, and the object that answers messages."""
     peer = MessageMemory(backing)
     return (
         GuestMemory(
@@ -106,13 +106,13 @@ def by_messages(backing: GuestMemory) -> tuple[GuestMemory, MessageMemory]:
 
 
 class Arena:
-    """Hands out pieces of guest memory, lowest first, never the same twice."""
+    """Allocate guest memory in ascending order, without reuse."""
 
     def __init__(self, start: int, size: int) -> None:
         self.next, self.end = start, start + size
 
     def take(self, size: int, align: int = 16) -> int:
-        """The address of *size* fresh bytes."""
+        """Return the address of *size* newly allocated bytes."""
         addr = self.next + -self.next % align
         self.next = addr + size
         assert self.next <= self.end, "the arena is used up"
@@ -120,5 +120,5 @@ class Arena:
 
 
 def column(values: list[int]) -> np.ndarray:
-    """A uint64 column."""
+    """Return *values* as a uint64 array."""
     return np.array(values, np.uint64)

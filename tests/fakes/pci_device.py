@@ -14,11 +14,11 @@ from virtio_formats.vfio_user import PciIrq, PciRegion
 BAR0_SIZE = 0x1000
 BAR2_SIZE = 0x8000
 FAIL, CRASH = 0xF00, 0xF08
-"""Writing there is refused with ENOSPC, or raises something else."""
+"""A write to this offset is refused with ENOSPC, or raises another exception."""
 
 
 class Gadget(PciDevice):
-    """Records everything that happens to it."""
+    """A PCI device that records every call."""
 
     migratable = True
 

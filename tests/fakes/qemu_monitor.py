@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A QEMU monitor for tests: speaks QMP, has a run state, a balloon device and a memory backend."""
+"""A QEMU monitor for tests, with QMP, a run state, a balloon device and a memory backend."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Refused(Exception):
 
 
 class FakeQemu:
-    """Listens at *path*; a context manager.
+    """A monitor that listens at *path*; a context manager.
 
-    ``refuse``: commands that are answered by an error; ``on``: called before a command is carried
-    out; ``log``: the commands that came; ``lets_go``: whether the guest unplugs the device.
+    ``refuse``: commands that get an error reply; ``on``: called before a command is carried out;
+    ``log``: the commands received; ``lets_go``: whether the guest releases an unplugged device.
     """
 
     def __init__(self, path: Path, size: int, host: int) -> None:
@@ -83,7 +83,7 @@ class FakeQemu:
 
     @property
     def whole(self) -> bool:
-        """The guest runs, with its balloon, and nothing is left set."""
+        """Whether the guest runs with its balloon and all settings are as at the start."""
         return (self.status, self.device, self.capability) == ("running", BALLOON, False)
 
     def _serve(self) -> None:
@@ -114,7 +114,7 @@ class FakeQemu:
             buffer = self._take(connection, buffer)
 
     def _take(self, connection: socket.socket, buffer: str) -> str:
-        """Answer what is there in whole (clients put nothing between messages); the rest."""
+        """Answer all complete messages and return the remaining bytes."""
         decoder = json.JSONDecoder()
         while buffer := buffer.lstrip():
             try:
@@ -139,7 +139,7 @@ class FakeQemu:
         except Refused as error:
             reply = {"error": {"class": "GenericError", "desc": str(error)}}
         if self.mute and name == "quit":
-            return  # the process is gone before its answer
+            return  # the process exits before it answers
         reply["id"] = message.get("id")
         out = json.dumps(reply).encode() + b"\r\n"
         if name == "device_del" and "return" in reply and self.lets_go:
@@ -153,7 +153,7 @@ class FakeQemu:
         try:
             connection.sendall(out)
         except OSError:
-            pass  # whoever asked has gone
+            pass  # the client has disconnected
 
     # commands
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A balloon with real rings in real memory: what a driver does, the device sees."""
+"""A balloon with real rings in real memory, driven without a transport."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vballoon.virtqueue import make_virtqueue
 
 MIB = 1 << 20
 RING_SPACE = 4 * MIB
-"""The first bytes of guest memory hold rings and buffers; the pages behind it are the guest's."""
+"""Size of the rings and buffers at the start of guest memory; the pages after it are free."""
 
 
 class Rig:
-    """Plays transport and driver for one :class:`Balloon`."""
+    """The transport and the driver of one :class:`Balloon`."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Rig:
         self.set_up(present)
 
     def set_up(self, present: tuple[int, ...]) -> None:
-        """The driver sets its rings up and says DRIVER_OK."""
+        """Set up the rings and start the device, as after DRIVER_OK."""
         self.drivers = {
             i: make_driver(self.memory, self.size, self.ring_features, arena=self.arena)
             for i in present
@@ -78,17 +78,17 @@ class Rig:
         return DeviceQueue(index, ring, notify=notify, on_broken=on_broken)
 
     def config_changed(self) -> None:
-        """The device asks for a configuration change notification."""
+        """Count a configuration change notification."""
         self.config_changes += 1
 
     def bytes(self, data: bytes) -> Element:
-        """A device-readable element that holds *data*."""
+        """Return a device-readable element with *data*."""
         element = Element(self.arena.take(len(data)), len(data))
         self.memory.write(element.addr, data)
         return element
 
     def send(self, index: int, *chains: tuple[Element, ...]) -> list[tuple[int, int]]:
-        """Make *chains* available on queue *index*, kick, and collect what came back."""
+        """Make *chains* available on queue *index*, kick, and return the used buffers."""
         driver = self.drivers[index]
         for chain in chains:
             driver.add(*chain)
@@ -96,27 +96,27 @@ class Rig:
         return self.kick(index)
 
     def kick(self, index: int) -> list[tuple[int, int]]:
-        """Have the device look at queue *index*; what came back."""
+        """Have the device process queue *index* and return the used buffers."""
         while self.balloon.process(self.queues[index]):
             pass
         return self.drivers[index].collect()
 
     def pfns(self, *numbers: int) -> tuple[Element]:
-        """An inflate or deflate buffer."""
+        """Return an inflate or deflate buffer with page *numbers*."""
         return (self.bytes(np.array(numbers, "<u4").tobytes()),)
 
     def pages(self, pfn: int, count: int = 1) -> Element:
-        """A report's or hint's element: *count* pages from *pfn* on."""
+        """Return an element for a report or hint of *count* pages from *pfn* on."""
         return Element(pfn << 12, count << 12, True)
 
     def fill(self, pfn: int, count: int = 1, value: int = 0x5A) -> None:
-        """The guest writes to pages."""
+        """Write *value* to pages, as the guest does."""
         self.memory.window(pfn << 12, count << 12)[:] = value
 
     def content(self, pfn: int) -> int:
-        """The first byte of a page."""
+        """Return the first byte of a page."""
         return int(self.memory.window(pfn << 12, 4096)[0])
 
     def event(self, name: str) -> dict[str, Any]:
-        """The data of the latest event *name*."""
+        """Return the data of the latest event *name*."""
         return next(data for had, data in reversed(self.events) if had == name)

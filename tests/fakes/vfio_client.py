@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plays the vfio-user client that QEMU is: sends commands, answers DMA, checks replies.
+"""A vfio-user client that acts like QEMU: it sends commands, answers DMA and checks replies.
 
-The client drives a sans-IO session directly.  Descriptors are handed over as duplicates, the way
-a socket does it.  Its RAM answers DMA_READ and DMA_WRITE in either of the two layouts that
-clients use (``vfio_user.remote`` tells why there are two).
+The client drives a session without I/O directly.  Descriptors are passed as duplicates, as a socket
+does it.  Its RAM answers DMA_READ and DMA_WRITE in either of the two layouts that clients use
+(``vfio_user.remote`` explains why there are two).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ QEMU_VERSION_DATA = (
     b'"max_dma_maps": 65535, "migration": {"pgsize": 4096, "max_bitmap_size": 268435456}, '
     b'"write_multiple": true}}\0'
 )
-"""What QEMU 11.1 proposes (order and spaces aside)."""
+"""The proposal of QEMU 11.1, except for order and spaces."""
 
 
 class Ram:
@@ -85,21 +85,21 @@ class Reply:
 def message(
     command: int, payload: bytes = b"", *, msg_id: int = 1, flags: int = 0, error: int = 0
 ) -> bytes:
-    """The bytes of one message."""
+    """Return the bytes of one message."""
     size = Header.SIZE + len(payload)
     head = Header(id=msg_id, command=command, size=size, flags=flags, error=error)
     return head.build() + payload
 
 
 def split(data: bytes) -> tuple[Header, bytes]:
-    """One message, cut."""
+    """Return one message split into header and payload."""
     head = Header.parse(data[: Header.SIZE])
     assert head.size == len(data)
     return head, data[Header.SIZE :]
 
 
 class FakeClient:
-    """One connection to *device*.  ``ram`` is what DMA messages reach."""
+    """One connection to *device*.  ``ram`` is the memory that DMA messages reach."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class FakeClient:
         self.refuse_reads = False
         """Refuse every DMA_READ: memory that the device may only write."""
         self.before_dma: Callable[[], None] | None = None
-        """Called before a DMA message is answered: what the client does meanwhile."""
+        """Called before a DMA message is answered."""
         self.silent = False
         """Never answer a DMA message."""
         self.inbox: list[Reply] = []
@@ -138,7 +138,7 @@ class FakeClient:
     # -- messages ---------------------------------------------------------------------------------
 
     def send(self, data: bytes, fds: Iterable[int] = ()) -> None:
-        """Raw bytes, with duplicates of *fds*."""
+        """Send raw bytes, with duplicates of *fds*."""
         self.session.feed(data, [os.dup(fd) for fd in fds])
         self._collect()
 
@@ -156,7 +156,7 @@ class FakeClient:
         expect: int = 0,
         run: bool = True,
     ) -> Reply:
-        """Send a command, do what the device deferred, and check the reply's errno."""
+        """Send a command, run the deferred work of the device, and check the errno of the reply."""
         self._id = (self._id + 1) & 0xFFFF
         self.send(message(command, payload, msg_id=self._id), fds)
         reply = self.inbox.pop()
@@ -164,19 +164,19 @@ class FakeClient:
         assert reply.flags & HeaderFlags.TYPE_MASK == HeaderFlags.TYPE_REPLY
         assert reply.error == expect, os.strerror(reply.error)
         assert reply.failed == bool(expect)
-        assert not (expect and reply.payload), "an error reply is a header only"
+        assert not (expect and reply.payload), "an error reply has a payload"
         if run:
             self.run()
         return reply
 
     def post(self, command: int, payload: bytes) -> None:
-        """Send a command that wants no reply."""
+        """Send a command without a reply."""
         self.send(message(command, payload, flags=HeaderFlags.NO_REPLY))
-        assert not self.inbox, "an answer to a command that wanted none"
+        assert not self.inbox, "a reply to a command with NO_REPLY"
         self.run()
 
     def run(self) -> None:
-        """Let the device do what it deferred, until there is nothing left."""
+        """Run the deferred work of the device until none is left."""
         for _ in range(100):
             self.session.device.run_deferred()
             self.session.drain()
@@ -233,7 +233,7 @@ class FakeClient:
     # -- the commands -----------------------------------------------------------------------------
 
     def negotiate(self, data: bytes = QEMU_VERSION_DATA) -> Capabilities:
-        """VERSION; returns what the server can do."""
+        """Send VERSION and return the capabilities of the server."""
         reply = self.call(Command.VERSION, Version(major=0, minor=0).build() + data)
         assert not data or len(reply.payload) <= len(data) + Version.SIZE
         return Capabilities.parse(reply.payload[Version.SIZE :])
@@ -241,7 +241,7 @@ class FakeClient:
     def map(
         self, ram: Ram, *, mapped: bool = True, flags: int = 3, expect: int = 0, offset: int = 0
     ) -> None:
-        """DMA_MAP of *ram*, with its descriptor or without."""
+        """Send DMA_MAP of *ram*, with its descriptor or without."""
         request = DmaMap(
             argsz=DmaMap.SIZE,
             flags=flags,
@@ -254,13 +254,13 @@ class FakeClient:
             self.ram.append(ram)
 
     def unmap(self, address: int, size: int, *, flags: int = 0, expect: int = 0) -> None:
-        """DMA_UNMAP."""
+        """Send DMA_UNMAP."""
         request = DmaUnmap(argsz=DmaUnmap.SIZE, flags=flags, address=address, size=size)
         reply = self.call(Command.DMA_UNMAP, request.build(), expect=expect)
         assert expect or reply.payload == request.build()
 
     def read(self, region: int, offset: int, count: int, *, expect: int = 0) -> bytes:
-        """REGION_READ."""
+        """Send REGION_READ and return the data."""
         request = RegionAccess(offset=offset, region=region, count=count).build()
         reply = self.call(Command.REGION_READ, request, expect=expect)
         assert expect or reply.payload[: RegionAccess.SIZE] == request
@@ -269,7 +269,7 @@ class FakeClient:
     def write(
         self, region: int, offset: int, data: bytes, *, expect: int = 0, post: bool = False
     ) -> None:
-        """REGION_WRITE, with a reply or (as QEMU does it) without."""
+        """Send REGION_WRITE, with a reply or, like QEMU, without."""
         request = RegionAccess(offset=offset, region=region, count=len(data)).build()
         if post:
             self.post(Command.REGION_WRITE, request + data)
@@ -278,7 +278,7 @@ class FakeClient:
         assert expect or reply.payload == request
 
     def config(self, offset: int, count: int) -> int:
-        """A register in configuration space."""
+        """Return a register of the configuration space."""
         return int.from_bytes(self.read(PciRegion.CONFIG, offset, count), "little")
 
     def set_config(self, offset: int, value: int, count: int) -> None:
@@ -296,7 +296,7 @@ class FakeClient:
         argsz: int | None = None,
         expect: int = 0,
     ) -> None:
-        """DEVICE_SET_IRQS."""
+        """Send DEVICE_SET_IRQS."""
         request = IrqSet(
             argsz=IrqSet.SIZE + len(data) if argsz is None else argsz,
             flags=flags,
@@ -307,12 +307,12 @@ class FakeClient:
         self.call(Command.DEVICE_SET_IRQS, request.build() + data, fds, expect=expect)
 
     def assign(self, index: int, fds: Sequence[int], *, start: int = 0) -> None:
-        """Give eventfds to vectors."""
+        """Assign eventfds to vectors."""
         flags = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
         self.set_irqs(index, flags, start=start, count=len(fds), fds=fds)
 
     def close(self) -> None:
-        """The client goes away."""
+        """Close the connection."""
         self.session.receive_eof()
         for fd in self.twin_fds:
             os.close(fd)
@@ -320,7 +320,7 @@ class FakeClient:
 
 
 def events(fd: int) -> int:
-    """How often a (non-blocking) eventfd was signalled since the last look."""
+    """Return how often a non-blocking eventfd was signalled since the last call."""
     try:
         return os.eventfd_read(fd)
     except BlockingIOError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A shell for the vhost-user backend without a loop: everything happens when the test says so."""
+"""An I/O shell for the vhost-user back-end without a loop; the test runs every step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fdsocket import close_fds
 
 
 class Owned:
-    """A descriptor that was handed over, until it is called off."""
+    """A descriptor that was handed over, until it is cancelled."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -23,16 +23,16 @@ class Owned:
         return self.fd
 
     def flush(self) -> None:
-        """Nothing is ever sent."""
+        """Do nothing: no output is ever sent."""
 
 
 class Nothing:
     def cancel(self) -> None:
-        """Nothing to call off."""
+        """Do nothing: there is nothing to cancel."""
 
 
 class FakeIo:
-    """Implements :class:`vballoon.vhost_user.io.Io`; ``run`` does what was put off."""
+    """An implementation of :class:`vballoon.vhost_user.io.Io`; ``run`` runs deferred calls."""
 
     def __init__(self) -> None:
         self.watched: dict[int, object] = {}
@@ -44,7 +44,7 @@ class FakeIo:
             if not self.later:
                 return
             self.later.popleft()()
-        raise AssertionError("the backend goes on for ever")
+        raise AssertionError("the back-end defers work endlessly")
 
     def watch(self, fd, callback) -> None:
         os.fstat(fd)
@@ -81,4 +81,4 @@ class FakeIo:
         return handle
 
     def output(self) -> None:
-        """The test takes the session's output itself."""
+        """Do nothing: the test takes the session's output."""

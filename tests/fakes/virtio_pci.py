@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plays a guest's virtio-pci driver on top of the vfio-user client.
+"""A guest's virtio-pci driver on top of the vfio-user client.
 
-It finds everything the way a driver does: it walks the capability list, reads where the structures
-are, and touches registers in their natural width.
+It works like a driver: it walks the capability list, reads where the structures are, and accesses
+registers in their natural width.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from virtio_formats.virtio.pci import CapType, CommonConfig, VirtioPciCap, Virti
 RAM_BASE = 0x100000
 RAM_SIZE = 4 << 20
 MODES = {"mapped": {}, "messages": {"mapped": False}, "count32": {"mapped": False, "narrow": True}}
-"""How guest memory is reached: with a descriptor, or by DMA messages in either layout."""
+"""Access to guest memory: by a descriptor, or by DMA messages in either layout."""
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 
 
 class Guest:
-    """One guest on one function.  *mapped*: whether its RAM comes with a descriptor."""
+    """One guest on one function.  *mapped*: whether its RAM is sent with a descriptor."""
 
     def __init__(
         self, function: VirtioPciFunction, *, mapped: bool = True, narrow: bool = False
@@ -59,7 +59,7 @@ class Guest:
         self.size = 16
 
     def _find_capabilities(self) -> dict[int, VirtioPciCap]:
-        """Virtio structures by type; the MSI-X capability's offset is ``msix``."""
+        """Find the virtio structures by type; store the offset of the MSI-X capability."""
         found = {}
         offset = self.client.config(0x34, 1)
         while offset:
@@ -83,13 +83,13 @@ class Guest:
     # -- registers --------------------------------------------------------------------------------
 
     def get(self, name: str) -> int:
-        """A field of the common configuration."""
+        """Return a field of the common configuration."""
         offset, size = self._field(name)
         cap = self.caps[CapType.COMMON_CFG]
         return int.from_bytes(self.client.read(cap.bar, cap.offset + offset, size), "little")
 
     def set(self, name: str, value: int, *, post: bool = True) -> None:
-        """Write one; 64-bit fields as two halves."""
+        """Write a field of the common configuration; 64-bit fields are written as two halves."""
         offset, size = self._field(name)
         cap = self.caps[CapType.COMMON_CFG]
         data = value.to_bytes(size, "little")
@@ -104,7 +104,7 @@ class Guest:
         return int(offset), dtype.itemsize
 
     def read_config(self, offset: int, size: int) -> bytes:
-        """Device-specific configuration."""
+        """Return the device-specific configuration."""
         cap = self.caps[CapType.DEVICE_CFG]
         return self.client.read(cap.bar, cap.offset + offset, size)
 
@@ -119,7 +119,7 @@ class Guest:
     # -- a driver's life --------------------------------------------------------------------------
 
     def offered(self) -> int:
-        """The device's 64-bit feature word."""
+        """Return the device's 64-bit feature word."""
         word = 0
         for select in (0, 1):
             self.set("device_feature_select", select)
@@ -127,7 +127,7 @@ class Guest:
         return word
 
     def negotiate(self, features: int) -> int:
-        """Up to FEATURES_OK; returns the status."""
+        """Negotiate up to FEATURES_OK and return the status."""
         self.set("device_status", 0)
         assert self.get("device_status") == 0
         self.set("device_status", ACKNOWLEDGE)
@@ -158,7 +158,7 @@ class Guest:
         self.client.set_irqs(PciIrq.INTX, flags, count=1)
 
     def set_up(self, index: int, *, vector: int | None = None, enable: bool = True) -> DriverRing:
-        """Put a ring up and tell the device."""
+        """Create a ring and enable it in the device."""
         ring = make_driver(self.memory, self.size, self.features, arena=self.arena)
         self.rings[index] = ring
         self.set("queue_select", index)
@@ -174,7 +174,7 @@ class Guest:
         return ring
 
     def start(self, features: int | None = None, queues: tuple[int, ...] = (0,)) -> None:
-        """The whole initialisation, with MSI-X: vector 0 for configuration, 1 + n for queue n."""
+        """Initialise the device with MSI-X: vector 0 for configuration, 1 + n for queue n."""
         features = f.mask(f.VIRTIO_F_VERSION_1) if features is None else features
         assert self.negotiate(features) & FEATURES_OK
         self.use_msix()
@@ -192,13 +192,13 @@ class Guest:
         self.client.write(cap.bar, at, value, post=True)
 
     def interrupts(self) -> list[int]:
-        """How often each vector was signalled since the last look."""
+        """Return how often each vector was signalled since the last call."""
         return [events(fd) for fd in self.vectors]
 
     def close(self) -> None:
-        """The guest's machine is switched off."""
+        """Power the guest off."""
         self.client.close()
-        self.rings.clear()  # their windows keep the mapping, and the mapping its descriptor
+        self.rings.clear()  # the windows of the rings keep the mapping and its descriptor open
         self.memory.close()
         self.ram.close()
         for fd in [*self.vectors, self.intx]:
@@ -207,7 +207,7 @@ class Guest:
 
 
 def send(guest: Guest, index: int, *texts: bytes, kick: bool = True) -> list[int]:
-    """Make one buffer for each text available on queue *index*; the addresses of the answers."""
+    """Make one buffer for each text available and return the addresses of the replies."""
     ring = guest.rings[index]
     answers = []
     for text in texts:

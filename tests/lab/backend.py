@@ -19,7 +19,7 @@ from tests.lab.qmp import Qmp
 
 TRANSPORTS = ("vhost-user", "vfio-user")
 ROLES = 6
-"""Queues that the front-end is told of: five of the standard, and the walk queue."""
+"""Number of queues of the front-end: five of the standard, and the walk queue."""
 
 
 class Backend:
@@ -51,7 +51,7 @@ class Backend:
             assert "Traceback" not in self.words(), self.words()
 
     def command(self) -> list[str]:
-        """The command line of the server."""
+        """Return the command line of the server."""
         return [
             sys.executable, "-m", "vballoon", "serve",
             f"--{self.transport}", str(self.socket),
@@ -98,11 +98,11 @@ class Backend:
         return self.events.command(command, **arguments)
 
     def words(self) -> str:
-        """What the server has logged."""
+        """Return the log of the server."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def properties(self, machine: str, port: str, id_: str) -> dict[str, Any]:
-        """The device's properties, as ``device_add`` and ``-device`` take them."""
+        """Return the device's properties for ``device_add`` and ``-device``."""
         bus = {"bus": port} if machine == "q35" else {}
         if self.transport == "vfio-user":
             return {
@@ -116,14 +116,14 @@ class Backend:
         }  # fmt: skip
 
     def device(self, machine: str, *, port: str = "rp0", id_: str = "balloon0") -> list[str]:
-        """QEMU arguments that attach this backend as *id_*, hot-pluggable on either machine."""
+        """Return QEMU arguments that attach this back-end as *id_*, hot-pluggable."""
         device = ["-device", json.dumps(self.properties(machine, port, id_))]
         if self.transport == "vfio-user":
             return device
         return ["-chardev", f"socket,id=c-{id_},path={self.socket}", *device]
 
     def plug(self, vm: Machine, port: str = "rp0", id_: str = "balloon0") -> None:
-        """Attach this backend to a running machine."""
+        """Attach this back-end to a running machine."""
         if self.transport == "vhost-user":
             address = {"type": "unix", "data": {"path": str(self.socket)}}
             backend = {"type": "socket", "data": {"addr": address, "server": False}}
@@ -150,5 +150,5 @@ def wait_until(condition: Any, timeout: float = 60, step: float = 0.1) -> Any:
 
 
 def negotiated(backend: Backend) -> Sequence[str]:
-    """The names of the features that the driver has accepted."""
+    """Return the names of the features that the driver has accepted."""
     return list(backend.ctl("query-status")["features"])

@@ -29,7 +29,7 @@ class LabError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """The cache folder: ``$VBALLOON_LAB``, else ``~/.cache/vballoon-lab`` (made if missing)."""
+    """Return the cache folder, ``$VBALLOON_LAB`` or ``~/.cache/vballoon-lab``; create it."""
     named = os.environ.get("VBALLOON_LAB")
     path = Path(named) if named else Path.home() / ".cache" / "vballoon-lab"
     path.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def locked(name: str = "setup") -> Iterator[None]:
 
 
 def fingerprint(recipe: object) -> str:
-    """A short digest of a recipe made of plain JSON values."""
+    """Return a short digest of a recipe, which consists of plain JSON values."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -75,11 +75,10 @@ def build_locked(name: str, recipe: object, lock: str, fill: Callable[[Path], No
 
 
 def build(name: str, recipe: object, fill: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache, filled by ``fill(folder)`` unless this recipe already made
-    it.
+    """Return the folder ``name`` of the cache; fill it by ``fill(folder)`` unless it is built.
 
-    ``fill`` works in a folder with another name; a failure or a kill leaves nothing that looks
-    complete. Call it with the lock held.
+    ``fill`` works in a folder with another name, so that a failure or a kill leaves nothing that
+    looks complete. Call it with the lock held.
     """
     final = cache_dir() / name
     if is_built(name, recipe):
@@ -99,6 +98,6 @@ def build(name: str, recipe: object, fill: Callable[[Path], None]) -> Path:
 
 
 def _sweep(final: Path) -> None:
-    """Remove what an interrupted build of ``final`` left behind (the lock says nobody is at it)."""
+    """Remove the remains of an interrupted build of ``final``; the caller holds the lock."""
     for left in final.parent.glob(final.name + ".part-*"):
         shutil.rmtree(left)

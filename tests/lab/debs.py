@@ -101,7 +101,7 @@ class Release:
         return "".join(f'{name} "{value}";\n' for name, value in settings.items())
 
     def depends(self, package: str, target: str | None = None) -> list[str]:
-        """The direct dependencies of a package, by name."""
+        """Return the names of the direct dependencies of a package."""
         text = self.apt("apt-cache", "depends", "--important", package, target=target)
         return [
             line.split()[-1] for line in text.splitlines() if line.strip().startswith("Depends:")

@@ -69,7 +69,7 @@ class Kernel:
         return _plain(name) in self._index
 
     def module(self, name: str) -> bytes:
-        """The uncompressed ``.ko`` of a module."""
+        """Return the uncompressed ``.ko`` of a module."""
         path = self._index.get(_plain(name))
         if path is None:
             raise LabError(f"kernel {self.version} has no module {name}")
@@ -80,7 +80,7 @@ class Kernel:
         return path.read_bytes()
 
     def with_dependencies(self, names: Sequence[str]) -> list[str]:
-        """The modules and all they depend on, in an order in which ``insmod`` succeeds.
+        """Return the modules and all their dependencies, in an order in which ``insmod`` succeeds.
 
         Names that this kernel has no module for (built-in drivers) are left out.
         """
@@ -157,7 +157,7 @@ def _plain(name: str) -> str:
 
 
 def depends(module: bytes) -> list[str]:
-    """The modules that a ``.ko`` says it depends on."""
+    """Return the modules that a ``.ko`` names as dependencies."""
     found = re.search(rb"\0depends=([^\0]*)\0", module)
     names = found.group(1).decode() if found else ""
     return [name for name in names.split(",") if name]
@@ -165,7 +165,7 @@ def depends(module: bytes) -> list[str]:
 
 @cache
 def kernel(name: str) -> Kernel:
-    """The kernel ``6.1``, ``6.12`` or ``backports``, fetched first if it is not in the cache."""
+    """Return the kernel ``6.1``, ``6.12`` or ``backports``; fetch it if it is not in the cache."""
     if name not in NAMES:
         raise LabError(f"no kernel {name!r}; the lab has {', '.join(NAMES)}")
     provision.setup((name,))

@@ -64,7 +64,7 @@ class Archive:
             self._add(path, stat.S_IFDIR | 0o755, b"")
 
     def file(self, path: str, content: bytes, mode: int = 0o755) -> None:
-        """Add a file (executable unless told otherwise)."""
+        """Add a file, executable by default."""
         if path in self._seen:
             raise LabError(f"{path} is in the guest already")
         above = path.rpartition("/")[0]
@@ -86,7 +86,7 @@ class Archive:
         self._parts.append(_entry(path, mode, content, len(self._seen), device))
 
     def bytes(self) -> bytes:
-        """The finished archive, padded to a multiple of 512 bytes so that another may follow."""
+        """Return the archive, padded to a multiple of 512 bytes so that another one may follow."""
         whole = b"".join(self._parts) + _entry("TRAILER!!!", 0, b"", 0, (0, 0))
         return whole + bytes(-len(whole) % 512)
 
@@ -100,7 +100,7 @@ def _entry(path: str, mode: int, content: bytes, inode: int, device: tuple[int, 
 
 
 def programs() -> Path:
-    """The folder of the guest programs, compiled (static) when their sources changed."""
+    """Return the folder of the static guest programs; compile them if their sources changed."""
     sources = {name: (GUEST / f"{name}.c").read_text() for name in PROGRAMS}
     builder = kernel("6.12").build_root  # the one root that has a libc to link with
     return cache.build_locked("programs", sources, "programs", lambda path: _compile(path, builder))
@@ -130,12 +130,12 @@ def _compile(out: Path, root: Path) -> None:
 
 
 def busybox() -> bytes:
-    """The static busybox of the lab's tools."""
+    """Return the static busybox of the lab's tools."""
     return (cache_dir() / "tools/usr/bin/busybox").read_bytes()
 
 
 def base(guest_kernel: Kernel) -> Path:
-    """The initramfs that all guests with this kernel share; a file in the cache."""
+    """Return the initramfs that all guests with this kernel share, a file in the cache."""
     compiled = programs()
     name = f"initramfs-{guest_kernel.name}"
     recipe = [
@@ -173,7 +173,7 @@ def _write_base(out: Path, guest_kernel: Kernel, compiled: Path) -> None:
 
 
 def _with_bus(name: str, guest_kernel: Kernel) -> list[str]:
-    """A virtio driver needs the bus driver to find its device, which no dependency says."""
+    """Add the bus driver of a virtio driver, which no dependency names."""
     names = ["virtio_pci", name] if name.startswith("virtio_") else [name]
     return guest_kernel.with_dependencies(names)
 
@@ -208,7 +208,7 @@ LOADER = "lib64/ld-linux-x86-64.so.2"
 
 
 def libraries(root: Path, binary: Path) -> list[Path]:
-    """The shared libraries that a dynamically linked program of an unpacked root needs."""
+    """Return the shared libraries that a program of an unpacked root needs."""
     loader = [str(root / LOADER), "--library-path", str(root / LIBRARIES)]
     text = debs.run([*loader, "--list", str(binary)])
     return [Path(path) for path in re.findall(r"=> (\S+) \(", text)]
@@ -229,7 +229,7 @@ def add_binary(archive: Archive, path: str, root: Path | None = None) -> None:
 
 
 def overlay(files: Mapping[str, bytes | Path], binaries: Iterable[str] = ()) -> bytes:
-    """An archive of more files for one guest, to follow the base.
+    """Return an archive of more files for one guest, which follows the base.
 
     ``files`` maps a path in the guest to content or to a file of the host; ``binaries`` are
     programs of the lab's tools by path (``usr/bin/lspci``), which get their libraries with them.

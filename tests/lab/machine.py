@@ -79,7 +79,7 @@ class Machine:
         self.close()
 
     def command(self) -> list[str]:
-        """The whole command line."""
+        """Return the whole command line."""
         accel = self.config.accel or qemu.accelerator()
         arguments = qemu.arguments(
             self.config, self.folder, self.kernel.image, self._initrd(), accel
@@ -202,11 +202,11 @@ class Machine:
         return f"QEMU ended with {self._process.returncode}: {words[-2000:]}"
 
     def console(self) -> str:
-        """What the guest's kernel printed so far."""
+        """Return what the guest's kernel printed so far."""
         path = self.folder / "console.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _scratch(config: qemu.Config) -> str | None:
-    """A folder on tmpfs when the RAM is to be a file in it."""
+    """Return a folder on tmpfs if the RAM is a file in it."""
     return "/dev/shm" if config.backing == "file" and os.path.isdir("/dev/shm") else None

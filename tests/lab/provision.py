@@ -173,7 +173,7 @@ def _fill(
 
 
 def image_package(recipe: KernelRecipe) -> str:
-    """The package of the newest cloud kernel of the recipe's suite, named by its version."""
+    """Return the package of the newest cloud kernel of the recipe's suite, named by its version."""
     for name in recipe.release.depends("linux-image-cloud-amd64", recipe.target):
         if name.startswith("linux-image-"):
             return name
@@ -212,7 +212,7 @@ def as_root() -> list[str]:
 
 
 def kernel_version(folder: Path) -> str:
-    """The version (``uname -r``) of the one kernel unpacked in ``folder``."""
+    """Return the version (``uname -r``) of the one kernel unpacked in ``folder``."""
     found = [path.name for path in (folder / "usr/lib/modules").iterdir()]
     if len(found) != 1:
         raise LabError(f"{folder} holds {len(found)} kernels, not one")
@@ -221,7 +221,7 @@ def kernel_version(folder: Path) -> str:
 
 @cache
 def host_qemu() -> Path | None:
-    """The host's own QEMU if it is at least 10.2 and knows both devices that we attach to."""
+    """Return the host's own QEMU if it is at least 10.2 and has both devices that are used here."""
     found = shutil.which("qemu-system-x86_64")
     if not found:
         return None

@@ -23,7 +23,7 @@ LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
 
 def program(name: str = "qemu-system-x86_64") -> list[str]:
-    """The words that start one of QEMU's programs (``qemu-img``, ``qemu-storage-daemon`` too)."""
+    """Return the command of one of QEMU's programs (also ``qemu-img``, ``qemu-storage-daemon``)."""
     if provision.host_qemu() and shutil.which(name):
         return [str(shutil.which(name))]
     provision.setup(())
@@ -40,14 +40,14 @@ def program(name: str = "qemu-system-x86_64") -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment for :func:`program`: QEMU's loadable parts come from the same root."""
+    """Return the environment for :func:`program`: QEMU loads its modules from the same root."""
     if provision.host_qemu():
         return dict(os.environ)
     return {**os.environ, "QEMU_MODULE_DIR": str(cache_dir() / "qemu" / LIBRARIES / "qemu")}
 
 
 def version() -> tuple[int, int, int]:
-    """The version of the QEMU in use."""
+    """Return the version of the QEMU in use."""
     text = subprocess.run(
         [*program(), "--version"], capture_output=True, text=True, check=True, env=environment()
     ).stdout

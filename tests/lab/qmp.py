@@ -29,7 +29,7 @@ class Qmp:
         self._loop.run_until_complete(self._connect(str(path)))
 
     async def _connect(self, path: str) -> None:
-        """A socket has its name a moment before it listens; on a busy host that is seen."""
+        """Connect, and retry: a socket has its name a moment before it listens."""
         deadline = time.monotonic() + CONNECT_SECONDS
         while True:
             try:
@@ -59,10 +59,9 @@ class Qmp:
         return self._seen
 
     def wait_event(self, name: str, timeout: float = 30, **data: Any) -> dict[str, Any]:
-        """The first event called ``name`` with these data that came since the start or comes in
-        time.
+        """Return the first event ``name`` with these data since the start; wait for it.
 
-        Raises :class:`TimeoutError`.
+        Raise :class:`TimeoutError` after ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
         while True:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def memfds(pid: int) -> list[Path]:
-    """A QEMU's own descriptors of its memfd backends, in the order in which it made them."""
+    """Return QEMU's descriptors of its memfds, in the order of their creation."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -47,7 +47,7 @@ class Ram:
                 try:
                     start = os.lseek(fd, end, os.SEEK_DATA)
                 except OSError:
-                    return  # ENXIO: no data behind here
+                    return  # ENXIO: no data after this offset
                 end = os.lseek(fd, start, os.SEEK_HOLE)
                 yield start, end
         finally:

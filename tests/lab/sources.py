@@ -30,14 +30,12 @@ class Source:
     components: tuple[str, ...]
 
     def is_debian(self) -> bool:
-        """A Debian main archive: a whole release by its own name (not updates, security or a
-        vendor).
-        """
+        """Return whether this is Debian's main archive of a release, without updates."""
         return "main" in self.components and any(suite in SUITES for suite in self.suites)
 
 
 def one_line(text: str) -> Iterator[Source]:
-    """The sources of a ``sources.list`` file."""
+    """Return the sources of a ``sources.list`` file."""
     for line in text.splitlines():
         words = re.sub(r"\[[^]]*\]", " ", line.split("#")[0]).split()
         if len(words) >= 3 and words[0] == "deb":
@@ -45,7 +43,7 @@ def one_line(text: str) -> Iterator[Source]:
 
 
 def deb822(text: str) -> Iterator[Source]:
-    """The sources of a ``.sources`` file."""
+    """Return the sources of a ``.sources`` file."""
     for stanza in re.split(r"\n\s*\n", text):
         fields: dict[str, list[str]] = {}
         name = ""
@@ -78,7 +76,7 @@ def host_sources(etc: Path = Path("/etc/apt")) -> list[Source]:
 
 
 def debian_mirror(etc: Path = Path("/etc/apt")) -> str:
-    """The URI of the host's Debian mirror (``$VBALLOON_LAB_MIRROR`` overrules it)."""
+    """Return the URI of the host's Debian mirror; ``$VBALLOON_LAB_MIRROR`` overrides it."""
     named = os.environ.get("VBALLOON_LAB_MIRROR")
     if named:
         return named
@@ -92,7 +90,7 @@ def debian_mirror(etc: Path = Path("/etc/apt")) -> str:
 
 
 def keyring() -> Path:
-    """The keys that Debian's archives are verified with."""
+    """Return the keys that Debian's archives are verified with."""
     if not KEYRING.is_file():
         raise LabError("Debian's archive keys are missing: apt-get install debian-archive-keyring")
     return KEYRING

@@ -47,7 +47,7 @@ exec chroot /host /usr/bin/env -i PATH=/python/bin:/usr/bin HOME=/tmp VBALLOON_L
 
 
 def machine(**hardware: Any) -> Machine:
-    """A machine whose guest has ``enter COMMAND...``: runs it beside our sources, with ``python``.
+    """Return a machine whose guest has ``enter COMMAND...`` to run it with the project's sources.
 
     The sources are in ``/repo``, QEMU and kernel 6.12 in the inner lab's cache. Takes
     what :class:`~tests.lab.machine.Machine` takes; give it 2 GiB or more.
@@ -60,7 +60,7 @@ def machine(**hardware: Any) -> Machine:
 
 
 def sources() -> Iterator[tuple[str, bytes | Path]]:
-    """The project's own files, at their places in the guest."""
+    """Return the project's files with their places in the guest."""
     roots = ":".join(f"/repo/{root.relative_to(REPOSITORY)}" for root in SOURCE_ROOTS)
     yield "lab/enter", ENTER.replace("{roots}", roots).encode()
     for folder in ("device", "spec", "tests", "driver_kmod", "examples"):
@@ -70,7 +70,7 @@ def sources() -> Iterator[tuple[str, bytes | Path]]:
 
 
 def image() -> Path:
-    """The disk: an ext4 image in the cache, made again when Python, packages or the lab changed."""
+    """Return the disk, a cached ext4 image; rebuild it if Python, packages or the lab changed."""
     kernel(INNER_KERNEL)
     inner = initramfs.base(kernel(INNER_KERNEL))
     names = sorted(f"{each.name}-{each.version}" for each in importlib.metadata.distributions())
@@ -100,7 +100,7 @@ def _write_image(out: Path) -> None:
 
 
 def _python(tree: Path) -> None:
-    """This interpreter, its library and the packages, with every shared library that they need."""
+    """Copy this interpreter, its library and the packages, with all shared libraries they need."""
     library = Path(sysconfig.get_paths()["stdlib"])
     inside = tree / "python/lib" / library.name
     skip = shutil.ignore_patterns(*NOT_STDLIB)

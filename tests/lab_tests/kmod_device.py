@@ -34,7 +34,7 @@ Bools = NDArray[np.bool_]
 class LocalDevice:
     """A balloon served from a thread of this process.
 
-    By default over vfio-user: with vhost-user, QEMU 11.1 can crash when it is told to stop the
+    By default over vfio-user: with vhost-user, QEMU 11.1 can crash when it receives stop for the
     guest while a configuration change is on its way to it, and here a stop follows each round.
     With vfio-user, on the other hand, it crashes when the device is unplugged.
     """
@@ -121,7 +121,7 @@ class LocalDevice:
         return self.ask(lambda: as_bools(self.balloon.skipmap.extents(Provenance.WALKED)))
 
     def free_now(self, vm: Machine) -> FreeMemory:
-        """The free memory of the guest, stopped and read from outside by its layout."""
+        """Return the free memory of the stopped guest, read from outside by its layout."""
         if self.transport == "vhost-user":
             time.sleep(0.5)  # until the end of the round has been read: see above
         vm.qmp("stop")
@@ -145,13 +145,13 @@ def as_bools(pages: PageRanges) -> Bools:
 
 
 def same_length(*arrays: Bools) -> list[Bools]:
-    """The arrays, each padded with False to the length of the longest."""
+    """Return the arrays, each padded with False to the length of the longest."""
     size = max(array.size for array in arrays)
     return [np.pad(array, (0, size - array.size)) for array in arrays]
 
 
 def memory_of(vm: Machine) -> GuestMemory:
-    """The guest's memory by its file, with no device there (below 2 GiB: in one piece)."""
+    """Return the guest's memory by its file, without a device (below 2 GiB: in one region)."""
     fd = os.open(vm.ram[0].path, os.O_RDWR)
     size = vm.ram[0].size()
     return GuestMemory([MemoryRegion.map(guest_phys_addr=0, size=size, file_offset=0, fd=fd)])

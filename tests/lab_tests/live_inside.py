@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Live snapshots on a host kernel that tracks writes; run inside a lab guest by a test.
 
-One guest under load is saved twice, with a sound tracker and with one that tells nothing, and
+One guest under load is saved twice, with a working tracker and with one that reports nothing, and
 restored from each.  Prints one line of JSON: in how many rounds what was copied, and how the
 guests came out.
 """
@@ -37,7 +37,7 @@ BEGIN = time.monotonic()
 
 
 def say(*words: object) -> None:
-    """What takes so long."""
+    """Print the step and the time since the start."""
     print(f"{time.monotonic() - BEGIN:6.1f} s:", *words, file=sys.stderr, flush=True)
 
 
@@ -56,7 +56,7 @@ class Steps(Observer):
 
 
 class BlindTracker(SoftDirty):
-    """The fault to be noticed: nothing that was written is told."""
+    """The planted fault: the tracker reports no writes."""
 
     def collect(self):
         return [found[:0] for found in super().collect()]

@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def guest_module(kernel: str, folder: Path) -> Path:
-    """The guest module for *kernel*."""
+    """Return the guest module for *kernel*."""
     return build_module(kernel, DRIVER, folder / f"kmod-{kernel}").modules[0]
 
 
@@ -28,7 +28,7 @@ def guest_module(kernel: str, folder: Path) -> Path:
 def balloon_guest(
     backend: Backend, *, module: Path | None = None, machine: str = "q35", **hardware: Any
 ) -> Iterator[Machine]:
-    """A guest with the balloon of *backend*, driven by the guest module or the stock driver."""
+    """Boot a guest with the balloon ``backend`` and the guest module or the stock driver."""
     files: dict[str, bytes | Path] = {"lab/vballoon_walk.ko": module} if module else {}
     extra = [*hardware.pop("extra", []), *backend.device(machine)]
     with Machine(machine=machine, files=files, extra=extra, **hardware) as vm:
@@ -46,7 +46,7 @@ def load_driver(vm: Machine, module: Path | None) -> None:
 
 
 def fill(vm: Machine, freed: int) -> None:
-    """Data of known content of every kind, and *freed* MiB of garbage in free memory."""
+    """Create data of known content of every kind, and *freed* MiB of garbage in free memory."""
     vm.guest.sh("keeper make /tmp/kept 40")
     vm.guest.start("memhog 60", log="/run/hog.log", fifo="/run/hog")
     vm.guest.wait_for("grep -q filled /run/hog.log")
@@ -119,7 +119,7 @@ def reporting_is_quiet(backend: Backend, seconds: float = 3.0) -> None:
 
 
 def balloon_works(vm: Machine, backend: Backend, memory: int) -> None:
-    """The balloon is there, and follows."""
+    """Check that the guest has its balloon and that it inflates."""
     wait_until(lambda: negotiated(backend), timeout=30)
     backend.ctl("balloon", value=(memory - 64) * MIB)
     wait_until(lambda: backend.ctl("query-balloon")["actual"] <= (memory - 64) * MIB, timeout=30)

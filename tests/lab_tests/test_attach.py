@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job, on stock QEMU and stock Linux: attach, reclaim, hint, balloon, export.
 
-One guest a machine type, kernel and transport; the story is told once from boot to the end, so
-that what one step leaves behind is there for the next.
+One guest a machine type, kernel and transport; the steps run in order from boot to the end, so
+that each step starts from the state that the previous one left.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def inflate_and_deflate(vm: Machine, backend: Backend) -> None:
 
 
 def hinting_covers_free_memory(vm: Machine, backend: Backend) -> None:
-    """A hinting round covers at least 90 % of the guest's free memory."""
+    """Check that a hinting round covers at least 90 % of the guest's free memory."""
     free = vm.guest.meminfo()["MemFree"]
     round_id = backend.ctl("start-hinting")["round"]
     done = backend.events.wait_event("ROUND_COMPLETED", timeout=60)["data"]
@@ -79,7 +79,7 @@ def hinting_covers_free_memory(vm: Machine, backend: Backend) -> None:
 
 
 def statistics_arrive(vm: Machine, backend: Backend) -> None:
-    """Polling brings new statistics, and they are the guest's own figures."""
+    """Check that polling brings new statistics that agree with the guest."""
     backend.ctl("set-guest-stats-interval", seconds=1)
     first = backend.ctl("query-guest-stats")["last-update"]
     wait_until(lambda: backend.ctl("query-guest-stats")["last-update"] > first, timeout=20)
@@ -95,7 +95,7 @@ def statistics_arrive(vm: Machine, backend: Backend) -> None:
 
 
 def bitmap_is_exported(backend: Backend, folder: Path) -> None:
-    """The exported counts are the live ones."""
+    """Check that the exported counts equal the live ones."""
     backend.ctl("export-skip-bitmap", directory=str(folder))
     manifest = json.loads((folder / "manifest.json").read_text())
     live = backend.ctl("query-skip-bitmap")["pages"]
@@ -127,7 +127,7 @@ def test_queue_numbers_of_all_feature_combinations(transport: str) -> None:
 
 
 def running(backend: Backend) -> set[int]:
-    """The queues that the driver has started."""
+    """Return the queues that the driver has started."""
     queues = backend.ctl("query-status")["queues"]
     return {q["index"] for q in queues if q["state"] == "running"}
 

@@ -32,7 +32,7 @@ def complaints(log: str) -> list[str]:
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Callable[[str, str, str], Path]:
-    """A copy of the module with one fault in it."""
+    """Return a copy of the module with one planted fault."""
 
     def plant(name: str, text: str, fault: str) -> Path:
         copy = shutil.copytree(DRIVER, tmp_path / "planted")
@@ -76,7 +76,7 @@ def test_sparse_sees_a_wrong_byte_order(planted: Callable[..., Path], tmp_path: 
 
 
 def _fill_checkpatch(folder: Path) -> None:
-    """The script from the kernel's source, and the ``diff`` that it calls."""
+    """Provide the script from the kernel's source, and the ``diff`` that it calls."""
     (TRIXIE.folder / "archives").mkdir(parents=True, exist_ok=True)
     source, diffutils = (TRIXIE.fetch([name])[0] for name in CHECKPATCH_PACKAGES)
     wanted = " ".join(f"'*/scripts/{name}'" for name in CHECKPATCH_FILES)
@@ -91,7 +91,7 @@ def _fill_checkpatch(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpatch() -> Path:
-    """The script as Debian's kernel source has it, kept in the lab's cache."""
+    """Return the script from Debian's kernel source, kept in the lab's cache."""
     kernel("6.12")  # package lists, and perl in its build root
     with store.locked():
         return store.build("checkpatch", CHECKPATCH_PACKAGES, _fill_checkpatch)

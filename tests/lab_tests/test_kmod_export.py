@@ -26,7 +26,7 @@ MIB = 1 << 20
 def guest(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machine]:
-    """A guest of two nodes with the module and a caller of it, both built together."""
+    """Boot a guest of two nodes with the module and a caller of it, both built together."""
     out = tmp_path_factory.mktemp("kmod")
     source = shutil.copytree(DRIVER, out / "source")
     shutil.copy(HERE / "kmod_caller" / "walk_caller.c", source)
@@ -42,7 +42,7 @@ def guest(
 
 
 def call(vm: Machine, **parameters: int) -> dict[str, int]:
-    """What the caller's line in the log says."""
+    """Return the values in the caller's log line."""
     words = " ".join(f"{name}={value}" for name, value in parameters.items())
     vm.guest.sh(f"insmod /lab/walk_caller.ko {words}; rmmod walk_caller")
     line = vm.guest.sh("dmesg | grep walk_caller: | tail -1")

@@ -49,7 +49,7 @@ class FreeWalk(ctypes.Structure):
 
 
 def compiled(source: Path, folder: Path) -> Any:
-    """The walk of *source*, with the userspace kernel around it."""
+    """Compile the walk of *source* with the userspace kernel around it."""
     folder = shutil.copytree(HERE / "kmod_userspace", folder / "userspace")
     for name in ("walk.c", "walk.h"):
         shutil.copy(source / name, folder)

@@ -33,7 +33,7 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @contextmanager
 def guest(module: tuple[str, Path], options: str = "", **hardware: Any) -> Iterator[Machine]:
-    """A guest whose balloon is driven by the module; at the end its log must be clean."""
+    """Boot a guest whose balloon the module drives; check at the end that its log is clean."""
     extra = hardware.pop("extra", [])
     with Machine(
         kernel=module[0],
@@ -212,7 +212,7 @@ def buddy_pages(text: str, order: int) -> int:
 
 
 def quiet_walk(vm: Machine, order: int) -> dict[str, int]:
-    """A dry run beside which nothing changed in the free lists, so /proc/buddyinfo is exact.
+    """Return a dry run during which the free lists did not change, so /proc/buddyinfo is exact.
 
     The script forks nothing between its two looks.
     """

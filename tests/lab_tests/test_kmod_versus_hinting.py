@@ -50,7 +50,7 @@ def pages(device: LocalDevice, provenance: Provenance) -> int:
 
 
 def hint(vm: Machine, device: LocalDevice) -> Round:
-    """A round of the stock driver; its pages are held until we have looked at what is left."""
+    """Run a round of the stock driver, whose pages are held until the rest was read."""
     free, before = free_bytes(vm), allocations(vm)
     started = time.monotonic()
     device.ask(lambda: device.balloon.start_hinting(hold=True))
@@ -82,7 +82,7 @@ def walk(vm: Machine, device: LocalDevice) -> Round:
 
 
 def idle(vm: Machine) -> int:
-    """The control: pages allocated in as long as a walk takes, by those who count them."""
+    """Measure the control: pages that the counting itself allocates during a walk's time."""
     before = allocations(vm)
     time.sleep(0.05)
     return allocations(vm) - before

@@ -36,7 +36,7 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @contextmanager
 def attached(module: tuple[str, Path], **hardware: Any) -> Iterator[tuple[Machine, LocalDevice]]:
-    """A guest with the module, and the device that it drives."""
+    """Boot a guest with the module, and the device that it drives."""
     extra = hardware.pop("extra", [])
     transport = hardware.pop("transport", "vfio-user")
     files: dict[str, bytes | Path] = {"lab/vballoon_walk.ko": module[1]}
@@ -55,7 +55,7 @@ def attached(module: tuple[str, Path], **hardware: Any) -> Iterator[tuple[Machin
 
 
 def wait_for_layout(device: LocalDevice, other_than: int = 0) -> int:
-    """The id of a layout that has come."""
+    """Return the id of a layout that has arrived."""
     for _ in range(300):
         layout = device.balloon.walk_queue.memmap.layout
         if layout is not None and layout.header.layout_id != other_than:
@@ -92,7 +92,7 @@ def took_nothing(device: LocalDevice) -> bool:
 
 
 def compare_with_kpageflags(vm: Machine, device: LocalDevice) -> None:
-    """A page may be in use, or in a CPU's own list, for just the time of a walk; hence attempts."""
+    """Compare in several attempts: a page may be in use or in a CPU's list during a walk."""
     seen = []
     for _ in range(5):
         before = vm.guest.pages()
@@ -225,7 +225,7 @@ def test_new_round_ends_the_old_and_stop_ends_it_too(module: Any) -> None:
 
 
 def test_waits_when_the_device_has_all_buffers(module: Any) -> None:
-    """One buffer at a time: every one has to come back before the walk goes on."""
+    """One buffer at a time: each must be used before the walk continues."""
     with attached(module, memory=1024, smp=2) as (vm, device):
         vm.guest.sh("rmmod vballoon_walk; insmod /lab/vballoon_walk.ko buffers=1")
         wait_for_layout(device)
@@ -267,7 +267,7 @@ def test_suspend_to_ram_starts_anew(module: Any, transport: str) -> None:
 
 
 def test_memory_pressure_during_rounds(module: Any) -> None:
-    """The guest runs out of memory, kills, and both it and the walk go on."""
+    """The guest runs out of memory and kills a process; the guest and the walk continue."""
     with attached(module, memory=512, smp=2) as (vm, device):
         for number in range(4):  # each holds what it got; together more than there is
             vm.guest.start("memhog 150", log=f"/run/hog{number}.log", fifo=f"/run/hog{number}")

@@ -72,7 +72,7 @@ def test_saved_and_restored(
 
 
 def migrates_all_memory(vm: Machine) -> None:
-    """What a snapshot asks of QEMU's migration does not stay: a later one would lose memory."""
+    """Check that a snapshot resets QEMU's migration settings: a later one would lose memory."""
     capabilities = {c["capability"]: c["state"] for c in vm.qmp("query-migrate-capabilities")}
     assert capabilities["x-ignore-shared"] is False
 
@@ -127,7 +127,7 @@ def test_vfio_user_device_with_msix_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_memory_of_two_nodes(tmp_path: Path) -> None:
-    """Two memfds of one size: each file must become the right backend's."""
+    """Two memfds of one size: each file must match the right memory backend."""
     module = guest_module("6.12", tmp_path)
     hardware: dict[str, Any] = {
         "kernel": "6.12",

@@ -52,7 +52,7 @@ def churn(vm: Machine) -> None:
 
 
 def rested(vm: Machine) -> None:
-    """The load ends, and has found nothing wrong."""
+    """End the load and check that it has found no error."""
     vm.guest.sh("kill -TERM $(cat /run/churn.pid)")
     vm.guest.wait_for("grep -q steps /run/churn.log", timeout=30)
     words = vm.guest.sh("cat /run/churn.log")
@@ -113,13 +113,13 @@ def test_stale_ranges_do_break_the_guest(tmp_path: Path) -> None:
 
 
 def all_good(vm: Machine) -> None:
-    """The load has found nothing wrong, and what was made after the walk is whole."""
+    """Check that the load has found no error and that the files made after the walk are intact."""
     rested(vm)
     assert vm.guest.sh("keeper check /tmp/later").startswith("good")
 
 
 def walked(backend: Backend, folder: Path) -> FreeMemory:
-    """The ranges of a walk, as if they were still true later."""
+    """Return the ranges of a walk, as if they were still valid later."""
     backend.ctl("start-walk")
     done = backend.events.wait_event("ROUND_COMPLETED", timeout=60)["data"]
     assert done["complete"], done

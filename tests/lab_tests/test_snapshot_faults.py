@@ -80,7 +80,7 @@ def vm(backend: Backend) -> Iterator[Machine]:
 
 
 def lives_on(vm: Machine, backend: Backend, directory: Path) -> None:
-    """The guest runs, all its data and its balloon are there, and there is no snapshot."""
+    """Check that the guest runs with all its data and its balloon, and that no snapshot exists."""
     wait_until(lambda: vm.qmp("query-status")["status"] == "running", timeout=20)
     wait_until(lambda: has_balloon(vm) and negotiated(backend), timeout=20)
     unharmed(vm)
@@ -112,7 +112,7 @@ def test_killed_at_any_step(vm: Machine, backend: Backend, tmp_path: Path, step:
 
 
 def test_full_disk(vm: Machine, backend: Backend, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: the copy ends in the middle."""
+    """A limit on the size of files replaces a full disk: the copy ends in the middle."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

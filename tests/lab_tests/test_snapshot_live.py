@@ -17,7 +17,7 @@ INNER = 192
 
 @pytest.fixture(scope="module")
 def told() -> Any:
-    """What ``live_inside`` has to tell: a live snapshot with each tracker, both restored."""
+    """Return the report of ``live_inside``: a live snapshot with each tracker, both restored."""
     with userland.machine(memory=2048, smp=2) as host:
         host.guest.sh("echo never >/sys/kernel/mm/transparent_hugepage/shmem_enabled || true")
         done = host.guest.run("enter python -m tests.lab_tests.live_inside", timeout=2400)
@@ -34,11 +34,11 @@ def test_live_snapshot_under_load(told: Any) -> None:
     assert sound["steps"].index("ask") < sound["steps"].index("unplug"), sound
     first, *later = sound["sizes"]
     assert later, sound
-    assert first < (INNER - 40) * MIB, sound  # what was told free was not copied even once
+    assert first < (INNER - 40) * MIB, sound  # pages reported free were never copied
 
 
 def test_blind_tracker_is_noticed(told: Any) -> None:
-    """The same with a tracker that tells nothing: the restored guest is broken, and only it."""
+    """With a tracker that reports nothing, the restored guest is broken, and only it."""
     blind = told["blind"]
     assert blind["source"], blind
     assert not blind["restored"], blind

@@ -28,7 +28,7 @@ def backend() -> Iterator[Backend]:
 
 @pytest.fixture(params=NAMES)
 def vm(request: pytest.FixtureRequest, backend: Backend, tmp_path: Path) -> Iterator[Machine]:
-    """A guest that has told its layout, and may restart."""
+    """Boot a guest that has reported its layout and may restart."""
     module = guest_module(request.param, tmp_path)
     with balloon_guest(
         backend, module=module, kernel=request.param, memory=256, reboot=True

@@ -208,7 +208,7 @@ def test_edu(machine: str) -> None:
 
 
 def interrupt(vm: Machine, slot: str, raise_it, acknowledge) -> None:  # type: ignore[no-untyped-def]
-    """uio_pci_generic counts, and masks INTx by the Command register until it is told to go on."""
+    """uio_pci_generic counts, and masks INTx by the Command register until it is enabled again."""
 
     def count() -> int:
         found = vm.guest.sh("grep uio_pci_generic /proc/interrupts || echo 0: 0")

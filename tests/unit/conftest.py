@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all unit tests share."""
+"""Fixtures of all unit tests."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 from tests.fakes.descriptors import named_fds
 from tests.fakes.memory import closed_at_the_end
 
-_before: dict[str, dict[int, str]] = {}  # the module that is running: what was open when it began
+_before: dict[str, dict[int, str]] = {}  # the running module: what was open at its start
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_descriptor_stays_open(request: pytest.FixtureRequest) -> None:
-    """What the tests of one module open, or have the product open, is closed for the next one.
+    """Fail if the tests of a module leave descriptors open.
 
-    Checked when the next one begins, since a test's objects outlive its teardown.  What is
-    garbage by then may be closed by the collector: not all tests close their devices.
+    The check runs when the next module starts, because a test's objects outlive its teardown.
+    The garbage collector runs first, because some tests do not close their devices.
     """
     gc.collect()
     now, last = named_fds(), _before.copy()

@@ -29,7 +29,7 @@ class FakeStats:
 
 
 class FakeBalloon:
-    """Does what it is told at once; *memory* False: no front-end has connected."""
+    """A balloon that obeys at once; *memory* False: no front-end has connected."""
 
     def __init__(self, *, memory=True):
         self.events = lambda name, data: None
@@ -98,7 +98,7 @@ class FakeTransport:
 
 @contextlib.contextmanager
 def served(path, balloon=None):
-    """A control server on *path* in a thread of its own; gives (server, call in its loop)."""
+    """Run a control server on *path* in its own thread; yield (server, call in its loop)."""
     balloon = balloon or FakeBalloon()
     operator = Operator(balloon, FakeTransport())
     server = ControlServer(operator)

@@ -207,7 +207,7 @@ class TestState:
         assert target.balloon.start_hinting() == 3  # 2 was used on the other side
 
     def test_memory_may_come_after_the_state(self) -> None:
-        """QEMU loads the state of a device before it tells its memory."""
+        """QEMU loads the state of a device before it sends the memory table."""
         source, target = Rig(), Rig()
         source.send(0, source.pfns(4096))
         whole, target.memory = target.memory, make_memory()
@@ -302,7 +302,7 @@ def test_a_turn_of_a_queue_ends_in_time_and_tells_that_more_is_left(
     assert rig.queues[0].given == 1
     while rig.balloon.process(rig.queues[0]):
         pass
-    assert (rig.queues[0].given, rig.queues[0].kicked) == (2, 1)  # going on is no other kick
+    assert (rig.queues[0].given, rig.queues[0].kicked) == (2, 1)  # continuing is not another kick
     while rig.balloon.process(rig.queues[0]):
         pass
     assert rig.queues[0].kicked == 2

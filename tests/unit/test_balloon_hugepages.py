@@ -16,7 +16,7 @@ PAGES = 2 * MIB >> 12
 
 
 def huge_rig(features: int = int(ALL_FEATURES)) -> Rig:
-    """The rules of huge pages do not depend on what holds the memory; an ordinary file does."""
+    """Return a rig that claims huge pages: the rules do not depend on what backs the memory."""
     rig = Rig(features=features)
     rig.memory.regions[0].page_size = 2 * MIB
     rig.fill(FIRST, PAGES)

@@ -16,7 +16,7 @@ from vballoon.skipmap import Provenance
 from virtio_formats.virtio.balloon import BalloonFeature, BalloonStat, StatTag
 
 INFLATE, DEFLATE, STATS, HINT, REPORT = range(5)
-FIRST = 4096  # a page number behind the rig's ring space
+FIRST = 4096  # a page number after the rig's ring space
 
 
 @pytest.fixture(params=["scalar", "batch"])
@@ -222,7 +222,7 @@ class TestHinting:
 
     @pytest.mark.parametrize("ended", [True, False])
     def test_the_pages_of_a_void_round_go_back_to_the_guest(self, rig: Rig, ended: bool) -> None:
-        """A driver keeps what it has hinted until it is told DONE."""
+        """A driver keeps hinted pages until the command id is DONE."""
         round_id = rig.balloon.start_hinting(hold=True)
         rig.send(HINT, command(rig, round_id), (rig.pages(FIRST, 8),))
         if ended:

@@ -31,7 +31,7 @@ def ram():
 
 
 def use_split(ring: SplitRing, length: int) -> None:
-    """A device that gives back everything, in order."""
+    """Use all buffers in order, like a device."""
     while ring.used_idx != int(ring.avail[1]):
         slot = ring.used_idx % ring.size
         ring.elements[slot] = (int(ring.avail[2 + slot]), length)
@@ -39,7 +39,7 @@ def use_split(ring: SplitRing, length: int) -> None:
 
 
 class PackedDevice:
-    """A device that gives back everything, in order."""
+    """Use all buffers in order, like a device."""
 
     def __init__(self, ring: PackedRing) -> None:
         self.ring, self.slot, self.wrap = ring, 0, 1

@@ -13,7 +13,7 @@ MARK = "compares -->\n"
 
 
 def table() -> str:
-    """The commands as Markdown."""
+    """Return the commands as Markdown."""
     lines = ["| command | arguments | |", "| --- | --- | --- |"]
     for command in COMMANDS.commands.values():
         arguments = "; ".join(
@@ -25,7 +25,7 @@ def table() -> str:
 
 
 def parts() -> tuple[str, str, str]:
-    """What is before the list of commands, the list, and what is behind it."""
+    """Return the text before the list of commands, the list, and the text after it."""
     before, rest = PAGE.read_text().split(MARK)
     listed, after = rest.split("<!-- end -->")
     return before, listed, after

@@ -201,7 +201,7 @@ def test_send_to_a_peer_that_has_gone_ends_the_connection_without_raising(pair):
         stream.start()
         theirs.close()
         stream.send(b"hello", [os.dup(0)])
-        assert seen.reasons == [], "told from inside send()"
+        assert seen.reasons == [], "reported from inside send()"
         await seen.ended.wait()
         assert not stream.is_open
 

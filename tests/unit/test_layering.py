@@ -55,7 +55,7 @@ MAPPING_MODULES = {
 
 
 def imports(tree: ast.AST, *, typing_too: bool = True) -> list[str]:
-    """The dotted names that *tree* imports; ``from a import b`` gives ``a.b``."""
+    """Return the dotted names that *tree* imports; ``from a import b`` gives ``a.b``."""
     found = []
     for node in ast.walk(tree) if typing_too else runtime_nodes(tree):
         if isinstance(node, ast.Import):
@@ -79,7 +79,7 @@ MODULES = modules()
 
 
 def violations(module: str, source: str) -> list[str]:
-    """What *module* imports that it must not, one sentence for each."""
+    """Return a sentence for each import of *module* that is not allowed."""
     tree = ast.parse(source)
     names = imports(tree)
     return (
@@ -137,7 +137,7 @@ def _io(module: str, names: list[str]) -> list[str]:
         top == "fdsocket"
         or last in ("shell", "server", "run")
         or (top == "vballoon" and rest and rest[0] in IO_ROOMS)
-        or module.startswith("virtio_conformance")  # it drives backends over sockets
+        or module.startswith("virtio_conformance")  # it drives back-ends over sockets
     )
     said = []
     for name in names:

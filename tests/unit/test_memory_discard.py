@@ -20,7 +20,7 @@ from vballoon.memory.regions import backing_page_size
 
 PAGE, MIB, HIGH = 4096, 1 << 20, 1 << 32
 HUGE = 2 * MIB
-GUARD = 16 * PAGE  # bytes of the file in front of and behind the guest's
+GUARD = 16 * PAGE  # bytes of the file before and after the guest's
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_what_the_guest_can_only_read_is_not_freed_for_it() -> None:
     os.close(fd)
 
 
-# huge pages: the rules are the same whatever holds the memory, so an ordinary file stands in
+# huge pages: the rules do not depend on what backs the memory, so an ordinary file is used
 
 
 def test_the_page_size_of_a_file_is_found_out() -> None:

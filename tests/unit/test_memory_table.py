@@ -35,7 +35,7 @@ def memory() -> Iterator[GuestMemory]:
 
 
 def inside(addr: int, length: int) -> bool:
-    """The definition, in integers that cannot overflow."""
+    """Return whether a region holds the range, with integers that cannot overflow."""
     return any(low <= addr and addr + length <= high for low, high in SPANS)
 
 

@@ -42,7 +42,7 @@ def skipmap():
 
 @pytest.fixture
 def filled(skipmap):
-    """A map with some of everything, both rounds complete."""
+    """Return a map with bits of every provenance and both rounds complete."""
     for kind, number in ((RoundKind.HINT, 5), (RoundKind.WALK, 6)):
         begun(skipmap, kind, number)
     put(skipmap, B, (0, 10), (100, 103))
@@ -225,7 +225,7 @@ def test_damage_is_found(filled, tmp_path, damage, says):
 
 
 def enlarge(manifest):
-    """The last region: an exabyte, for which nobody has a bitmap."""
+    """Enlarge the last region to an exabyte, for which no bitmap exists."""
     region = manifest["regions"][-1]
     region["size"] = 1 << 60
     for bitmap in region["bitmaps"].values():

@@ -147,7 +147,7 @@ def test_a_round_that_lost_something_is_not_complete(skipmap, spoil):
 
 @pytest.mark.parametrize("reason", VoidReason)
 def test_what_survives_what(skipmap, reason):
-    """The safety contract's sentences, told apart from the table that implements them."""
+    """The sentences of the safety contract, independent of the table that implements them."""
     round_ = begun(skipmap)
     round_.end()
     for provenance in Provenance:
@@ -273,7 +273,7 @@ def test_no_descriptor_is_left_behind(memory):
 
 
 class HugeGuest:
-    """A memory table with nothing behind it."""
+    """A memory table without mappings."""
 
     def __init__(self, size):
         self.regions = (MemoryRegion(guest_phys_addr=0, size=size),)

@@ -62,7 +62,7 @@ class BlindGuest(Guest):
 
 
 class Control:
-    """The backend: its guest walks or hints as it is told here."""
+    """The control socket of a back-end whose guest walks or hints as the test sets."""
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
@@ -95,8 +95,8 @@ def vm(qemu: FakeQemu, tmp_path: Path) -> Iterator[QemuVm]:
 
 
 @pytest.fixture(autouse=True)
-def told_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages 8 to 16 and 40 to 48 are told free."""
+def reported_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report the pages 8 to 16 and 40 to 48 as free."""
     ranges = PageRanges([8, 40], [16, 48])
     monkeypatch.setattr(live, "export", lambda control, provenance: ranges)
     monkeypatch.setattr(live, "ENOUGH", 3 * PAGE)
@@ -134,10 +134,10 @@ class Busy(Observer):
 
 
 PLAN = {
-    "ask": (9, 33),  # told free a moment later, nevertheless
+    "ask": (9, 33),  # reported free a moment later
     "unplug": (10, 2),
     "rounds": (41,),
-    "round 1": (3, 11, 42, 20, 21, 22, 23),  # copied already, and told free
+    "round 1": (3, 11, 42, 20, 21, 22, 23),  # copied already, and reported free
     "round 2": (3, 12, 24, 34, 35),
     "stop": (13, 43),
 }

@@ -27,7 +27,7 @@ WANTED = ByteRanges([PAGE, 40 * PAGE], [20 * PAGE, 41 * PAGE])
 
 
 def written() -> bytes:
-    """A stream, through a file in place of the pipe."""
+    """Return a stream, written to a file instead of a pipe."""
     out, ram = memfd(0), memfd(64 * PAGE)
     os.pwrite(ram, CONTENT, 0)
     store = StreamStore(out)

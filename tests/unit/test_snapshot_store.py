@@ -122,7 +122,7 @@ DAMAGES = {
 
 
 def linked(path: Path) -> None:
-    """The same bytes, elsewhere: another machine's guest is not to see them."""
+    """Move the file and replace it by a link: a guest must not be able to read through links."""
     path.rename(path.parent.parent / path.name)
     path.symlink_to(path.parent.parent / path.name)
 

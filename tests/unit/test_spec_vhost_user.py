@@ -21,7 +21,7 @@ U8, U16, U32, U64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_u
 
 
 def c_layout(*fields):
-    """A C struct as the platform's compiler lays it out (the oracle)."""
+    """Return a C struct in the layout of the platform's compiler (the oracle)."""
     return type("Layout", (ctypes.Structure,), {"_fields_": list(fields)})
 
 

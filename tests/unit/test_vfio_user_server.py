@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vfio_user.server``, ``run``: the shell on real sockets, with a client in a thread of its own.
 
-vfio-user specification (QEMU 11.1), *Client/server interactions*, *Backend Program Conventions*.
+vfio-user specification (QEMU 11.1), *Client/server interactions*, ``Backend Program Conventions``.
 """
 
 from __future__ import annotations
@@ -382,7 +382,7 @@ def run(*args: str, **options: object) -> subprocess.Popen[bytes]:
 
 
 class TestProgram:
-    """*Backend Program Conventions*"""
+    """``Backend Program Conventions``."""
 
     def test_on_a_path_until_sigterm(self, path: Path) -> None:
         with run("--socket-path", str(path)) as program:

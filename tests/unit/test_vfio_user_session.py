@@ -280,7 +280,7 @@ def a_conversation() -> bytes:
 
 
 class TestStream:
-    """Vectors whole, byte by byte, with something behind them, and descriptors at odd places."""
+    """Vectors whole, byte by byte, with trailing bytes, and with descriptors at odd places."""
 
     def replies(self, chunks: list[tuple[bytes, list[int]]]) -> list[tuple[int, int, bytes]]:
         device = Gadget()
@@ -320,7 +320,7 @@ class TestStream:
 
     @pytest.mark.parametrize("cut", [1, 15, 16, 17, 47, 48])
     def test_descriptors_belong_to_the_last_message_begun(self, cut: int) -> None:
-        """A read that brings descriptors ends behind the bytes that they were sent with."""
+        """A read that brings descriptors ends after the bytes that they were sent with."""
         ram = Ram(0x10000, 0x10000)
         before = open_fds()
         hello = message(Command.VERSION, version(QEMU_VERSION_DATA))

@@ -124,7 +124,7 @@ ALL_STEPS = [(kind, number) for number, kind in enumerate(KINDS)]
 
 @pytest.fixture
 def setup() -> Iterator[Setup]:
-    """A client that has set up something of every kind."""
+    """Return a client that has set up something of every kind."""
     made = Setup()
     for step in [*ALL_STEPS, ("map", 0), ("map by message", 1), ("assign", 0), ("intx", 0)]:
         made.apply(step)

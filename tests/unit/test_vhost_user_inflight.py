@@ -36,7 +36,7 @@ AVAIL, USED = 1 << 7, 1 << 15
 
 
 class Spy(np.ndarray):
-    """An array that tells of every store made through it or through its views."""
+    """An array that reports every store through it or through its views."""
 
     told = None
 

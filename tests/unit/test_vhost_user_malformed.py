@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad messages by name: each is refused, leaks no descriptor, changes nothing, and hurts nobody.
 
-Every case is sent twice: with NEED_REPLY (the answer says "failed" and the connection goes on),
+Every case is sent twice: with NEED_REPLY (the reply says "failed" and the connection stays open),
 and without (nobody could tell the front-end, so the connection is closed).  Either way a ring that
-works goes on working, or a new connection does.
+works still works, or a new connection does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def backend(tmp_path):
 
 @pytest.fixture
 def running(backend, tmp_path):
-    """A front-end with two regions of memory and ring 0 running."""
+    """Connect a front-end with two regions of memory and ring 0 running."""
     with Frontend.connect(tmp_path / "s", make_memory((0, MIB), (4 * MIB, MIB))) as frontend:
         frontend.up(0)
         yield frontend
@@ -222,7 +222,7 @@ def test_closed_where_no_answer_is_due(name, running, backend, tmp_path, caplog)
 
 @pytest.mark.parametrize("name", ["table whose second region is not in its file", "region twice"])
 def test_descriptors_after_a_connection_that_ended_badly(name, tmp_path):
-    """Nothing of a whole life of a backend stays open: not what it refused, nor what it used."""
+    """A back-end that ends leaves nothing open, neither what it refused nor what it used."""
     memory = make_memory((0, MIB), (4 * MIB, MIB))
     before = open_fds()
     with (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every message against a living backend over a real socket; the test's name says which.
+"""Every message against a running back-end over a real socket; the test's name says which.
 
 The last test of this file checks that no message is without a test.
 """
@@ -45,7 +45,7 @@ def backend(device, events, tmp_path):
 
 @pytest.fixture
 def frontend(backend, tmp_path):
-    """Connected; at the end the backend must be alive and the descriptors all closed."""
+    """Connect; check at the end that the back-end is alive and all descriptors are closed."""
     with Frontend.connect(tmp_path / "s") as frontend:
         yield frontend
     with Frontend.connect(tmp_path / "s") as again:
@@ -321,7 +321,7 @@ def test_set_status_zero_stops_the_rings(frontend, backend):
 
 
 def test_set_status_features_ok_alone_as_qemu_sends_it(frontend):
-    """QEMU 11.1's generic device tells FEATURES_OK and never gets to DRIVER or DRIVER_OK."""
+    """QEMU 11.1's generic device sends FEATURES_OK and never DRIVER or DRIVER_OK."""
     frontend.negotiate()
     frontend.ok(R.SET_STATUS, frontend.u64(8))
     frontend.share_memory()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Twenty kills under load: the backend dies by SIGKILL, another takes over, no buffer is lost.
+"""Twenty kills under load: a back-end is killed, another takes over, no buffer is lost.
 
 The front-end keeps the memory, the rings and the in-flight area, as the standard has it.  What
 must hold for the driver: every buffer comes back, exactly once, with the right contents.
@@ -95,7 +95,7 @@ class Load:
 
 
 def connect(address, frontend, features, area):
-    """A front-end that comes back: the same memory, rings and area, a new connection."""
+    """Reconnect a front-end with the same memory, rings and in-flight area."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(address)
     sock.settimeout(20)
@@ -115,7 +115,7 @@ def connect(address, frontend, features, area):
 
 
 def base_after_crash(ring, packed):
-    """What a front-end knows of a ring whose backend died: a split ring's used index."""
+    """Return what a front-end knows of a ring whose back-end died: a split ring's used index."""
     if packed:
         return 0x7FFF7FFF  # nothing, so anything: the in-flight area has to tell
     return int(ring.driver.used[1])
@@ -184,7 +184,7 @@ def test_the_one_process_form_of_it_tells_what_it_recovered(tmp_path, meanwhile)
         while backend.status().queues[0].outstanding < 5:
             assert time.monotonic() < deadline
         copy = memoryview(bytearray(os.pread(area[1], told.mmap_size, told.mmap_offset)))
-    # the backend went in good order; play a crash by putting its last words back
+    # the back-end ended in order; simulate a crash by restoring its last used elements
     crashed = os.memfd_create("crashed")
     os.write(crashed, copy)
     frontend.sock.close()
@@ -213,14 +213,14 @@ def test_the_one_process_form_of_it_tells_what_it_recovered(tmp_path, meanwhile)
         ring.collect(5)
         assert backend.status().queues[0].recovered == 5
         assert device.seen == [b"buffer %d" % i for i in range(len(order))]
-        assert "reset" not in device.log, "a driver that goes on"
+        assert "reset" not in device.log, "a driver that continues"
     os.close(crashed)
     os.close(area[1])
     frontend.close()
 
 
 def test_a_connection_that_is_lost_in_good_order_needs_no_area(tmp_path):
-    """The backend gives back what it holds when the front-end goes: nothing is in flight then."""
+    """The back-end gives back all held buffers when the front-end disconnects."""
     with backend_thread(EchoDevice(hold=3), path=tmp_path / "s") as backend:
         frontend = Frontend.connect(tmp_path / "s")
         (ring,) = frontend.up()

@@ -272,7 +272,7 @@ def test_a_full_call_descriptor_does_not_block_the_device(frontend):
 
 
 def test_memory_may_change_under_running_rings(frontend, device):
-    """Hot plug: the rings go on where they stood, in the new table."""
+    """Hot plug: the rings continue at their positions, in the new table."""
     frontend.memory = make_memory((0, 1 << 20), (1 << 30, 1 << 20))
     frontend.arena.end = 1 << 20
     frontend.negotiate(protocol=int(P.REPLY_ACK | P.CONFIGURE_MEM_SLOTS))
@@ -383,7 +383,7 @@ def test_split_bases():
 
 
 def test_hints_that_wait_are_not_taken_for_reports(tmp_path):
-    """A guest that goes on in the middle of a hinting round, its rings enabled one by one: with
+    """A guest that continues in the middle of a hinting round, its rings enabled one by one: with
     the standard's numbers and without statistics, 3 is what Linux would use for reports."""
     features = F_PROTOCOL | f.mask(f.VIRTIO_F_VERSION_1)
     features |= int(BalloonFeature.FREE_PAGE_HINT | BalloonFeature.PAGE_REPORTING)

@@ -45,7 +45,7 @@ def test_front_ends_are_served_one_after_the_other(tmp_path):
         assert status.counters["SET_OWNER"] == 3
     assert events.told == [("connected",), ("disconnected", "")] * 3
     assert device.log.count("attach") == device.log.count("detach") == 3
-    assert not (tmp_path / "s").exists(), "the socket was left behind"
+    assert not (tmp_path / "s").exists(), "the socket still exists"
 
 
 def test_a_second_front_end_waits_for_the_first_to_go(tmp_path):

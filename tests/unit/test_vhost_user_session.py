@@ -33,7 +33,7 @@ def state(index=0, num=0):
 
 @pytest.fixture
 def fds():
-    """Makes descriptors to hand over; at the end none of them may be open."""
+    """Make descriptors to hand over; check at the end that none of them is open."""
     before = open_fds()
     yield lambda count=1: [os.dup(0) for _ in range(count)]
     assert open_fds() == before, "descriptors leaked"

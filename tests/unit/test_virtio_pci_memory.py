@@ -176,7 +176,7 @@ class TestMemory:
 
 class TestClients:
     def test_a_second_client_finds_the_device_as_it_was(self) -> None:
-        """Registers stay, rings go on where they stood."""
+        """Registers stay, and rings continue at their positions."""
         echo, guest = make()
         guest.start(V1)
         send(guest, 0, b"one")

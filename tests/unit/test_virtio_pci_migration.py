@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon.virtio_pci.state``: a function's state out of one server into another, rings going on.
+"""``vballoon.virtio_pci.state``: moving a function with running rings to another server.
 
 vfio-user specification (QEMU 11.1), ``VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE``: what a device in
 STOP_COPY gives makes another one in RESUMING that device.
@@ -92,7 +92,7 @@ def save(guest: Guest) -> bytes:
 
 
 def move(guest: Guest, device: VirtioDevice, *, mapped: bool = True, late: bool = False) -> None:
-    """Stop, copy, and go on in another server.  *late*: memory comes after the state."""
+    """Stop, copy, and continue in another server.  *late*: memory is mapped after the state."""
     state = save(guest)
     target = VirtioPciFunction(device, ring_features=OFFERED)
     client = FakeClient(target)

@@ -357,7 +357,7 @@ class TestMsixVectorConfiguration:
 class TestIsrStatusCapability:
     @pytest.fixture
     def plain(self, guest: Guest) -> Guest:
-        """A guest without MSI-X."""
+        """Return a guest without MSI-X."""
         assert guest.negotiate(V1)
         guest.use_intx()
         guest.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)

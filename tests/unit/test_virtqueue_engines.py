@@ -195,7 +195,7 @@ def make_run(engine: Engine, size: int, features: int, start: int) -> Run:
 def both(
     size: int, features: int, start: int, program: list[tuple[Any, ...]]
 ) -> tuple[list[Any], list[Any]]:
-    """What was seen of *program* with the scalar engine, and with the batch engine."""
+    """Return the results of *program* with the scalar engine and with the batch engine."""
     seen = []
     for engine in ENGINES:
         run = make_run(engine, size, features, start)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A queue's life beside the common path: misuse, stopping and going on, crashes, the dirty log.
+"""The life of a queue outside the common path: misuse, stop and restart, crashes, dirty log.
 
 Also what a queue must not do: read guest memory twice, or lose or repeat a notification.
 """
@@ -229,7 +229,7 @@ def test_a_backend_that_died_with_kicks_off_is_not_deaf_for_ever(
     assert d.should_kick()
 
 
-# stopping and going on
+# stopping and continuing
 
 
 @pytest.mark.parametrize("features", [0, EVENT, PACKED, PACKED | EVENT])
@@ -255,7 +255,7 @@ def test_a_stopped_ring_goes_on_where_it_was(
 
 
 class Record:
-    """An in-flight record that only writes down what it is told."""
+    """An in-flight record that only records its calls."""
 
     def __init__(self) -> None:
         self.taken: dict[int, bytes] = {}
@@ -277,7 +277,7 @@ class Record:
             del self.taken[ident]
 
     def index(self) -> int | None:
-        """The used index as the driver sees it now."""
+        """Return the used index as the driver sees it now."""
         return None
 
     def resubmit(self, d: DriverRing) -> Resubmit:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Malformed rings, one by one: each stops the queue with the name of the rule, in both engines.
 
-Every case runs alone, behind good buffers (which must come back first), and in front of others.
+Every case runs alone, after good buffers (which must be used first), and before others.
 The cases are bugs that real devices have had.
 """
 
@@ -128,7 +128,7 @@ def head_twice(d: SplitDriver) -> None:
 
 
 def descriptor_in_two_chains(d: SplitDriver) -> None:
-    """Sixteen heads that all go on through the other fifteen."""
+    """Sixteen heads that all continue through the other fifteen."""
     slots = list(d.free)
     for slot, after in zip(slots, slots[1:] + slots[:1], strict=True):
         d.desc[slot] = (0x8000, 8, NEXT, after)
@@ -168,7 +168,7 @@ def direct(*elements: Element) -> Callable[[DriverRing], None]:
 def table_of(
     length: int, addr: int = 0x9000, flags: int = INDIRECT
 ) -> Callable[[DriverRing], None]:
-    """A descriptor that claims to be a table of *length* bytes."""
+    """Return a fault: a descriptor that claims to be a table of *length* bytes."""
 
     def fault(d: DriverRing) -> None:
         if isinstance(d, SplitDriver):
@@ -181,7 +181,7 @@ def table_of(
 
 
 def table_then_next(d: DriverRing) -> None:
-    """INDIRECT and NEXT in one descriptor, which goes on in a good one."""
+    """INDIRECT and NEXT in one descriptor, which continues in a good one."""
     if isinstance(d, SplitDriver):
         head = d.add(d.buffer(16), d.buffer(8))
         d.desc["flags"][head] = INDIRECT | NEXT
@@ -242,12 +242,12 @@ SPLIT: dict[str, tuple[str, Callable[..., None]]] = COMMON | {
     "head out of range": ("head-range", head_out_of_range),
     "head way out of range": ("head-range", head_way_out_of_range),
     "table in a table": ("indirect-nested", nested),
-    "table in a table behind a chain": ("indirect-nested", table_at_chain_end_nested),
+    "table in a table after a chain": ("indirect-nested", table_at_chain_end_nested),
 }
 
 
 def unavailable_tail(d: PackedDriver) -> None:
-    """The first descriptor goes on in a slot that the driver has not made available."""
+    """Write a chain that continues in a slot that the driver has not made available."""
     d.write_list([(0x9000, 8, NEXT)], d.free_ids.popleft())
 
 
@@ -258,7 +258,7 @@ def id_twice(d: PackedDriver) -> None:
 
 
 PACKED_CASES: dict[str, tuple[str, Callable[..., None]]] = COMMON | {
-    "list goes on in what is not available": ("desc-not-available", unavailable_tail),
+    "list continues in what is not available": ("desc-not-available", unavailable_tail),
     "table after a descriptor": (
         "indirect-with-next",
         lambda d: d.write_list([(0x9000, 8, NEXT), (0x9000, 16, INDIRECT)], d.free_ids.popleft()),
@@ -267,7 +267,7 @@ PACKED_CASES: dict[str, tuple[str, Callable[..., None]]] = COMMON | {
 
 
 def check(d: DriverRing, engine: str, before: int, rule: str, fault: Callable[..., None]) -> None:
-    """The good buffers come first; then the rule is named, again and again, and nothing moves."""
+    """Check that good buffers are taken, then each take names the rule and changes nothing."""
     q = queue_of(engine, d)
     good = [d.add(d.buffer(8, writable=i % 2 == 0)) for i in range(before)]
     fault(d)
@@ -432,7 +432,7 @@ def test_packed_id_made_available_twice(memory: GuestMemory, engine: str) -> Non
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_packed_ring_overrun(memory: GuestMemory, engine: str, size: int) -> None:
-    """A driver that fills the ring and goes on is one lap ahead of the device."""
+    """A driver that fills the ring and continues is one lap ahead of the device."""
     d = make_driver(memory, size, PACKED)
     assert isinstance(d, PackedDriver)
     q = queue_of(engine, d)

@@ -60,7 +60,7 @@ def test_the_formats_are_found() -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as Python's own types, whoever read it."""
+    """Return a value in Python's own types, whichever parser read it."""
     if isinstance(value, WireStruct):
         return {name: plain(getattr(value, name)) for name in value._names}
     if isinstance(value, np.void):
@@ -203,7 +203,7 @@ def test_mixed() -> None:
     assert value.flat == {"a": 1, "b": 2, "d": 0.0}
     assert value.build() == raw[:4] + bytes(2) + raw[6:]
     assert Mixed.dtype().itemsize == Mixed.SIZE == len(raw)
-    value.flat = Flat(a=1, b=2, d=0.0)  # a structure may stand where its layout stands
+    value.flat = Flat(a=1, b=2, d=0.0)  # a structure is accepted in place of its layout
     assert Mixed.parse(value.build()).flat == {"a": 1, "b": 2, "d": 0.0}
 
 

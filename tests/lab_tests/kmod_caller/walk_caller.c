@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Another module that uses walk_free_mem_block(), and tells what came of it when it is loaded.
+ * Another module that uses walk_free_mem_block() and logs the result when it is loaded.
  *
  * With holds=N it says instead what the machine does to N stretches of hold_us microseconds
  * with interrupts off in which nothing is done: what comes on top is not the walk's doing.
