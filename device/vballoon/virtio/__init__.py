@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between devices and transports: what each is to the other, and the rings that both share."""
+"""The interface between devices and transports, and the rings that both use."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a virtio device is to a transport, and what a transport is to a device.
+"""The interfaces of a virtio device for a transport, and of a transport for a device.
 
 A device knows features, configuration space and queues; it knows no socket, no eventfd and no
 message.  A transport (vhost-user, virtio-pci over vfio-user, a test) drives it through
@@ -30,16 +30,15 @@ __all__ = ("DeviceQueue", "Transport", "VirtioDevice")
 log = logging.getLogger(__name__)
 
 BATCHES_PER_KICK = 16
-"""Rings' worth of buffers handled before the loop looks at anything else: the guest decides how
-much it makes available, but not how long the other queues and the control socket wait."""
+"""Maximum number of batches per kick.  The guest decides how many buffers it makes available; this
+bounds how long the other queues and the control socket wait."""
 
 SECONDS_PER_KICK = 0.0005
-"""The same as time: no further batch is begun after this, a twentieth of which is what it costs to
-come back."""
+"""Time budget per kick in seconds.  Re-entering the loop costs about 5 % of it."""
 
 
 class DeviceQueue:
-    """A started virtqueue as the device sees it: take, give, and the notification is seen to."""
+    """A started virtqueue for the device: it takes and gives buffers, and notifies the driver."""
 
     def __init__(
         self,
@@ -55,12 +54,12 @@ class DeviceQueue:
         self.taken = self.given = self.notified = self.kicked = 0
         """Counters, in buffers and notifications, since the ring was started."""
         self.unfinished = False
-        """The last turn ended with something left, so another one follows by itself."""
+        """Buffers were left at the end of the last turn, so another turn is scheduled."""
         self._notify = notify
         self._on_broken = on_broken
 
     def take(self, limit: int | None = None) -> ChainBatch | None:
-        """The next batch, or None when there is nothing to take (or the queue is broken)."""
+        """Return the next batch, or None if no buffer is available or the queue is broken."""
         if self.broken is not None:
             return None
         try:
@@ -81,7 +80,7 @@ class DeviceQueue:
             self.ring.give(ids, lengths)
             self.given += int(ids.size)
             wanted = self.ring.should_notify()
-        except MemoryFault as error:  # a ring reached by messages, and nobody answers
+        except MemoryFault as error:  # a ring reached by messages that get no answer
             self.fail(error)
             return
         if wanted:
@@ -89,16 +88,16 @@ class DeviceQueue:
             self._notify()
 
     def fail(self, error: PeerError) -> None:
-        """Stop this queue for good (until the driver resets it): one line in the log, one event."""
+        """Stop this queue until the driver resets it; log one line and send one event."""
         if self.broken is None:
-            # A fresh one: the frames in the traceback of *error* would keep guest memory mapped.
+            # A new error: the frames in the traceback of *error* would keep guest memory mapped.
             self.broken = broken = QueueError(error.rule, error.detail)
             log.error("queue %d stopped: %s", self.index, broken)
             self._on_broken(self, broken)
 
 
 def _nothing(count: int) -> NDArray[np.uint32]:
-    """Lengths of buffers into which nothing was written: a balloon's only ones, so ready-made."""
+    """Return *count* zero lengths from a shared array: a balloon writes to no buffer."""
     return _ZEROES[:count] if count <= _ZEROES.size else np.zeros(count, np.uint32)
 
 
@@ -107,11 +106,11 @@ _ZEROES.flags.writeable = False
 
 
 class Transport(Protocol):
-    """What a device may ask of whatever carries it."""
+    """The interface of a transport for the device."""
 
     @property
     def memory(self) -> GuestMemory:
-        """Guest memory as it is now."""
+        """The current guest memory."""
 
     @property
     def features(self) -> int:
@@ -119,7 +118,7 @@ class Transport(Protocol):
 
     @property
     def queues(self) -> Mapping[int, DeviceQueue]:
-        """The rings that the driver has set up and that are started and enabled, by index."""
+        """The started and enabled rings that the driver has set up, by index."""
 
     def config_changed(self) -> None:
         """Send the guest a configuration change notification."""
@@ -128,51 +127,52 @@ class Transport(Protocol):
 class VirtioDevice(ABC):
     """A virtio device without its transport.
 
-    Life: ``attach`` (a transport is there) → ``start`` (driver ready, queues may be used; called
-    again whenever the set of started queues changes) → ``process`` for each kick → ``stop`` →
-    ``reset`` → … → ``detach``.  All calls come from one thread.
+    The calls in the life of a device are: ``attach`` (a transport is connected), ``start`` (the
+    driver is ready and queues may be used; again whenever the set of started queues changes),
+    ``process`` for each kick, ``stop``, ``reset`` (these may repeat), ``detach``.  All calls come
+    from one thread.
     """
 
     device_id: int
     """Virtio device ID (virtio: *Device Types*)."""
     num_queues: int
-    """How many virtqueues the device can have."""
+    """Maximum number of virtqueues of the device."""
     queue_size_max: int = 1024
     pci_class: int = 0xFF0000
-    """PCI class code, 24 bits, for transports that show one."""
+    """PCI class code of 24 bits, for transports that have one."""
 
     @property
     @abstractmethod
     def device_features(self) -> int:
-        """Device-specific feature bits offered (ring and transport bits are the transport's)."""
+        """Offered device-specific feature bits; the transport adds ring and transport bits."""
 
     @abstractmethod
     def read_config(self) -> bytes:
-        """The whole device configuration space, little-endian, as the driver sees it now."""
+        """Return the whole device configuration space, little-endian."""
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver wrote *data* at *offset*; read-only fields are left as they are."""
+        """Handle a driver's write of *data* at *offset*; ignore read-only fields."""
 
     transport: Transport | None = None
-    """What carries the device now; None while nothing does."""
+    """The current transport, or None."""
 
     def attach(self, transport: Transport) -> None:
-        """A transport now carries the device."""
+        """Connect the device to *transport*."""
         self.transport = transport
 
     def start(self) -> None:
-        """The driver is ready: features are settled and ``transport.queues`` are usable."""
+        """Start after the driver is ready: features and ``transport.queues`` are valid."""
 
     @abstractmethod
     def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
-        """Serve a batch: give every buffer of it back now, or hold it and give it back later."""
+        """Serve a batch: give every buffer back now, or hold it and give it back later."""
 
     def process(self, queue: DeviceQueue) -> bool:
-        """Handle what is available on *queue*, a bounded amount; True when more is left.
+        """Handle a bounded number of buffers of *queue*; return True if more may be left.
 
-        The driver is asked not to kick while its buffers are being taken anyway.
+        Kicks are disabled meanwhile, because the buffers are taken in any case.
         """
-        queue.kicked += not queue.unfinished  # going on is no answer to another kick
+        queue.kicked += not queue.unfinished  # continuing is not counted as another kick
         queue.unfinished = False
         try:
             queue.unfinished = self._drain(queue)
@@ -194,32 +194,32 @@ class VirtioDevice(ABC):
         return queue.broken is None
 
     def overdue(self) -> Collection[int]:
-        """After ``start``: queues that were left alone so far and can be served from now on."""
+        """Return queues that were not served before ``start`` and can be served now."""
         return ()
 
     def stop(self) -> None:
-        """The queues are about to go away: give back every buffer that is still held."""
+        """Give back every buffer that is still held, before the queues are stopped."""
 
     def reset(self) -> None:
-        """Device reset: as after power-on, apart from what the operator has set."""
+        """Reset the device to its state after power-on, except for the operator's settings."""
 
     def restart(self) -> None:
-        """A reset that the transport learns of only when the next driver starts the device.
+        """Reset the device when the transport detects the reset only at the next driver's start.
 
-        What that driver has written to the configuration space since :meth:`stop` is its own.
+        Keep what that driver has written to the configuration space since :meth:`stop`.
         """
         self.reset()
 
     def memory_changed(self) -> None:
-        """The guest memory table is another one than before."""
+        """Handle a new guest memory table."""
 
     def detach(self) -> None:
-        """The transport has gone (front-end disconnected)."""
+        """Disconnect the device from its transport."""
         self.transport = None
 
     def save(self) -> bytes:
-        """Device state for migration (empty: stateless)."""
+        """Return the device state for migration; empty for a stateless device."""
         return b""
 
     def load(self, state: bytes) -> None:
-        """Take over device state; raises :class:`~vballoon.errors.ProtocolError` if malformed."""
+        """Load a device state.  Raise :class:`~vballoon.errors.ProtocolError` if malformed."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transport is doing, as plain data for whoever publishes it."""
+"""The status of a transport as plain data, for the control socket."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtqueues, device side: take a batch of descriptor chains, give a batch back.
+"""The device side of virtqueues: take a batch of descriptor chains, give a batch back.
 
-Split and packed rings, each with two engines that mean the same: a scalar one that is obviously
-right and reaches any memory, and a batch one that handles a thousand buffers with a dozen array
-operations.  What a driver breaks is named by a rule (:mod:`vballoon.virtqueue.rules`).
+Split and packed rings each have two engines with the same results.  The scalar engine is simple and
+reaches any memory.  The batch engine handles a thousand buffers with a dozen array operations.
+Each violation by a driver has a named rule (:mod:`vballoon.virtqueue.rules`).
 """
 
 from __future__ import annotations

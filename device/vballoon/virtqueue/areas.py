@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One area of a ring (descriptors, driver's, device's), wherever its memory is.
+"""One area of a ring (descriptor, driver or device area), in any kind of memory.
 
-Fields that the driver may be changing are 16 bits wide and naturally aligned; :meth:`Area.load16`
-and :meth:`Area.store16` touch them as one aligned native access each, so that no half-changed
-value is ever seen.  (NumPy's item access on an aligned uint16 array is one typed C load or store.
-Little-endian hosts only: there the guest's byte order is the native one.)
+Fields that the driver may change concurrently are 16 bits wide and naturally aligned.
+:meth:`Area.load16` and :meth:`Area.store16` access them with one aligned native load or store, so
+that no torn value is read.  (NumPy's item access on an aligned uint16 array is one typed C load or
+store.  Hosts must be little-endian, so that the guest's byte order is the native one.)
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ __all__ = ("Area",)
 class Area:
     """*size* bytes of guest memory at *addr*, part of a ring.
 
-    ``bytes`` (uint8[size]) and ``words`` (uint16[size / 2]) are the mapping, or None where the
-    area has to be reached by messages or lies in two mappings.  Raises
-    :class:`~vballoon.errors.QueueError` ``ring-address`` for an area that is misaligned or not
-    wholly in guest memory.  With *log_addr* every store is marked in the memory's dirty log, at
-    that guest-physical address.
+    ``bytes`` (uint8[size]) and ``words`` (uint16[size / 2]) are the mapping, or None if the area
+    is reached by messages or spans two mappings.  Raise :class:`~vballoon.errors.QueueError`
+    ``ring-address`` for an area that is misaligned or not entirely in guest memory.  With
+    *log_addr*, every store is marked in the memory's dirty log at that guest-physical address.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Area:
             pass  # no single mapping: every access goes through the memory table
 
     def load16(self, offset: int) -> int:
-        """The 16-bit field at *offset* bytes."""
+        """Return the 16-bit field at *offset* bytes."""
         if self.words is not None:
             return int(self.words.item(offset >> 1))
         return int.from_bytes(self._memory.read(self.addr + offset, 2), "little")
@@ -66,7 +65,7 @@ class Area:
         self.mark(offset, 2)
 
     def load(self, offset: int, size: int) -> bytes:
-        """A private copy of *size* bytes at *offset*."""
+        """Return a private copy of *size* bytes at *offset*."""
         if self.bytes is not None:
             return self.bytes[offset : offset + size].tobytes()
         return self._memory.read(self.addr + offset, size)
@@ -80,6 +79,6 @@ class Area:
         self.mark(offset, len(data))
 
     def mark(self, offset: int, size: int) -> None:
-        """Tell the dirty log, where ring writes are logged, that these bytes were stored."""
+        """Mark these bytes in the dirty log, if ring writes are logged."""
         if size and self._log_addr is not None and self._memory.dirty_log is not None:
             self._memory.dirty_log.mark(self._log_addr + offset, size)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every virtqueue engine is: take a batch of buffers, give a batch back.
+"""The interface of every virtqueue engine: take a batch of buffers, give a batch back.
 
-Four engines (split and packed, scalar and batch) stand behind :class:`Virtqueue`.  A *buffer* is
-one descriptor chain; a batch of them is a :class:`ChainBatch`, columns of NumPy arrays, so that a
-device handles a thousand buffers with a dozen array operations.
+Four engines (split and packed, scalar and batch) implement :class:`Virtqueue`.  A *buffer* is one
+descriptor chain.  A batch of buffers is a :class:`ChainBatch` of NumPy columns, so that a device
+handles a thousand buffers with a dozen array operations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ("ChainBatch", "Engine", "RingAddresses", "RingState", "Virtqueue")
 
 
 Engine = Literal["batch", "numpy", "scalar"]
-"""How a ring is served: whole batches (compiled where that was built, or in NumPy alone), or step
-by step and obviously right."""
+"""The engine that serves a ring: batches (compiled if available, or in NumPy only), or one
+descriptor at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class RingAddresses:
 
 @dataclass(frozen=True, slots=True)
 class RingState:
-    """Where a stopped ring stands; enough to go on later.
+    """The position of a stopped ring, from which it can continue.
 
     *avail* is the next available index to take (split: the free-running 16-bit index; packed: the
-    slot, 15 bits), *used* the next used index to write; the wrap counters matter to packed rings.
+    slot, 15 bits), *used* the next used index to write.  Only packed rings use the wrap counters.
     """
 
     avail: int = 0
@@ -73,14 +73,13 @@ class ChainBatch:
     memory: GuestMemory
 
     def __len__(self) -> int:
-        """How many buffers."""
+        """Return the number of buffers."""
         return int(self.ids.size)
 
     def readable(self, i: int, limit: int) -> bytes:
-        """The first *limit* device-readable bytes of buffer *i* (copied once, so read once).
+        """Return the first *limit* device-readable bytes of buffer *i*, copied once.
 
-        There is always a limit: the guest chooses how long a buffer is, the device how much of
-        it is worth reading.
+        The limit is required because the guest chooses the length of a buffer.
         """
         parts: list[bytes] = []
         for j in range(int(self.first[i]), int(self.first[i + 1])):
@@ -91,15 +90,15 @@ class ChainBatch:
         return b"".join(parts)
 
     def readable_size(self) -> NDArray[np.int64]:
-        """Total device-readable bytes of each buffer (int64[n])."""
+        """Return the total of device-readable bytes of each buffer (int64[n])."""
         return self._sums(~self.writable)
 
     def writable_size(self) -> NDArray[np.int64]:
-        """Total device-writable bytes of each buffer (int64[n])."""
+        """Return the total of device-writable bytes of each buffer (int64[n])."""
         return self._sums(self.writable)
 
     def write(self, i: int, data: bytes) -> int:
-        """Fill the device-writable bytes of buffer *i* from the start; returns bytes written."""
+        """Write *data* to the device-writable part of buffer *i* and return the bytes written."""
         done = 0
         for j in range(int(self.first[i]), int(self.first[i + 1])):
             if self.writable[j] and done < len(data):
@@ -115,39 +114,39 @@ class ChainBatch:
 
 
 class Virtqueue(ABC):
-    """One virtqueue, device side.  Not thread-safe; one owner."""
+    """The device side of one virtqueue.  It is not thread-safe and has one owner."""
 
     size: int
     """Queue size, in descriptors."""
 
     @abstractmethod
     def take(self, limit: int | None = None) -> ChainBatch:
-        """The buffers that the driver has made available, at most *limit* of them.
+        """Return the buffers that the driver has made available, at most *limit*.
 
-        Returns the well-formed chains in front of the first malformed one; the call that finds a
-        malformed chain first in line raises :class:`~vballoon.errors.QueueError` with the rule it
-        breaks, and the ring is left where it was.  An empty batch means there is nothing to take.
+        Return the well-formed chains before the first malformed one.  If the first chain is
+        malformed, raise :class:`~vballoon.errors.QueueError` with the rule that it breaks, and
+        leave the position of the ring unchanged.  An empty batch means that no buffer is available.
 
-        Take until the batch is empty: only then is the driver asked (unless kicks are disabled)
-        to notify of the next buffer, and one that slipped in meanwhile is returned instead.  A
-        batch of very many descriptors may be closed early.
+        Call this until the batch is empty.  Only then is the driver asked to notify of the next
+        buffer (unless kicks are disabled); a buffer that arrived in between is returned instead.
+        A batch ends early if it has very many descriptors.
         """
 
     @abstractmethod
     def give(self, ids: NDArray[np.uint16], written: NDArray[np.uint32]) -> None:
         """Put buffers on the used ring: all elements first, one index (or first flag) last.
 
-        *written* (uint32, bytes) is how much of each buffer's device-writable part was written.
-        Logs the ring's own pages where a dirty log is due.  Raises
-        :class:`~vballoon.errors.UsageError` for an id that is not outstanding.
+        *written* (uint32) is the number of bytes written to each buffer.  If a dirty log is
+        active, mark the pages of the ring.  Raise :class:`~vballoon.errors.UsageError` for an id
+        that is not outstanding.
         """
 
     @abstractmethod
     def should_notify(self) -> bool:
-        """Whether the driver wants a notification for what was given since the last call.
+        """Return whether the driver wants a notification of buffers given since the last call.
 
-        Contains the full fence between storing the used index and loading the driver's event
-        suppression (virtio: *Used Buffer Notification Suppression*).
+        The full fence between storing the used index and loading the driver's event
+        suppression is in this call (virtio: *Used Buffer Notification Suppression*).
         """
 
     @abstractmethod
@@ -156,23 +155,24 @@ class Virtqueue(ABC):
 
     @abstractmethod
     def enable_kicks(self) -> bool:
-        """Ask for notifications again; True when buffers slipped in meanwhile (take them now).
+        """Ask for notifications; return True if buffers arrived in between (take them now).
 
-        Contains the full fence between storing the event index and loading the available index.
+        The full fence between storing the event index and loading the available index is
+        in this call.
         """
 
     @abstractmethod
     def state(self) -> RingState:
-        """Where the ring stands: the next buffer to take and the next used slot."""
+        """Return the position of the ring: the next buffer to take and the next used slot."""
 
     @property
     @abstractmethod
     def outstanding(self) -> int:
-        """Buffers taken and not yet given back."""
+        """Number of buffers taken and not yet given back."""
 
 
 def empty_batch(memory: GuestMemory) -> ChainBatch:
-    """A batch of no buffers."""
+    """Return a batch without buffers."""
     columns: dict[str, Any] = {
         "ids": np.empty(0, np.uint16),
         "first": np.zeros(1, np.intp),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both batch engines add to a ring: many buffers in one step, and the scalar way out.
+"""The common part of both batch engines: many buffers in one step, with a scalar fallback.
 
-A step takes the leading run of buffers that are in order beyond doubt.  Where that run is empty,
-a few buffers go through the scalar engine, which takes them or names the broken rule.  After such
-a detour the next step looks at few buffers, and at four times as many with each success, so that
-a guest which makes every buffer odd costs what the scalar engine costs and no more.
+A step takes the leading run of buffers that are certainly valid.  If that run is empty, the scalar
+engine handles a few buffers: it takes them or names the broken rule.  After such a fallback, the
+next step examines few buffers, and four times as many after each success.  So a guest that makes
+every buffer irregular costs no more than the scalar engine.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = ("FEW", "Batching")
 
 FEW = 8
-"""Buffers (or chains still being followed) below which array operations do not pay."""
+"""Number of buffers or chains below which array operations are slower than a loop."""
 
 
 class Batching(Ring):
-    """The batch half of an engine; goes in front of the scalar class of its format."""
+    """The batch half of an engine, a base class listed before the scalar class of its format."""
 
     _window: int
     _ones: NDArray[np.uint16]
@@ -37,7 +37,7 @@ class Batching(Ring):
     _constant: dict[bool, NDArray[np.bool_]]
 
     def _prepare(self) -> None:
-        """Columns that most batches have in common; batches get slices of them, read-only."""
+        """Create columns that most batches share as read-only slices."""
         self._window = self.size
         self._ones = np.ones(self.size, np.uint16)
         self._count_up = np.arange(self.size + 1)
@@ -47,14 +47,14 @@ class Batching(Ring):
             column.flags.writeable = False
 
     def _claim(self, ids: NDArray[np.intp]) -> int:
-        """Mark the leading ids that are free as taken, one slot each; returns how many.
+        """Mark the leading free ids as taken, one slot each, and return their number.
 
-        An id that occurs twice is free the first time only.  Raises :class:`IndexError`, and
-        marks nothing, for an id that is out of range.
+        An id that occurs twice is free the first time only.  Raise :class:`IndexError`, with
+        nothing marked, for an id that is out of range.
         """
         before = self._slots.copy()
         self._slots[ids] = 1
-        # One more for each, or else one of them was taken already or is there twice.
+        # The count rises by one for each id, unless an id was taken already or occurs twice.
         if np.count_nonzero(self._slots) != self._outstanding + ids.size:
             self._slots[:] = before
             ids = ids[: self._first_taken(ids)]
@@ -62,7 +62,7 @@ class Batching(Ring):
         return ids.size
 
     def _first_taken(self, ids: NDArray[np.intp]) -> int:
-        """Where the first id is that is outstanding, or that has been there before."""
+        """Return the index of the first id that is outstanding or occurred before."""
         _, first = np.unique(ids, return_index=True)
         taken = np.ones(ids.size, np.bool_)
         taken[first] = False
@@ -72,9 +72,9 @@ class Batching(Ring):
     def _keep(
         self, batch: ChainBatch, claimed: NDArray[np.intp], slots: NDArray[np.uint16] | None
     ) -> int:
-        """Of the *claimed* ids only those of *batch* are taken; returns the slots they occupy.
+        """Keep only the ids of *batch* claimed and return the number of slots they occupy.
 
-        *slots* (uint16[n]) are those of each buffer; None: one each.
+        *slots* (uint16[n]) is the number of slots of each buffer; None means one each.
         """
         if len(batch) < claimed.size:
             self._slots[claimed[len(batch) :]] = 0
@@ -86,9 +86,9 @@ class Batching(Ring):
     def _singles(
         self, ids: NDArray[np.uint16], rows: NDArray[np.uint64], write: NDArray[np.bool_] | bool
     ) -> ChainBatch:
-        """The leading good buffers of those that have one descriptor each.
+        """Return the leading good buffers, each of one descriptor.
 
-        *rows* are the raw descriptors, *write* says which (or that all or none) are
+        *rows* are the raw descriptors; *write* says which, or whether all or none, are
         device-writable.
         """
         addr, length = rows[:, 0].copy(), lengths_of(rows)
@@ -108,7 +108,7 @@ class Batching(Ring):
     def _log_take(
         self, batch: ChainBatch, slots: NDArray[np.uint16] | None, ring: NDArray[Any] | None
     ) -> None:
-        """Tell the in-flight record of new buffers."""
+        """Add new buffers to the in-flight record."""
         if not isinstance(self._inflight, NullInflight):
             ones = self._ones[: len(batch)]
             self._inflight.on_take(batch.ids, ones if slots is None else slots, ring)
@@ -125,4 +125,4 @@ class Batching(Ring):
 
     @abstractmethod
     def _take_run(self, limit: int) -> ChainBatch | None:
-        """The leading good run, booked (perhaps empty); None when nothing is available."""
+        """Take the leading good run, possibly empty; return None if no buffer is available."""

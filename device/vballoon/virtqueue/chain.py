@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One descriptor chain, built up and checked element by element.
+"""One descriptor chain, built and checked element by element.
 
-The rules that are the same for both ring formats live here; so does the way from chains to a
+This module has the rules that both ring formats share, and the conversion from chains to a
 :class:`~vballoon.virtqueue.base.ChainBatch`.
 """
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 __all__ = ("CHAIN_BYTES_MAX", "Chain", "batch_of", "check_indirect_table", "joined")
 
 CHAIN_BYTES_MAX = 1 << 32
-"""Bytes of a whole chain (label: … / The Virtqueue Descriptor Table, driver requirements)."""
+"""Maximum bytes of a chain (label: … / The Virtqueue Descriptor Table, driver requirements)."""
 
 DESC_BYTES = 16
-"""Bytes of a descriptor, in either format."""
+"""Size of a descriptor in bytes, in either format."""
 
 
 @dataclass(slots=True)
 class Chain:
-    """The elements of one buffer: ``id`` names it, ``slots`` is what it takes of the ring
-    (and ``ring`` a copy of those descriptors, packed rings only)."""
+    """The elements of one buffer: its ``id``, and the number of ring ``slots`` that it occupies
+    (``ring`` is a copy of those descriptors, for packed rings only)."""
 
     memory: GuestMemory
     limit: int
@@ -46,7 +46,7 @@ class Chain:
     ring: bytes = b""
 
     def add(self, addr: int, length: int, writable: bool) -> None:
-        """Append an element; raises :class:`~vballoon.errors.QueueError` for one against rules."""
+        """Append an element.  Raise :class:`~vballoon.errors.QueueError` if it breaks a rule."""
         if len(self.addr) >= self.limit:
             raise QueueError(rules.CHAIN_TOO_LONG, f"more than {self.limit} descriptors")
         if not self.memory.holds(addr, length):
@@ -62,9 +62,9 @@ class Chain:
 
 
 def check_indirect_table(memory: GuestMemory, negotiated: bool, addr: int, length: int) -> int:
-    """How many descriptors the table has; raises :class:`~vballoon.errors.QueueError`.
+    """Return the number of descriptors of the table.  Raise :class:`~vballoon.errors.QueueError`.
 
-    The table may be at any address, also an odd one, and may cross from one region into the next.
+    The table may be at any address, even an odd one, and may span adjacent regions.
     """
     if not negotiated:
         raise QueueError(rules.INDIRECT_NOT_NEGOTIATED, f"{addr:#x}+{length:#x}")
@@ -76,7 +76,7 @@ def check_indirect_table(memory: GuestMemory, negotiated: bool, addr: int, lengt
 
 
 def batch_of(memory: GuestMemory, chains: Sequence[Chain]) -> ChainBatch:
-    """The columns of *chains*."""
+    """Return the columns of *chains*."""
     counts = [len(chain.addr) for chain in chains]
     first = np.zeros(len(chains) + 1, np.intp)
     np.cumsum(counts, out=first[1:])
@@ -91,7 +91,7 @@ def batch_of(memory: GuestMemory, chains: Sequence[Chain]) -> ChainBatch:
 
 
 def joined(one: ChainBatch, two: ChainBatch) -> ChainBatch:
-    """The buffers of *one* followed by those of *two*."""
+    """Return the buffers of *one* followed by those of *two*."""
     if not len(one) or not len(two):
         return one if len(one) else two
     return ChainBatch(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of a circular array, as one copy or one assignment whether they wrap or not."""
+"""Copies and assignments of runs in a circular array, which may wrap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ("load_run", "store_run")
 
 
 def load_run(ring: NDArray[Any], start: int, count: int) -> NDArray[Any]:
-    """A private copy of *count* entries of *ring* from *start* on (0 <= start < len)."""
+    """Return a private copy of *count* entries of *ring* from *start* on (0 <= start < len)."""
     over = start + count - ring.shape[0]
     if over <= 0:
         return ring[start : start + count].copy()
@@ -22,7 +22,7 @@ def load_run(ring: NDArray[Any], start: int, count: int) -> NDArray[Any]:
 
 
 def store_run(ring: NDArray[Any], start: int, values: NDArray[Any]) -> None:
-    """Store *values* in *ring* from *start* on (0 <= start < len, no more than len of them)."""
+    """Store *values*, at most len, in *ring* from *start* on (0 <= start < len)."""
     fits = ring.shape[0] - start
     if values.shape[0] <= fits:
         ring[start : start + values.shape[0]] = values

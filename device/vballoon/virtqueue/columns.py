@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptors of many chains as columns: collecting them, and checking them all at once.
+"""Descriptors of many chains as columns, collected and checked together.
 
-The batch engines never name a rule.  They find out how many chains, from the first one on, are in
-order beyond doubt; at the next one the scalar engine has the word.
+The batch engines never name a rule.  They find out how many leading chains are certainly valid; the
+scalar engine decides about the next one.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 def all_like_first(values: NDArray[np.uint16]) -> bool:
-    """Whether every entry of *values* is equal to the first one."""
+    """Return whether every entry of *values* is equal to the first one."""
     return bool(np.count_nonzero(values == values[0]) == values.size)
 
 
 def lengths_of(rows: Rows) -> NDArray[np.uint32]:
-    """``len`` of raw descriptors (uint64[n, 2]), either format; a copy."""
+    """Return a copy of ``len`` of raw descriptors (uint64[n, 2]) in either format."""
     return rows.view(np.uint32)[:, 2].copy()
 
 
 def word16(rows: Rows, word: int) -> NDArray[np.uint16]:
-    """16-bit *word* of raw descriptors (``flags``: word 6 of a split, 7 of a packed one)."""
+    """Return a 16-bit *word* of raw descriptors (``flags``: 6 in split, 7 in packed ones)."""
     return rows.view(np.uint16)[:, word]
 
 
 @dataclass(slots=True)
 class Part:
-    """Elements of several chains; those of one chain are in order, from part to part as well."""
+    """Elements of several chains; the elements of a chain are in order, also across parts."""
 
     chain: NDArray[np.intp]
     addr: NDArray[np.uint64]
@@ -62,10 +62,10 @@ class Tables:
     len: NDArray[np.uint64]
 
     def first_bad(self, memory: GuestMemory, size: int, budget: int) -> int | None:
-        """The first chain whose table is not plain, or with which *budget* descriptors are spent.
+        """Return the first chain whose table is not plain or exceeds *budget* descriptors.
 
-        Sorts the tables by chain.  Plain: of whole descriptors, no more of them than the queue
-        has, in one mapped region.
+        Sort the tables by chain.  A plain table has whole descriptors, at most the queue size, in
+        one mapped region.
         """
         order = np.argsort(self.chain, kind="stable")
         self.chain, self.addr, self.len = self.chain[order], self.addr[order], self.len[order]
@@ -75,16 +75,17 @@ class Tables:
         return int(self.chain[np.argmax(bad)]) if bad.any() else None
 
     def cut(self, end: int) -> None:
-        """Forget the tables of chains from *end* on."""
+        """Drop the tables of chains from *end* on."""
         keep = self.chain < end
         self.chain, self.addr, self.len = self.chain[keep], self.addr[keep], self.len[keep]
 
     def read(
         self, memory: GuestMemory
     ) -> tuple[NDArray[np.intp], Rows, NDArray[np.intp], NDArray[np.intp]]:
-        """Every entry of every table, in four columns.
+        """Return every entry of every table in four columns.
 
-        Its chain, its bytes, its index in its table, and how many follow it there.
+        The columns are the chain, the bytes, the index in the table, and the number of entries
+        that follow.
         """
         count = (self.len // np.uint64(RECORD)).astype(np.intp)
         rows = read_records(memory, self.addr, count)
@@ -95,7 +96,7 @@ class Tables:
 
 
 class Columns:
-    """The parts of a batch of *count* chains, put together."""
+    """The parts of a batch of *count* chains."""
 
     def __init__(self, count: int, parts: list[Part]) -> None:
         self.chain = _join([p.chain for p in parts])
@@ -115,7 +116,7 @@ class Columns:
         self.len, self.writable = self.len[which], self.writable[which]
 
     def good(self, memory: GuestMemory, size: int) -> int:
-        """How many chains, from the first on, break no rule about their elements."""
+        """Return the number of leading chains whose elements break no rule."""
         bad = ~memory.contains(self.addr, self.len)
         # A readable element after a writable one of the same chain.
         bad[1:] |= self.writable[:-1] & ~self.writable[1:] & (self.chain[1:] == self.chain[:-1])
@@ -128,7 +129,7 @@ class Columns:
         return int(np.argmax(wrong)) if wrong.any() else count
 
     def batch(self, memory: GuestMemory, ids: NDArray[np.uint16]) -> ChainBatch:
-        """The first ``ids.size`` chains."""
+        """Return the first ``ids.size`` chains as a batch."""
         end = int(self.first[ids.size])
         return ChainBatch(
             ids=ids,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch engines with their inner loops compiled (:mod:`vballoon.native`).
 
-They take the leading run of buffers that are in order beyond doubt, as the engines in NumPy do,
-and leave the rest to the same scalar code; what differs is that chains are followed one after the
-other in one pass.
+Like the engines in NumPy, they take the leading run of buffers that are certainly valid and leave
+the rest to the same scalar code.  Unlike those, they follow the chains one after the other in one
+pass.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ _FLAGS = 14  # offset of a packed descriptor's flags
 
 
 class _Compiled(Batching):
-    """What both formats have in common.  Made only where :data:`native` is there."""
+    """The common part of both formats, used only if :data:`native` is available."""
 
     _desc: Area
     _sum = 0
-    """Descriptors of the ring that the last buffers given back had."""
+    """Number of ring descriptors of the buffers given back last."""
     _chained = False
-    """The batch before had buffers of several descriptors: provide room for such."""
+    """The previous batch had buffers of several descriptors, so allocate space for them."""
     _stopped = False
-    """The last run ended before its limit: at what is not in order, or for want of room."""
+    """The last run ended before its limit, at an irregular buffer or for lack of space."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        assert native is not None  # make_virtqueue chooses these classes only then
+        assert native is not None  # make_virtqueue chooses these classes only if it is available
         self._native: RingLoops = native
         assert self._desc.bytes is not None  # batch engines serve mapped rings only
         self._bytes = self._desc.bytes
         self._taken, self._first = np.empty(self.size, np.uint16), np.empty(self.size + 1, np.intp)
 
     def _take_new(self, limit: int, batch: ChainBatch | None = None) -> ChainBatch:
-        """As in every ring; but where one step takes all there is, that one is enough."""
+        """Take new buffers like every ring; if one step takes them all, it is enough."""
         if batch is None and self._window == self.size:
             batch = self._take_run(limit)
             if batch is None:
@@ -67,7 +67,7 @@ class _Compiled(Batching):
     def _run(
         self, limit: int, ring: NDArray[np.uint16] | None, at: int, wrap: bool
     ) -> tuple[ChainBatch, int]:
-        """The leading good buffers, and the slots of all; those of each are in ``_taken``."""
+        """Return the leading good buffers and their total of slots; ``_taken`` has each."""
         room = limit
         if self._chained:
             room = min(limit * self.size, BATCH_DESCRIPTORS + self.size)
@@ -107,7 +107,7 @@ class _Compiled(Batching):
         slots = np.empty(ids.size, np.uint16)
         self._sum = self._native.book_given(self._slots, _plain(ids, np.uint16), slots)
         if self._sum < 0:
-            raise UsageError("a buffer is given back that is not outstanding")
+            raise UsageError("a buffer that is not outstanding is given back")
         return slots
 
     def _freed(self, slots: NDArray[np.uint16]) -> int:
@@ -144,7 +144,7 @@ class CompiledPacked(_Compiled, BatchPacked):
     """A packed virtqueue."""
 
     def _take_run(self, limit: int) -> ChainBatch | None:
-        if not isinstance(self._inflight, NullInflight):  # wants the raw descriptors as well
+        if not isinstance(self._inflight, NullInflight):  # also needs the raw descriptors
             return super()._take_run(limit)
         if not _available(
             self._desc.load16(packed.PvirtqDesc.SIZE * self._avail + _FLAGS), self._avail_wrap

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record of the buffers in flight is told, and what it hands back after a crash.
+"""The interface of a record of buffers in flight, and of the buffers recovered from it.
 
-vhost-user keeps such a record in memory that outlives the backend (label "Inflight I/O tracking"
-in QEMU's docs/interop/vhost-user.rst).  The layout belongs to the transport; the ring only says
-what happens and when.
+vhost-user keeps such a record in memory that outlives the back-end (label "Inflight I/O tracking"
+in QEMU's docs/interop/vhost-user.rst).  The layout belongs to the transport; the ring reports the
+events.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ("InflightLog", "NullInflight", "Resubmit")
 
 @dataclass(frozen=True, slots=True)
 class Resubmit:
-    """Buffers that were in flight when an earlier backend died, oldest first.
+    """Buffers that were in flight when an earlier back-end died, oldest first.
 
-    ``ids`` (uint16[n]) are heads (split) or buffer ids (packed).  A packed ring needs the
-    descriptors too, for used ones may have been written over them: ``slots`` (uint16[n]) counts
+    ``ids`` (uint16[n]) are heads (split) or buffer ids (packed).  A packed ring also
+    needs the descriptors, because used ones may have overwritten them: ``slots`` (uint16[n]) counts
     the ring slots of each buffer, and ``ring`` holds those descriptors, all buffers in a row
     (structured, the dtype of ``PvirtqDesc``).  Split rings ignore both.
     """
@@ -36,35 +36,35 @@ class Resubmit:
 
 
 class InflightLog(Protocol):
-    """Told of every take and give, at the instants at which a crash would matter."""
+    """A record that is called at every take and give, at the points where a crash matters."""
 
     def on_take(
         self, ids: NDArray[np.uint16], slots: NDArray[np.uint16], ring: NDArray[Any] | None
     ) -> None:
-        """Buffers were taken, in this order; nobody has seen them yet.
+        """Record buffers that were taken, in this order, before the device gets them.
 
-        *slots* (uint16[n]) is how many ring slots each occupies (split: 1).  *ring* (structured,
-        ``PvirtqDesc``) are a packed ring's descriptors of all of them in a row, else None.
-        Not called for buffers that are resubmitted.
+        *slots* (uint16[n]) is the number of ring slots of each (split: 1).  *ring* (structured,
+        ``PvirtqDesc``) has all their descriptors in a row for packed rings, else it is None.
+        It is not called for buffers that are resubmitted.
         """
 
     def before_give(self, ids: NDArray[np.uint16]) -> None:
-        """The buffers are on the used ring; its index (or first flag) is not published yet."""
+        """Record buffers on the used ring whose index (or first flag) is not yet published."""
 
     def after_give(self, ids: NDArray[np.uint16], state: RingState) -> None:
-        """The index is published; *state* is where the ring stands now."""
+        """Record that the index is published; *state* is the new position of the ring."""
 
 
 class NullInflight:
-    """No record is kept."""
+    """A record that keeps nothing."""
 
     def on_take(
         self, ids: NDArray[np.uint16], slots: NDArray[np.uint16], ring: NDArray[Any] | None
     ) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def before_give(self, ids: NDArray[np.uint16]) -> None:
-        """Forget it."""
+        """Do nothing."""
 
     def after_give(self, ids: NDArray[np.uint16], state: RingState) -> None:
-        """Forget it."""
+        """Do nothing."""

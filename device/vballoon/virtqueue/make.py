@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engine serves a ring."""
+"""The choice of the engine that serves a ring."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def make_virtqueue(
     dirty_ring: int | None = None,
     resubmit: Resubmit | None = None,
 ) -> Virtqueue:
-    """The virtqueue of *size* descriptors at *addresses*, as *features* (negotiated) make it.
+    """Return the virtqueue of *size* descriptors at *addresses* for the negotiated *features*.
 
-    *engine*: ``batch`` is the fast one, compiled where that was built and else the same as
-    ``numpy``.  *state* is where an earlier ring stopped (default: a fresh ring).  A ring without a
-    mapping is always served by the scalar engine.  *inflight* is told of takes and gives;
-    *dirty_ring* is the guest-physical address at which writes of the used ring are logged;
-    *resubmit* are the buffers that were in flight in an earlier life, which
-    :meth:`Virtqueue.take` hands out first (give an empty one after a crash: the first
-    notification is then sent in any case).
+    *engine*: ``batch`` is the fast one; without the compiled extension it is the same as
+    ``numpy``.  The scalar engine always serves rings without a mapping.  *state* is the position
+    where an earlier ring stopped (default: a new ring).  *inflight* records takes and gives.
+    *dirty_ring* is the guest-physical address at which writes of the used ring are logged.
+    *resubmit* has the buffers that were in flight before a crash; :meth:`Virtqueue.take` returns
+    them first.  Pass an empty one after a crash without such buffers: the first notification is
+    then always sent.
 
-    Raises :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``.
+    Raise :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``.
     """
     state = state or RingState()
     kind = _KINDS[engine, f.has(features, f.VIRTIO_F_RING_PACKED)]
@@ -75,7 +75,7 @@ _KINDS: dict[tuple[str, bool], type[ScalarSplit | ScalarPacked]] = {
 
 
 def _is_mapped(memory: GuestMemory, size: int, addresses: RingAddresses, features: int) -> bool:
-    """Whether each area of the ring is one piece of mapped memory."""
+    """Return whether each area of the ring is in one mapping."""
     event = f.has(features, f.VIRTIO_F_EVENT_IDX)
     if f.has(features, f.VIRTIO_F_RING_PACKED):
         sizes = (packed.ring_size(size), *[packed.PvirtqEventSuppress.SIZE] * 2)

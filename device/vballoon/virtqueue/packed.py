@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packed virtqueue, one descriptor at a time: obviously right, for every kind of memory.
+"""The packed virtqueue, one descriptor at a time, for every kind of memory.
 
-Guest data is fetched once: each descriptor is copied and only the copy is looked at.  Labels are
+Guest data is fetched once: each descriptor is copied, and only the copy is used.  Labels are
 those of the virtio specification, git revision 15f488c1, under "Packed Virtqueues".
 """
 
@@ -38,7 +38,7 @@ _EVENT_DESC, _EVENT_FLAGS = 0, 2  # offsets in the event suppression structure
 
 
 class ScalarPacked(Ring):
-    """Device side of a packed virtqueue."""
+    """The device side of a packed virtqueue."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class ScalarPacked(Ring):
         if not (0 <= state.avail < size and 0 <= state.used < size):
             raise QueueError(rules.RING_SIZE, f"{state} in a ring of {size}")
         super().__init__(memory, size, features, inflight=inflight, resubmit=resubmit)
-        # Used descriptors go into the descriptor ring itself, so that is what a log has to hear of.
+        # Used descriptors are written to the descriptor ring, so its writes are logged.
         log_ring = None if dirty_ring is None else addresses.desc
         self._desc = Area(
             memory, addresses.desc, packed.ring_size(size), packed.RING_ALIGN, log_ring
@@ -71,11 +71,11 @@ class ScalarPacked(Ring):
         self._arm()
 
     def state(self) -> RingState:
-        """See :meth:`Virtqueue.state`."""
+        """Implement :meth:`Virtqueue.state`."""
         return RingState(self._avail, self._used, self._avail_wrap, self._used_wrap)
 
     def _step(self, slot: int, wrap: bool, slots: int) -> tuple[int, bool]:
-        """The position *slots* further on (label: … / Driver and Device Ring Wrap Counters)."""
+        """Return the position *slots* later (label: … / Driver and Device Ring Wrap Counters)."""
         slot += slots
         return (slot - self.size, not wrap) if slot >= self.size else (slot, wrap)
 
@@ -97,10 +97,10 @@ class ScalarPacked(Ring):
         return np.frombuffer(b"".join(c.ring for c in chains), packed.PvirtqDesc.dtype())
 
     def _list_at(self, slot: int, wrap: bool) -> list[packed.PvirtqDesc]:
-        """The descriptors of the list at *slot*; none when its first is not available.
+        """Return the descriptors of the list at *slot*; none if its first is not available.
 
-        The driver makes the first descriptor available after all others, so that one is looked at
-        first; that it goes on in one which is not available is an error, never an end
+        The driver makes the first descriptor available last, so it is checked first.  A list that
+        continues in a descriptor which is not available is an error
         (label: … / Next Flag: Descriptor Chaining).
         """
         flags = self._desc.load16(_DESC * slot + _FLAGS)
@@ -123,7 +123,7 @@ class ScalarPacked(Ring):
         return packed.PvirtqDesc.parse(self._desc.load(_DESC * slot, _DESC))
 
     def _chain_of(self, rows: list[packed.PvirtqDesc]) -> Chain:
-        """The buffer that the ring's descriptors *rows* describe, every rule checked.
+        """Return the buffer of the ring's descriptors *rows*, with every rule checked.
 
         The buffer id is that of the last descriptor (label: … / Next Flag: Descriptor Chaining).
         """
@@ -141,9 +141,9 @@ class ScalarPacked(Ring):
         return chain
 
     def _add_table(self, chain: Chain, row: packed.PvirtqDesc) -> None:
-        """The elements of an indirect table: all of them, in the table's order.
+        """Add all elements of an indirect table, in the table's order.
 
-        Only WRITE means anything in it (label: … / Indirect Flag: Scatter-Gather Support).
+        Only its WRITE flag is used (label: … / Indirect Flag: Scatter-Gather Support).
         """
         count = check_indirect_table(self._memory, self._indirect, row.addr, row.len)
         if count > self.size:
@@ -153,17 +153,17 @@ class ScalarPacked(Ring):
             entry = packed.PvirtqDesc.parse(table[at : at + _DESC])
             chain.add(entry.addr, entry.len, bool(entry.flags & packed.VIRTQ_DESC_F_WRITE))
 
-    # buffers of an earlier life
+    # buffers of an earlier back-end
 
     def _earlier(self, resubmit: Resubmit) -> Iterable[list[packed.PvirtqDesc]]:
-        """Their descriptors come from the record: the ring's may have been overwritten."""
+        """Return the descriptors in the record, because those in the ring may be overwritten."""
         if resubmit.slots is None or resubmit.ring is None or 0 in resubmit.slots:
             raise QueueError(rules.RING_SIZE, "an in-flight record without descriptors")
         data, at = resubmit.ring.tobytes(), 0
         for count in resubmit.slots.tolist():
             rows = [data[i : i + _DESC] for i in range(at, at + count * _DESC, _DESC)]
             if len(rows[-1]) != _DESC:
-                raise QueueError(rules.RING_SIZE, "an in-flight record that is cut off")
+                raise QueueError(rules.RING_SIZE, "a truncated in-flight record")
             at += count * _DESC
             yield [packed.PvirtqDesc.parse(row) for row in rows]
 
@@ -175,9 +175,9 @@ class ScalarPacked(Ring):
     def _write_used(
         self, ids: NDArray[np.uint16], written: NDArray[np.uint32], slots: NDArray[np.uint16]
     ) -> Callable[[], None]:
-        """One used descriptor for each buffer, where the list of the one before it ended.
+        """Write one used descriptor for each buffer, where the list of the previous one ended.
 
-        The first one's flags are left to the publishing store: the driver looks at no other
+        The publishing store writes the flags of the first one: the driver reads no other
         before it (label: … / Polling of available and used descriptors).
         """
         start, first = self._used, _used_flags(self._used_wrap, int(written[0]))
@@ -196,7 +196,7 @@ class ScalarPacked(Ring):
     # notifications
 
     def should_notify(self) -> bool:
-        """See :meth:`Virtqueue.should_notify` (label: … / Driver and Device Event Suppression)."""
+        """Implement :meth:`Virtqueue.should_notify` (… / Driver and Device Event Suppression)."""
         new = (self._used, self._used_wrap)
         old, self._signalled = self._signalled, new
         if self._notify_anyway:
@@ -214,17 +214,17 @@ class ScalarPacked(Ring):
         return self._distance(old, at) < self._distance(old, new)
 
     def _distance(self, old: tuple[int, bool], new: tuple[int, bool]) -> int:
-        """Slots from *old* forward to *new*; two rounds of the ring bring both to the start."""
+        """Return the slots from *old* forward to *new*, modulo two rounds of the ring."""
         ahead = new[0] - old[0] + (0 if new[1] == old[1] else self.size)
         return ahead % (2 * self.size)
 
     def disable_kicks(self) -> None:
-        """See :meth:`Virtqueue.disable_kicks`."""
+        """Implement :meth:`Virtqueue.disable_kicks`."""
         self._kicks = False
         self._device.store16(_EVENT_FLAGS, packed.RING_EVENT_FLAGS_DISABLE)
 
     def enable_kicks(self) -> bool:
-        """See :meth:`Virtqueue.enable_kicks`."""
+        """Implement :meth:`Virtqueue.enable_kicks`."""
         self._kicks = True
         self._arm()
         fence.full()
@@ -232,7 +232,7 @@ class ScalarPacked(Ring):
         return _available(flags, self._avail_wrap)
 
     def _arm(self) -> None:
-        """Ask for a notification at the next buffer: position first, then the mode that uses it."""
+        """Ask for a notification of the next buffer: store the position, then the mode."""
         mode = packed.RING_EVENT_FLAGS_ENABLE
         if self._event_idx:
             mode = packed.RING_EVENT_FLAGS_DESC
@@ -245,10 +245,10 @@ class ScalarPacked(Ring):
 
 
 def _available(flags: int, wrap: bool) -> bool:
-    """AVAIL matches the wrap counter and USED does not (label: … / Driver and Device Ring …)."""
+    """Return whether AVAIL equals the wrap counter and USED does not (… / Driver and Device …)."""
     return flags & _BOTH == (packed.VIRTQ_DESC_F_AVAIL if wrap else packed.VIRTQ_DESC_F_USED)
 
 
 def _used_flags(wrap: bool, written: int) -> int:
-    """AVAIL and USED equal the wrap counter; WRITE says that data came (label: … / Write Flag)."""
+    """Return flags with AVAIL and USED equal to the wrap counter, and WRITE if data was written."""
     return (_BOTH if wrap else 0) | (packed.VIRTQ_DESC_F_WRITE if written else 0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The packed virtqueue, a batch at a time, on mapped rings.
 
-The run of available descriptors is found from one copy of their flags, then their bytes are
-copied, and only the copies are looked at.  Labels as in :mod:`vballoon.virtqueue.packed`.
+The run of available descriptors is found in one copy of their flags.  Then their bytes are copied,
+and only the copies are used.  Labels are as in :mod:`vballoon.virtqueue.packed`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHAINED = packed.VIRTQ_DESC_F_NEXT | packed.VIRTQ_DESC_F_INDIRECT
 
 
 class BatchPacked(Batching, ScalarPacked):
-    """Device side of a packed virtqueue whose three areas are mapped."""
+    """The device side of a packed virtqueue whose three areas are mapped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,7 +50,7 @@ class BatchPacked(Batching, ScalarPacked):
         if not _available(head, self._avail_wrap):
             return None
         flags = self._available_run(limit)
-        # What the flags promise is read after them (label: … / Updating flags).
+        # Read the descriptors after the flags (label: … / Updating flags).
         fence.acquire()
         raw = load_run(self._rows, self._avail, flags.size)
         rows = raw.view(np.uint64).reshape(flags.size, 2)
@@ -65,7 +65,7 @@ class BatchPacked(Batching, ScalarPacked):
     def _buffers(
         self, rows: NDArray[np.uint64], flags: NDArray[np.uint16], limit: int
     ) -> tuple[ChainBatch, NDArray[np.uint16] | None]:
-        """The leading good buffers, and the descriptors each has in the ring (None: one)."""
+        """Return the leading good buffers, and the ring descriptors of each (None: one)."""
         if not flags.size:
             return self._empty, None
         write: bool | NDArray[np.bool_] = bool(flags[0] & packed.VIRTQ_DESC_F_WRITE)
@@ -83,7 +83,7 @@ class BatchPacked(Batching, ScalarPacked):
         return batch, None
 
     def _claimed(self, ids: NDArray[np.uint16]) -> NDArray[np.intp]:
-        """The leading ids that were free and are now taken."""
+        """Claim the leading free ids and return their number."""
         at = ids.astype(np.intp)
         try:
             return at[: self._claim(at)]
@@ -92,7 +92,7 @@ class BatchPacked(Batching, ScalarPacked):
             return at[: self._claim(at)]
 
     def _available_run(self, limit: int) -> NDArray[np.uint16]:
-        """Flags of the leading available descriptors, as if the wrap counter were 1."""
+        """Return the flags of the leading available descriptors, as if the wrap counter were 1."""
         room = min(self.size - self._held, max(limit, 64))
         flags = load_run(self._flag_column, self._avail, room)
         if not room:
@@ -108,9 +108,9 @@ class BatchPacked(Batching, ScalarPacked):
     def _lists(
         self, rows: NDArray[np.uint64], flags: NDArray[np.uint16], limit: int
     ) -> tuple[ChainBatch, NDArray[np.uint16]]:
-        """The leading good buffers of those of which some have more than one descriptor.
+        """Return the leading good buffers if some have several descriptors.
 
-        A list that is cut off by the end of the run is left to the scalar engine.
+        The scalar engine handles a list that the end of the run cuts off.
         """
         last = np.flatnonzero((flags & packed.VIRTQ_DESC_F_NEXT) == 0)[:limit]
         ids = word16(rows, _ID)[last]
@@ -132,7 +132,7 @@ class BatchPacked(Batching, ScalarPacked):
         flags: NDArray[np.uint16],
         slots: NDArray[np.intp],
     ) -> tuple[int, list[Part]]:
-        """How many chains have their elements in good order, and the elements."""
+        """Return the number of chains with valid elements, and the elements."""
         write = (flags & packed.VIRTQ_DESC_F_WRITE) != 0
         indirect = (flags & packed.VIRTQ_DESC_F_INDIRECT) != 0
         if not indirect.any():
@@ -171,7 +171,7 @@ class BatchPacked(Batching, ScalarPacked):
         if place[-1] >= self.size:
             flags[place >= self.size] ^= np.uint16(_BOTH)
         first = int(flags[0])
-        # The first one's flags are the publishing store: until then they stay as they are.
+        # The publishing store writes the flags of the first one; until then they are unchanged.
         flags[0] = self._flag_column[start]
         self._store(place, written, ids | flags.astype(np.uint32) << np.uint32(16), moved)
         self._used, self._used_wrap = self._step(start, self._used_wrap, moved)
@@ -184,7 +184,7 @@ class BatchPacked(Batching, ScalarPacked):
         tail: NDArray[np.uint32],
         moved: int,
     ) -> None:
-        """The last two words of the used descriptors at *place* (not yet taken modulo the size)."""
+        """Store the last two words of the used descriptors at *place* (before the modulo)."""
         start = int(place[0])
         if moved == place.size:
             store_run(self._words[:, _LEN], start, written)

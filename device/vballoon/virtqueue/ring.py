@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What split and packed rings have in common: what is outstanding, taking, giving, booking.
+"""The common part of split and packed rings: outstanding buffers, taking and giving.
 
-A format adds how buffers are found, how used ones are written, and how notifications are asked
-for; an engine adds how many buffers one step handles.
+A format adds how buffers are found, how used ones are written, and how notifications are requested.
+An engine adds how many buffers one step handles.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 __all__ = ("BATCH_DESCRIPTORS", "Ring")
 
 BATCH_DESCRIPTORS = 1 << 16
-"""Descriptors after which a batch is closed.  Indirect tables let a guest put a queue's worth of
-descriptors behind every head; this bounds the memory and the time of one call."""
+"""Number of descriptors after which a batch ends.  Indirect tables let a guest attach as many
+descriptors as the queue size to every head; this bounds the memory and the time of one call."""
 
 _IDS = 1 << 16  # buffer ids of a packed ring are any 16-bit numbers
 
 SCALAR_DESCRIPTORS = 4096
-"""The same for chains that are walked one descriptor at a time (about 3 µs each)."""
+"""The same limit for chains that are walked one descriptor at a time (about 3 µs each)."""
 
 
 class Ring(Virtqueue):
     """A virtqueue of either format.
 
-    ``_slots[id]`` (uint16) is how many of the ring's descriptors an outstanding buffer occupies,
-    0 for one that is not outstanding; ``_held`` is their sum, which cannot exceed the queue size.
+    ``_slots[id]`` (uint16) is the number of ring descriptors of an outstanding buffer, and 0 for
+    one that is not outstanding.  ``_held`` is their sum, which cannot exceed the queue size.
     """
 
     def __init__(
@@ -66,22 +66,24 @@ class Ring(Virtqueue):
         self._inflight = inflight or NullInflight()
         self._slots = np.zeros(size, np.uint16)
         self._outstanding = self._held = 0
-        self._order = np.zeros(size, np.uint16)  # ids as taken, circular; for in-order rings
+        self._order = np.zeros(
+            size, np.uint16
+        )  # ids in the order of taking, circular, for in-order rings
         self._oldest = 0
         self._kicks = True
         self._resubmit: deque[Any] = deque(self._earlier(resubmit) if resubmit else ())
-        # What an earlier backend gave back, it may not have lived to announce.
+        # An earlier back-end may have died before it notified of its last used buffers.
         self._notify_anyway = resubmit is not None
 
     @property
     def outstanding(self) -> int:
-        """See :attr:`Virtqueue.outstanding`."""
+        """Implement :attr:`Virtqueue.outstanding`."""
         return self._outstanding
 
     # taking
 
     def take(self, limit: int | None = None) -> ChainBatch:
-        """See :meth:`Virtqueue.take`."""
+        """Implement :meth:`Virtqueue.take`."""
         limit = self.size if limit is None else min(limit, self.size)
         if limit <= 0:
             return self._empty
@@ -93,9 +95,9 @@ class Ring(Virtqueue):
         return batch
 
     def _take_new(self, limit: int, batch: ChainBatch | None = None) -> ChainBatch:
-        """Parts of a batch, until nothing is left or the first malformed chain is reached.
+        """Return a batch, until no buffer is left or the first malformed chain is reached.
 
-        *batch* is what there is of it already.
+        *batch* is the part taken before.
         """
         batch = batch or self._empty
         while len(batch) < limit and batch.addr.size < BATCH_DESCRIPTORS:
@@ -111,7 +113,7 @@ class Ring(Virtqueue):
         return batch
 
     def _take_part(self, limit: int) -> ChainBatch:
-        """Some buffers, booked; none only if there are none.  The scalar engine's way."""
+        """Take some buffers with the scalar engine; return none only if none is available."""
         return self._take_walking(limit)
 
     def _take_walking(self, limit: int) -> ChainBatch:
@@ -125,7 +127,7 @@ class Ring(Virtqueue):
         return self._book(batch, slots)
 
     def _take_again(self, limit: int) -> ChainBatch:
-        """Buffers that were in flight in an earlier life, before anything new."""
+        """Return the buffers that were in flight before a crash, ahead of new ones."""
         chains = self._gather(self._walk_again(entry) for entry in list(self._resubmit)[:limit])
         for _ in chains:
             self._resubmit.popleft()
@@ -134,9 +136,9 @@ class Ring(Virtqueue):
         )
 
     def _gather(self, chains: Iterable[Chain]) -> list[Chain]:
-        """*chains* up to the first bad one; that one's error if it is the first.
+        """Return *chains* up to the first bad one; raise its error if it is the first.
 
-        A chain may reuse nothing of what is outstanding or of its forerunners.
+        A chain must not reuse descriptors of outstanding buffers or of earlier chains.
         """
         good: list[Chain] = []
         held, ids, descriptors = self._held, set[int](), 0
@@ -160,7 +162,7 @@ class Ring(Virtqueue):
         return good
 
     def _book(self, batch: ChainBatch, slots: NDArray[np.uint16]) -> ChainBatch:
-        """Note the buffers as outstanding."""
+        """Record the buffers as outstanding."""
         if len(batch):
             self._admit(int(batch.ids.max()))
         self._slots[batch.ids] = slots
@@ -178,36 +180,36 @@ class Ring(Virtqueue):
         return ident < self._slots.size and bool(self._slots[ident])
 
     def _admit(self, ident: int) -> None:
-        """Make room for buffer ids above the queue size, which packed rings may use."""
+        """Enlarge the table for buffer ids above the queue size, which packed rings may use."""
         if ident >= self._slots.size:
             self._slots = np.concatenate((self._slots, np.zeros(_IDS - self.size, np.uint16)))
 
     @abstractmethod
     def _walk_available(self, limit: int) -> Iterable[Chain]:
-        """The available chains, one by one, at most *limit*; raises at a malformed one."""
+        """Yield at most *limit* available chains.  Raise QueueError at a malformed one."""
 
     @abstractmethod
     def _consume(self, buffers: int, slots: int) -> None:
-        """Move the available index on."""
+        """Advance the available index."""
 
     def _raw(self, chains: list[Chain]) -> NDArray[Any] | None:
-        """The ring's own descriptors of *chains*, for the in-flight record of a packed ring."""
+        """Return the ring descriptors of *chains*, for the in-flight record of a packed ring."""
         return None
 
-    # buffers of an earlier life
+    # buffers of an earlier back-end
 
     @abstractmethod
     def _earlier(self, resubmit: Resubmit) -> Iterable[Any]:
-        """What :meth:`_walk_again` wants for each buffer."""
+        """Return the argument of :meth:`_walk_again` for each buffer."""
 
     @abstractmethod
     def _walk_again(self, entry: Any) -> Chain:
-        """The chain of a buffer that was in flight before."""
+        """Return the chain of a buffer that was in flight before."""
 
     # giving
 
     def give(self, ids: NDArray[np.uint16], written: NDArray[np.uint32]) -> None:
-        """See :meth:`Virtqueue.give`."""
+        """Implement :meth:`Virtqueue.give`."""
         slots = self._check_given(ids, written)
         if not ids.size:
             return
@@ -222,25 +224,27 @@ class Ring(Virtqueue):
             self._inflight.after_give(ids, self.state())
 
     def _freed(self, slots: NDArray[np.uint16]) -> int:
-        """The sum of what :meth:`_check_given` has just returned."""
+        """Return the sum of the latest result of :meth:`_check_given`."""
         return int(slots.sum())
 
     def _check_given(
         self, ids: NDArray[np.uint16], written: NDArray[np.uint32]
     ) -> NDArray[np.uint16]:
-        """The slots of each buffer, which are from now on not outstanding; or UsageError."""
+        """Mark the buffers as not outstanding and return their slots.  Raise UsageError."""
         if ids.shape != written.shape:
             raise UsageError(f"{ids.size} buffers but {written.size} lengths")
         before, at = self._slots.copy(), ids.astype(np.intp)
         try:
             slots = before.take(at)
             self._slots[at] = 0
-            # One less for each, or else one of them was not outstanding or is there twice.
+            # The count falls by one for each id, unless an id was not outstanding or occurs twice.
             if np.count_nonzero(self._slots) != self._outstanding - ids.size:
-                raise UsageError("a buffer is given back that is not outstanding")
+                raise UsageError("a buffer that is not outstanding is given back")
             self._check_order(ids)
         except IndexError:
-            raise UsageError("a buffer is given back that the queue cannot have") from None
+            raise UsageError(
+                "a buffer with an id that the queue cannot have is given back"
+            ) from None
         except UsageError:
             self._slots[:] = before
             raise
@@ -250,15 +254,15 @@ class Ring(Virtqueue):
         if not self._in_order:
             return
         if not np.array_equal(load_run(self._order, self._oldest, ids.size), ids):
-            raise UsageError("VIRTIO_F_IN_ORDER: buffers must be given back as they were taken")
+            raise UsageError("VIRTIO_F_IN_ORDER: buffers must be given back in the order of taking")
         self._oldest = (self._oldest + ids.size) % self.size
 
     @abstractmethod
     def _write_used(
         self, ids: NDArray[np.uint16], written: NDArray[np.uint32], slots: NDArray[np.uint16]
     ) -> Any:
-        """Write all but the publishing store; returns the call that publishes."""
+        """Write all but the publishing store and return the call that publishes."""
 
     @abstractmethod
     def state(self) -> RingState:
-        """See :meth:`Virtqueue.state`."""
+        """Implement :meth:`Virtqueue.state`."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of a virtqueue that a driver can break, by name.
 
-The name is what a :class:`~vballoon.errors.QueueError` carries, what the log and the
-``QUEUE_BROKEN`` event show, and what tests compare.  Labels are those of the virtio specification,
-git revision 15f488c1 ("…" stands for "Basic Facilities of a Virtio Device / Virtqueues").
+A :class:`~vballoon.errors.QueueError`, the log and the ``QUEUE_BROKEN`` event contain the name, and
+tests compare it.  Labels are those of the virtio specification, git revision 15f488c1 ("…" means
+"Basic Facilities of a Virtio Device / Virtqueues").
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ RULES: Final[dict[str, str]] = {
         "(Packed Virtqueues / The Virtqueue Descriptor Table)"
     ),
     DESC_CHAIN_LOOP: (
-        "a chain comes back to a descriptor it has been at (… / The Virtqueue Descriptor Table)"
+        "a chain returns to one of its own descriptors (… / The Virtqueue Descriptor Table)"
     ),
     DESC_NEXT_RANGE: "next points outside the table (… / The Virtqueue Descriptor Table)",
-    DESC_ADDRESS: "a buffer is not wholly in guest memory (… / The Virtqueue Descriptor Table)",
+    DESC_ADDRESS: "a buffer is not entirely in guest memory (… / The Virtqueue Descriptor Table)",
     DESC_ORDER: "a readable descriptor follows a writable one (… / Message Framing)",
     DESC_LENGTH_OVERFLOW: ("a chain of more than 2^32 bytes (… / The Virtqueue Descriptor Table)"),
     DESC_NOT_AVAILABLE: (
-        "packed: a list goes on in a descriptor that was not made available "
+        "packed: a list continues in a descriptor that was not made available "
         "(Packed Virtqueues / Next Flag: Descriptor Chaining)"
     ),
     CHAIN_TOO_LONG: "a chain of more descriptors than the queue size (… / Indirect Descriptors)",
@@ -68,4 +68,4 @@ RULES: Final[dict[str, str]] = {
     RING_ADDRESS: "an area of the ring is misaligned or outside guest memory (…)",
     RING_SIZE: "a queue size that the format does not allow (…)",
 }
-"""Every rule, and what breaking it means."""
+"""Name of every rule to the violation that it names."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The split virtqueue, one descriptor at a time: obviously right, for every kind of memory.
+"""The split virtqueue, one descriptor at a time, for every kind of memory.
 
-Guest data is fetched once: each descriptor is copied and only the copy is looked at.  Labels are
+Guest data is fetched once: each descriptor is copied, and only the copy is used.  Labels are
 those of the virtio specification, git revision 15f488c1, under "Basic Facilities of a Virtio
 Device / Virtqueues".
 """
@@ -35,7 +35,7 @@ _U16 = 0xFFFF
 
 
 class ScalarSplit(Ring):
-    """Device side of a split virtqueue."""
+    """The device side of a split virtqueue."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class ScalarSplit(Ring):
     # taking
 
     def _pending(self) -> int:
-        """How many heads wait; the index is loaded once."""
+        """Return the number of available heads; load the index once."""
         pending = (self._driver.load16(split.AVAIL_IDX_OFFSET) - self._avail) & _U16
-        # What the index promises is read after it (label: … / Updating idx).
+        # Read the ring entries after the index (label: … / Updating idx).
         fence.acquire()
         if pending > self.size:
             raise QueueError(rules.AVAIL_IDX_JUMP, f"{pending} buffers in a ring of {self.size}")
@@ -84,13 +84,13 @@ class ScalarSplit(Ring):
         self._avail = (self._avail + buffers) & _U16
 
     def _walk(self, head: int) -> Chain:
-        """The chain at descriptor *head*, every rule checked."""
+        """Return the chain at descriptor *head*, with every rule checked."""
         if head >= self.size:
             raise QueueError(rules.HEAD_RANGE, f"{head} in a table of {self.size}")
         if self._is_busy(head):
             raise QueueError(rules.BUFFER_REUSED, f"head {head}")
         chain = Chain(self._memory, self.size, id=head)
-        table: int | None = None  # address of the indirect table that we are in
+        table: int | None = None  # address of the current indirect table
         count, index, visited = self.size, head, 1
         while True:
             desc = self._fetch(table, index)
@@ -117,9 +117,9 @@ class ScalarSplit(Ring):
         return split.VirtqDesc.parse(self._memory.read(table + at, size))
 
     def _enter(self, desc: split.VirtqDesc, nested: bool) -> int:
-        """Step into an indirect table (label: … / Indirect Descriptors); its descriptors.
+        """Enter an indirect table (label: … / Indirect Descriptors) and return its descriptors.
 
-        The descriptor's WRITE flag is ignored, as the standard wants.
+        The WRITE flag of the descriptor is ignored, as the standard requires.
         """
         if nested:
             raise QueueError(rules.INDIRECT_NESTED)
@@ -138,7 +138,7 @@ class ScalarSplit(Ring):
     def _write_used(
         self, ids: NDArray[np.uint16], written: NDArray[np.uint32], slots: NDArray[np.uint16]
     ) -> Callable[[], None]:
-        """One element for each buffer, in-order rings too (there one for a batch is optional)."""
+        """Write one element for each buffer, also in in-order rings."""
         slot = self._used
         for head, length in zip(ids.tolist(), written.tolist(), strict=True):
             at = split.USED_RING_OFFSET + split.VirtqUsedElem.SIZE * (slot % self.size)
@@ -153,7 +153,7 @@ class ScalarSplit(Ring):
     # notifications
 
     def should_notify(self) -> bool:
-        """See :meth:`Virtqueue.should_notify` (label: … / Used Buffer Notification Suppression)."""
+        """Implement :meth:`Virtqueue.should_notify` (… / Used Buffer Notification Suppression)."""
         new, old, self._signalled = self._used, self._signalled, self._used
         if self._notify_anyway:
             self._notify_anyway = False
@@ -164,24 +164,24 @@ class ScalarSplit(Ring):
         if not self._event_idx:
             return not self._driver.load16(0) & split.VIRTQ_AVAIL_F_NO_INTERRUPT
         event = self._driver.load16(split.used_event_offset(self.size))
-        # True when the element with index `event` is one of those written since: old <= event < new
+        # True if the element with index `event` was written since: old <= event < new
         return (event - old) & _U16 < (new - old) & _U16
 
     def disable_kicks(self) -> None:
-        """See :meth:`Virtqueue.disable_kicks`; with event indices the last one is left stale."""
+        """Implement :meth:`Virtqueue.disable_kicks`; with event indices, keep the last one."""
         self._kicks = False
         if not self._event_idx:
             self._device.store16(0, split.VIRTQ_USED_F_NO_NOTIFY)
 
     def enable_kicks(self) -> bool:
-        """See :meth:`Virtqueue.enable_kicks`."""
+        """Implement :meth:`Virtqueue.enable_kicks`."""
         self._kicks = True
         self._arm()
         fence.full()
         return self._driver.load16(split.AVAIL_IDX_OFFSET) != self._avail
 
     def _arm(self) -> None:
-        """Ask for a notification at the next buffer; stores only what is not so already."""
+        """Ask for a notification of the next buffer; store only fields that change."""
         if self._event_idx:
             at, value = split.avail_event_offset(self.size), self._avail
         else:
@@ -190,5 +190,5 @@ class ScalarSplit(Ring):
             self._device.store16(at, value)
 
     def state(self) -> RingState:
-        """See :meth:`Virtqueue.state`."""
+        """Implement :meth:`Virtqueue.state`."""
         return RingState(avail=self._avail, used=self._used)

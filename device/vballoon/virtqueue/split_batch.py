@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The split virtqueue, a batch at a time, on mapped rings.
 
-Heads and descriptors are copied from the ring in one gather each, and only the copies are looked
-at.  Chains are followed together, one link of all of them in each round; indirect tables are read
-all at once.  Labels as in :mod:`vballoon.virtqueue.split`.
+Heads and descriptors are copied from the ring in one gather each, and only the copies are used.
+Chains are followed together, one link of each in every round.  Indirect tables are read together.
+Labels are as in :mod:`vballoon.virtqueue.split`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHAINED = split.VIRTQ_DESC_F_NEXT | split.VIRTQ_DESC_F_INDIRECT
 
 
 class BatchSplit(Batching, ScalarSplit):
-    """Device side of a split virtqueue whose three areas are mapped."""
+    """The device side of a split virtqueue whose three areas are mapped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,7 +54,7 @@ class BatchSplit(Batching, ScalarSplit):
         at = heads.astype(np.intp)
         try:
             at = at[: self._claim(at)]
-        except IndexError:  # a head outside the table; those in front of it may be good
+        except IndexError:  # a head outside the table; the heads before it may be good
             at = at[: int(np.argmax(heads >= self.size))]
             at = at[: self._claim(at)]
         if not at.size:
@@ -70,7 +70,7 @@ class BatchSplit(Batching, ScalarSplit):
     def _buffers(
         self, heads: NDArray[np.uint16], rows: NDArray[np.uint64]
     ) -> tuple[ChainBatch, NDArray[np.uint16] | None]:
-        """The leading good buffers, and the descriptors each has in the ring (None: one)."""
+        """Return the leading good buffers, and the ring descriptors of each (None: one)."""
         flags = word16(rows, _FLAGS)
         if all_like_first(flags):
             chained, write = int(flags[0]) & _CHAINED, bool(flags[0] & split.VIRTQ_DESC_F_WRITE)
@@ -86,7 +86,7 @@ class BatchSplit(Batching, ScalarSplit):
     def _chains(
         self, heads: NDArray[np.uint16], rows: NDArray[np.uint64]
     ) -> tuple[ChainBatch, NDArray[np.uint16]]:
-        """The leading good buffers of those of which some have more than one descriptor."""
+        """Return the leading good buffers if some have several descriptors."""
         follow = _Follow(self, rows)
         parts, end = follow.parts, follow.end
         columns = Columns(end, parts)
@@ -115,10 +115,10 @@ class BatchSplit(Batching, ScalarSplit):
 
 
 class _Follow:
-    """Following the chains at *rows* (their first descriptors) to their ends.
+    """The state of following the chains at *rows* (their first descriptors) to their ends.
 
-    ``end`` is the number of chains, from the first on, that have one in good order; ``parts`` are
-    the elements found, ``slots`` (uint16[n]) how many of the ring's descriptors each chain has.
+    ``end`` is the number of leading chains that end validly; ``parts`` are the elements found,
+    ``slots`` (uint16[n]) is the number of ring descriptors of each chain.
     """
 
     def __init__(self, ring: BatchSplit, rows: NDArray[np.uint64]) -> None:
@@ -147,7 +147,7 @@ class _Follow:
     def _link(
         self, chain: NDArray[np.intp], rows: NDArray[np.uint64]
     ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """One link of every chain; the chains that go on, and where."""
+        """Follow one link of every chain; return the chains that continue, and where."""
         self.slots[chain] += 1
         flags = word16(rows, _FLAGS)
         indirect = (flags & split.VIRTQ_DESC_F_INDIRECT) != 0
@@ -164,14 +164,14 @@ class _Follow:
     def _point(
         self, chain: NDArray[np.intp], rows: NDArray[np.uint64], flags: NDArray[np.uint16]
     ) -> None:
-        """Descriptors that refer to tables; WRITE is ignored in them, NEXT is an error."""
+        """Handle descriptors that refer to tables; WRITE is ignored in them, NEXT is an error."""
         if not self._ring._indirect:
             self._stop(chain)
         self._stop(chain[(flags & split.VIRTQ_DESC_F_NEXT) != 0])
         self._tables.append(Tables(chain, rows[:, 0].copy(), lengths_of(rows).astype(np.uint64)))
 
     def _enter(self, tables: Tables) -> None:
-        """Read the tables; those whose entries do not simply follow one another are not plain."""
+        """Read the tables; a table whose entries do not follow each other is not plain."""
         memory, size = self._ring._memory, self._ring.size
         tables.cut(self.end)
         bad = tables.first_bad(memory, size, BATCH_DESCRIPTORS)
