@@ -66,7 +66,7 @@ class Mutant:
 
 
 def mutants() -> list[Mutant]:
-    """The list."""
+    """Return the list of mutants."""
     data = tomllib.loads(LIST.read_text(encoding="utf-8"))
     return [Mutant(**entry) for entry in data["mutant"]]
 
@@ -109,7 +109,7 @@ def failures(run: Run) -> list[Record]:
 
 
 def expect_sound(protocol: str) -> None:
-    """The suite passes an unpatched copy: else whatever it catches would say nothing."""
+    """Check that the suite passes an unpatched copy; otherwise its failures would mean nothing."""
     sound = Mutant("none", "", "", [], protocol=protocol)
     judge(sound)
     if sound.caught_by:
@@ -136,7 +136,7 @@ def suite(mutant: Mutant, device: Path, files: list[str], results: Path) -> Run:
 
 
 def table(judged: list[Mutant]) -> Iterator[str]:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     caught = sum(bool(mutant.caught_by) for mutant in judged)
     yield "# Mutants"
     yield ""
@@ -156,7 +156,9 @@ def main() -> int:
     """Judge the named mutants, or all; write the table when it was all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ids", nargs="*", help="mutants; all without one")
-    parser.add_argument("--resume", type=Path, help="keep verdicts here, and go on from them")
+    parser.add_argument(
+        "--resume", type=Path, help="keep verdicts in this file and continue from them"
+    )
     parser.add_argument("--thorough", action="store_true", help="the whole suite, if need be")
     parser.add_argument("--trust", action="store_true", help="do not try an unpatched copy first")
     args = parser.parse_args()

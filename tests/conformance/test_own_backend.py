@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite over our own back-end: both transports, both ring layouts, both engines.
 
-The command is run as anybody runs it, in slices side by side: most of a test is waiting for
+The command is run as a user runs it, in slices side by side: most of a test is waiting for
 something that must not happen.
 """
 
@@ -42,7 +42,7 @@ class Slice:
     files: tuple[str, ...]
 
     def run(self, results: Path) -> Run:
-        """What came of it."""
+        """Return the outcome."""
         serve = f"vballoon serve --{self.protocol} {{socket}} --control {{dir}}/control"
         command = [sys.executable, "-m", "virtio_conformance.run", "--keep"]
         command += ["--spawn", f"{serve} --engine {self.engine} --features={FEATURES}"]

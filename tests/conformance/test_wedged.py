@@ -54,7 +54,7 @@ WAYS = ("absent", "deaf", "silent", "drips", "stops")
 
 
 def conform(how: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The suite over a backend that hangs in this way."""
+    """Run the suite on a back-end that hangs in this way."""
     program = folder / f"{how}.py"
     program.write_text(BACKEND, encoding="utf-8")
     spawn = f"{shlex.join([sys.executable, str(program), how])} {{socket}}"
