@@ -127,7 +127,7 @@ class Front:
         return back.addr
 
     def die(self):
-        """The process ends without a step of its own: only the state and descriptors are left."""
+        """End the process without any clean-up: only its state and descriptors remain."""
         state, fds = self.backend.state()
         data, kept = pack(state), dup(fds)
         backend, io = self.backend, self.io
