@@ -90,6 +90,7 @@ class MemoryRegion:
         self.view = view
         self.page_size = page_size
         self.remote = remote
+        self._watch: guard.Watch | None = None
 
     @classmethod
     def map(
@@ -117,6 +118,7 @@ class MemoryRegion:
                 page_size=backing_page_size(fd),
             )
             region.view = _map_file(fd, file_offset, size, region.page_size, writable)
+            region._watch = guard.watch(region.view, region.page_size)
         except BaseException:
             _close_quietly(fd)
             raise
@@ -126,6 +128,11 @@ class MemoryRegion:
     def end(self) -> int:
         """One past the region's last guest-physical address."""
         return self.guest_phys_addr + self.size
+
+    @property
+    def lost(self) -> bool:
+        """Whether an access to the mapping has failed; it reads as zeroes there now."""
+        return self._watch is not None and self._watch.faults > 0
 
     def close(self) -> None:
         """Let go of the mapping and the descriptor; safe to call twice.
@@ -167,9 +174,7 @@ def _map_file(fd: int, offset: int, size: int, page_size: int, writable: bool) -
         mapping = mmap.mmap(fd, length, flags=mmap.MAP_SHARED, prot=prot, offset=start)
     except (OSError, ValueError, OverflowError) as error:
         raise ProtocolError("memory-region-map", str(error)) from None
-    view = np.frombuffer(mapping, np.uint8, count=size, offset=offset - start)
-    guard.watch(view, page_size)
-    return view
+    return np.frombuffer(mapping, np.uint8, count=size, offset=offset - start)
 
 
 def _close_quietly(fd: int) -> None:

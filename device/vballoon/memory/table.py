@@ -56,6 +56,11 @@ class GuestMemory:
         self._span_rows = _rows(self._spans)
 
     @property
+    def lost(self) -> bool:
+        """Whether an access to any region has failed, so that no ring may use this table."""
+        return any(region.lost for region in self.regions)
+
+    @property
     def mapped(self) -> bool:
         """Whether every region has a mapping (and there is one)."""
         return bool(self.regions) and all(r.view is not None for r in self.regions)

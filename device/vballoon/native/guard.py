@@ -13,8 +13,10 @@ Unlike the compiled loops this has no form in Python: :func:`install` raises
 
 from __future__ import annotations
 
+import errno
 import importlib
 import mmap
+import os
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -23,7 +25,7 @@ from vballoon.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ("available", "faults", "install", "report_sigsys", "signal", "watch")
+__all__ = ("Watch", "available", "faults", "install", "report_sigsys", "signal", "watch")
 
 
 class _Extension(Protocol):
@@ -72,20 +74,34 @@ def install() -> None:
     _installed = True
 
 
-def watch(view: NDArray[Any], page_size: int = mmap.PAGESIZE) -> None:
+class Watch:
+    """A watched mapping, for as long as the mapping exists."""
+
+    def __init__(self, extension: _Extension, slot: int, mapping: mmap.mmap) -> None:
+        self._extension, self._slot = extension, slot
+        self._end = weakref.finalize(mapping, extension.remove, slot)
+        self._end.atexit = False
+
+    @property
+    def faults(self) -> int:
+        """How many accesses to the mapping have failed; 0 once it has gone."""
+        return self._extension.faults(self._slot) if self._end.alive else 0
+
+
+def watch(view: NDArray[Any], page_size: int = mmap.PAGESIZE) -> Watch | None:
     """Guard the mapping that *view* lies in, until the mapping goes.
 
     *view* is an array over an :class:`mmap.mmap`; *page_size* is that of the backing file, bytes.
-    Do nothing before :func:`install`, and for memory that is no mapping.
+    Return None, with nothing done, before :func:`install` and for memory that is no mapping.
     """
     mapping = _mapping_of(view)
     if _extension is None or not _installed or mapping is None:
-        return
+        return None
     start = view.__array_interface__["data"][0]
     first = start - start % page_size
     length = start + view.nbytes - first
     slot = _extension.add(first, length + -length % page_size, page_size)
-    weakref.finalize(mapping, _extension.remove, slot).atexit = False
+    return Watch(_extension, slot, mapping)
 
 
 def _mapping_of(view: NDArray[Any]) -> mmap.mmap | None:
@@ -106,9 +122,13 @@ def signal(fd: int) -> int:
     Return 0, or the error number: ``EINVAL`` where *fd* is not an eventfd, ``EBADF`` where it is
     not open.  A full counter stays full, as the reader is awake anyway.
     """
-    if _extension is None:
-        raise UsageError("the compiled extension vballoon.native._guard is missing")
-    return _extension.signal(fd)
+    if _extension is not None:
+        return _extension.signal(fd)
+    try:
+        os.eventfd_write(fd, 1)  # blocks where the front-end wants it to; `serve` refuses to run so
+    except OSError as error:
+        return 0 if error.errno == errno.EAGAIN else error.errno or errno.EIO
+    return 0
 
 
 def report_sigsys(prefix: str) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import fdsocket
 from fdsocket import FdStream, close_fds
 from vballoon.errors import ProtocolError
+from vballoon.native import guard
 from vballoon.vhost_user.backend import VhostUserBackend
 from vballoon.vhost_user.channel import BackendChannel
 
@@ -25,7 +26,6 @@ __all__ = ("Connection",)
 
 log = logging.getLogger(__name__)
 
-_ONE = (1).to_bytes(8, "little")
 _CHUNK = 1 << 16
 
 
@@ -112,12 +112,9 @@ class Connection:
 
     def signal(self, fd: int) -> None:
         """See :class:`~vballoon.vhost_user.io.Io`."""
-        try:
-            os.write(fd, _ONE)
-        except BlockingIOError:
-            pass  # as many signals as fit are pending: one more would say nothing new
-        except OSError as error:
-            log.debug("signal lost: %s", error.strerror)
+        error = guard.signal(fd)
+        if error:
+            log.debug("signal lost: %s", os.strerror(error))
 
     # -- the loop -----------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from vballoon.errors import MemoryFault, PeerError, QueueError
+from vballoon.virtqueue.rules import MEMORY_LOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -90,6 +91,8 @@ class DeviceQueue:
     def fail(self, error: PeerError) -> None:
         """Stop this queue until the driver resets it; log one line and send one event."""
         if self.broken is None:
+            if self.ring.memory_lost:  # whatever was wrong was read from zeroes
+                error = QueueError(MEMORY_LOST, "the front-end has taken guest memory away")
             # A new error: the frames in the traceback of *error* would keep guest memory mapped.
             self.broken = broken = QueueError(error.rule, error.detail)
             log.error("queue %d stopped: %s", self.index, broken)

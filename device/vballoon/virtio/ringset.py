@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vballoon.errors import PeerError, ProtocolError, QueueError
+from vballoon.native import guard
 from vballoon.virtio.device import DeviceQueue
 from vballoon.virtio.events import TransportEvents
 from vballoon.virtio.status import QueueStatus
+from vballoon.virtqueue.rules import MEMORY_LOST
 from virtio_formats.virtio.ring_state import DETAIL_SIZE, RULE_SIZE
 
 if TYPE_CHECKING:
@@ -176,6 +178,7 @@ class RingSet:
         Return the rings to serve now: the driver may have filled them long ago, and no further
         kick announces that.
         """
+        faults = guard.faults()
         wanted = sorted(wanted)
         for index in wanted:
             self._bind(index)
@@ -190,6 +193,8 @@ class RingSet:
             return ()
         self._owner.device_starts()
         self._device.start()
+        if guard.faults() != faults:
+            self._memory_lost()
         return {*new, *self._device.overdue()}
 
     def _bind(self, index: int) -> None:
@@ -293,13 +298,22 @@ class RingSet:
         queue = self._running.get(index)
         if queue is None:
             return False
+        faults, more = guard.faults(), False
         try:
-            return self._device.process(queue)
+            more = self._device.process(queue)
         except PeerError as error:
             queue.fail(error)
         except Exception as error:
             queue.fail(internal_fault(error))
-        return False
+        if guard.faults() != faults:
+            self._memory_lost()
+            return False
+        return more
+
+    def _memory_lost(self) -> None:
+        """Stop every queue: memory that the front-end took away reads as zeroes from now on."""
+        for queue in tuple(self._running.values()):
+            queue.fail(QueueError(MEMORY_LOST, "an access to guest memory failed"))
 
     def _on_broken(self, queue: DeviceQueue, error: QueueError) -> None:
         self._break(queue.index, error)

@@ -16,6 +16,7 @@ from functools import partial
 
 from vballoon.errors import MemoryFault, QueueError
 from vballoon.memory import GuestMemory
+from vballoon.native import guard
 from vballoon.virtio import (
     DeviceQueue,
     QueueStatus,
@@ -96,6 +97,7 @@ class VirtioPciFunction(PciDevice):
         irqs: dict[int, int] = {PciIrq.INTX: 1, PciIrq.MSIX: vectors.vectors, PciIrq.ERR: 1}
         super().__init__(config, self._regions(), irqs)
         self.client_memory = ClientMemory(self.dma)
+        self.irqs.add_one = guard.signal
         self.msix.irqs = self.irqs
         self.interrupts = Interrupts(config, self.irqs, self.intx, self._caps.msix)
         self._structures = Structures(

@@ -119,6 +119,11 @@ class Virtqueue(ABC):
     size: int
     """Queue size, in descriptors."""
 
+    @property
+    def memory_lost(self) -> bool:
+        """Whether an access to the guest memory of this queue has failed."""
+        return False
+
     @abstractmethod
     def take(self, limit: int | None = None) -> ChainBatch:
         """Return the buffers that the driver has made available, at most *limit*.

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vballoon.errors import MemoryFault
+from vballoon.errors import MemoryFault, QueueError
 from vballoon.native import native
 from vballoon.virtqueue.base import RingState, Virtqueue
 from vballoon.virtqueue.compiled import CompiledPacked, CompiledSplit
 from vballoon.virtqueue.packed import ScalarPacked
 from vballoon.virtqueue.packed_batch import BatchPacked
+from vballoon.virtqueue.rules import MEMORY_LOST
 from vballoon.virtqueue.split import ScalarSplit
 from vballoon.virtqueue.split_batch import BatchSplit
 from virtio_formats.virtio import features as f
@@ -46,8 +47,11 @@ def make_virtqueue(
     them first.  Pass an empty one after a crash without such buffers: the first notification is
     then always sent.
 
-    Raise :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``.
+    Raise :class:`~vballoon.errors.QueueError` ``ring-size`` or ``ring-address``, and
+    ``memory-lost`` for guest memory that the front-end has taken away.
     """
+    if memory.lost:
+        raise QueueError(MEMORY_LOST, "guest memory has pages that its file no longer has")
     state = state or RingState()
     kind = _KINDS[engine, f.has(features, f.VIRTIO_F_RING_PACKED)]
     if engine != "scalar" and not _is_mapped(memory, size, addresses, features):

@@ -82,6 +82,11 @@ class Ring(Virtqueue):
 
     # taking
 
+    @property
+    def memory_lost(self) -> bool:
+        """See :class:`Virtqueue`."""
+        return self._memory.lost
+
     def take(self, limit: int | None = None) -> ChainBatch:
         """Implement :meth:`Virtqueue.take`."""
         limit = self.size if limit is None else min(limit, self.size)

@@ -30,6 +30,7 @@ INDIRECT_SIZE: Final = "indirect-size"
 INDIRECT_ADDRESS: Final = "indirect-address"
 RING_ADDRESS: Final = "ring-address"
 RING_SIZE: Final = "ring-size"
+MEMORY_LOST: Final = "memory-lost"
 
 RULES: Final[dict[str, str]] = {
     AVAIL_IDX_JUMP: (
@@ -67,5 +68,9 @@ RULES: Final[dict[str, str]] = {
     INDIRECT_ADDRESS: "an indirect table outside guest memory (… / Indirect Descriptors)",
     RING_ADDRESS: "an area of the ring is misaligned or outside guest memory (…)",
     RING_SIZE: "a queue size that the format does not allow (…)",
+    MEMORY_LOST: (
+        "an access to guest memory failed: the front-end has truncated its file, or the host has "
+        "no memory left for it (no rule of the standard)"
+    ),
 }
 """Name of every rule to the violation that it names."""

@@ -77,6 +77,9 @@ class IrqTable:
         self._held: set[int] = set()
         self.on_state: Callable[[int, int, int, bool], None] | None = None
         self._on_unmask_fd: Callable[[int | None], None] | None = None
+        self.add_one: Callable[[int], object] = _add_one
+        """Adds 1 to an eventfd of the client.  The default can block where the client clears
+        ``O_NONBLOCK`` and fills the counter at the same instant; replace it where that matters."""
 
     def count(self, index: int) -> int:
         """Return how many vectors *index* has."""
@@ -104,7 +107,7 @@ class IrqTable:
         entry = self._entry(index, vector)
         if entry.barred == masked:
             return
-        _signal(entry.on_mask if masked else entry.on_unmask)
+        self._signal(entry.on_mask if masked else entry.on_unmask)
         entry.barred = masked
         self._try(index, entry)
 
@@ -229,12 +232,12 @@ class IrqTable:
     def _act(self, request: IrqSet, entries: Sequence[_Vector]) -> None:
         if request.flags & IrqSetFlags.ACTION_TRIGGER:
             for entry in entries:
-                _signal(entry.trigger)
+                self._signal(entry.trigger)
             return
         masked = bool(request.flags & IrqSetFlags.ACTION_MASK)
         for entry in entries:
             if request.index != PciIrq.INTX:
-                _signal(entry.on_mask if masked else entry.on_unmask)
+                self._signal(entry.on_mask if masked else entry.on_unmask)
             entry.masked = masked
             self._try(request.index, entry)
         if self.on_state is not None:
@@ -357,19 +360,21 @@ class IrqTable:
             return
         if entry.pending:
             entry.pending = False
-            _signal(entry.trigger)
+            self._signal(entry.trigger)
 
     def _deliver_intx(self) -> None:
         for entry in self._vectors[PciIrq.INTX]:
             if self._asserted and not entry.masked and entry.trigger is not None:
                 entry.masked = True
-                _signal(entry.trigger)
+                self._signal(entry.trigger)
+
+    def _signal(self, fd: int | None) -> None:
+        if fd is not None:
+            self.add_one(fd)
 
 
-def _signal(fd: int | None) -> None:
+def _add_one(fd: int) -> None:
     """Add 1 to an eventfd; one that is full is signalled already."""
-    if fd is None:
-        return
     if os.get_blocking(fd) and not _writable(fd):
         return
     try:
