@@ -136,6 +136,7 @@ def _io(module: str, names: list[str]) -> list[str]:
     shell = (
         top == "fdsocket"
         or last in ("shell", "server", "run")
+        or module in ("vfio_user.busy", "vfio_user.client")
         or (top == "vballoon" and rest and rest[0] in IO_ROOMS)
         or module.startswith("virtio_conformance")  # it drives back-ends over sockets
     )
