@@ -247,7 +247,7 @@ def test_guest_larger_than_all_memory_is_an_error_and_no_crash(filled, tmp_path)
 def test_bits_behind_the_last_page_are_refused(tmp_path):
     np.array([2**63], dtype=np.uint64).tofile(tmp_path / "raw")
     assert read_bitmap(tmp_path / "raw", 64).size == 1
-    with pytest.raises(UsageError, match="behind the last page"):
+    with pytest.raises(UsageError, match="after the last page"):
         read_bitmap(tmp_path / "raw", 63)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dirty-skip bitmap: which guest pages may be left out of a copy, and who said so.
+"""The dirty-skip bitmap: which guest pages may be left out of a copy, and why.
 
-A wrong set bit is silent corruption of somebody's guest; a missing one costs 4 KiB.  Hence a
-bitmap for each provenance, rounds with an end and a verdict, and a table of what makes them void.
+A wrong set bit corrupts a guest silently; a missing one costs 4 KiB.  So there is a bitmap for each
+provenance, rounds that end complete or not, and a table of the events that void bits.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bitmap over guest memory as a value: combine, count, list."""
+"""A bitmap of guest memory as a value, with operations to combine, count and list."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = ("PageBitmap",)
 
 Spans = list[tuple[int, int]]
 CHUNK = 1 << 15
-"""Words combined at a time: 256 KiB, which stay in the cache from one bitmap to the next."""
+"""Number of words combined at a time: 256 KiB, which stay in the cache between bitmaps."""
 COMPILED_CHUNK = 1 << 20
-"""The same where one pass reads all bitmaps, past the caches: the fewer the better."""
+"""The same number if one pass reads all bitmaps, which do not fit into the caches."""
 
 
 class PageBitmap:
     """One bit for each page of guest memory.
 
-    *words* is uint64[layout.words]; *spans* tells which runs of words can be non-zero (default:
+    *words* is uint64[layout.words]; *spans* are the runs of words that can be non-zero (default:
     all), so that an untouched bitmap of a huge guest is neither read nor brought into memory.
     """
 
@@ -53,15 +53,15 @@ class PageBitmap:
         self._spans = spans
 
     def spans(self) -> Spans:
-        """Runs of words, half open, outside of which all words are zero."""
+        """Half-open runs of words; all other words are zero."""
         return [(0, self.words.size)] if self._spans is None else self._spans()
 
     def set_ranges(self, pages: PageRanges) -> int:
-        """Set the bits of *pages*.  Return how many ranges were not wholly guest memory."""
+        """Set the bits of *pages*.  Return the number of ranges not entirely in guest memory."""
         return self._fill(pages.start, pages.end, True)
 
     def clear_ranges(self, pages: PageRanges) -> int:
-        """Clear the bits of *pages*.  Return how many ranges were not wholly guest memory."""
+        """Clear the bits of *pages*.  Return the number of ranges not entirely in guest memory."""
         return self._fill(pages.start, pages.end, False)
 
     def set_bytes(
@@ -69,7 +69,7 @@ class PageBitmap:
     ) -> tuple[int, int, int]:
         """Set the bits of the whole pages in each ``[addr, addr + length)``, contiguous columns.
 
-        Returns pages, ranges that did not begin and end on a page border, and ranges clipped.
+        Return the number of pages, of ranges not aligned to pages, and of clipped ranges.
         """
         if native is not None:
             done = native.mark_bytes(self.words, self.layout.table, addr, length)
@@ -79,10 +79,10 @@ class PageBitmap:
         return int((end - start).sum()), odd, self._fill(start, end, True)
 
     def set_records(self, records: NDArray[Any], least: int) -> tuple[int, int]:
-        """Set the bits of *records* (``WalkRange``) that are wholly guest memory.
+        """Set the bits of *records* (``WalkRange``) that are entirely guest memory.
 
-        Returns their pages, and how many records were left out: those outside, and those that are
-        not made of aligned blocks of *least* pages (a power of two).
+        Return their pages and the number of ignored records: those outside guest memory, and those
+        that do not consist of aligned blocks of *least* pages (a power of two).
         """
         if native is not None:
             done = native.mark_records(self.words, self.layout.table, records, least)
@@ -95,11 +95,11 @@ class PageBitmap:
     def set_guest_records(
         self, memory: GuestMemory, addr: NDArray[np.uint64], counts: NDArray[np.int64], least: int
     ) -> tuple[int, int, int]:
-        """:meth:`set_records` of records in guest memory, where that can be done in one pass.
+        """Set the bits of records in guest memory, if that is possible in one pass.
 
         *counts* (int64[n]) records are at each *addr* (uint64[n], bytes).  Each field is read
-        once.  Returns how many of the *n* buffers were done, from the first on (perhaps none),
-        their pages, and records left out.
+        once.  Return the number of leading buffers that were handled (possibly 0), their pages,
+        and the number of ignored records.
         """
         if native is None:
             return 0, 0, 0
@@ -118,7 +118,7 @@ class PageBitmap:
         return clipped
 
     def count(self) -> int:
-        """Pages whose bit is set."""
+        """Return the number of pages whose bit is set."""
         return sum(bits.count(self.words[a:b]) for a, b in self.spans())
 
     def extents(self) -> PageRanges:
@@ -140,11 +140,11 @@ class PageBitmap:
         return np.concatenate(found) if found else np.empty((0, 2), np.uint64)
 
     def region(self, index: int) -> NDArray[np.uint64]:
-        """The words of one region, bit 0 its first page (a view)."""
+        """Return a view of the words of one region; bit 0 is its first page."""
         return self.layout.of_region(self.words, index)
 
     def copy(self) -> PageBitmap:
-        """An independent copy; takes memory only for the spans."""
+        """Return an independent copy, which uses memory only for the spans."""
         return combine([self])
 
     def __or__(self, other: PageBitmap) -> PageBitmap:
@@ -154,7 +154,7 @@ class PageBitmap:
         return self._masked(other, inverted=False)
 
     def and_not(self, other: PageBitmap) -> PageBitmap:
-        """``self & ~other``: the safety rule's ``bits and not written since``."""
+        """Return ``self & ~other``, the safety rule's ``bits and not written since``."""
         return self._masked(other, inverted=True)
 
     def _masked(self, other: PageBitmap, *, inverted: bool) -> PageBitmap:
@@ -175,10 +175,10 @@ class PageBitmap:
 
 
 def combine(bitmaps: Iterable[PageBitmap], into: PageBitmap | None = None) -> PageBitmap:
-    """The union of bitmaps of the same guest memory, as a new bitmap.
+    """Return the union of bitmaps of the same guest memory, as a new bitmap.
 
-    With *into* (an earlier result, which it overwrites) no new memory has to be found: that is
-    most of the time for a huge guest.
+    *into*, an earlier result, is overwritten instead of allocating memory, which takes most of the
+    time for a huge guest.
     """
     first, *others = bitmaps
     for other in others:
@@ -192,7 +192,7 @@ def combine(bitmaps: Iterable[PageBitmap], into: PageBitmap | None = None) -> Pa
         if each
     ]
     for a, b in _chunks(merged, CHUNK if native is None else COMPILED_CHUNK):
-        # all bitmaps a chunk at a time: the result is still in the cache when the next one comes
+        # all bitmaps one chunk at a time, so that the result stays in the cache
         _unite(
             result.words[a:b],
             [(start - a, words) for pieces in inputs for start, words in pieces(a, b)],
@@ -204,7 +204,7 @@ def combine(bitmaps: Iterable[PageBitmap], into: PageBitmap | None = None) -> Pa
 def _unite(
     out: NDArray[np.uint64], pieces: list[tuple[int, NDArray[np.uint64]]], *, clear: bool
 ) -> None:
-    """The union of *pieces* (where they start in *out*, and their words) into *out*."""
+    """Write the union of *pieces* (start in *out*, words) to *out*."""
     whole = [words for _, words in pieces if words.size == out.size]
     parts = [(start, words) for start, words in pieces if words.size != out.size]
     if whole and native is not None:
@@ -222,7 +222,7 @@ def _unite(
 
 
 def _result(like: PageBitmap, spans: Spans, into: PageBitmap | None) -> PageBitmap:
-    """Where a result with these *spans* goes; outside of them it is zero already."""
+    """Return an array for a result with these *spans*; all other words are zero."""
     if into is None:
         return PageBitmap(like.layout, spans=lambda: spans)
     like._check(into)
@@ -234,7 +234,7 @@ def _result(like: PageBitmap, spans: Spans, into: PageBitmap | None) -> PageBitm
 
 
 def _chunks(spans: Spans, size: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """*spans* cut into pieces of at most *size* words."""
+    """Yield *spans* split into pieces of at most *size* words."""
     for low, high in spans:
         for at in range(low, high, size):
             yield at, min(at + size, high)
@@ -243,7 +243,7 @@ def _chunks(spans: Spans, size: int = CHUNK) -> Iterator[tuple[int, int]]:
 def _pieces(
     words: NDArray[np.uint64], spans: Spans
 ) -> Callable[[int, int], Iterator[tuple[int, NDArray[np.uint64]]]]:
-    """A function that gives the parts of *words* in [a, b) that *spans* cover, with their start."""
+    """Return a function that yields the parts of *words* in [a, b) inside *spans*, with start."""
     ends = [high for _, high in spans]
 
     def within(a: int, b: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
@@ -267,7 +267,7 @@ def _merge_spans(spans: Iterable[tuple[int, int]]) -> Spans:
 
 
 def _joined(pieces: list[NDArray[np.uint64]]) -> PageRanges:
-    """Ranges of the ascending runs (uint64[k, 2]) of several pieces; runs may touch."""
+    """Return the ranges of ascending runs (uint64[k, 2]) of several pieces; runs may touch."""
     if not pieces:
         return PageRanges()
     runs = np.concatenate(pieces)

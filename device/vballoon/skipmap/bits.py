@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Setting, clearing and counting bits, whole batches of ranges at a time.
+"""Set, clear and count bits for whole batches of ranges.
 
-A bitmap is an array of little-endian 64-bit words; bit *b* of word *w* stands for page ``64 w + b``
+A bitmap is an array of little-endian 64-bit words; bit *b* of word *w* is page ``64 w + b``
 (the layout of Linux' ``KVM_GET_DIRTY_LOG``).  A range is half open, in bits.
 
-Where the time goes, and what is done about it: free blocks of the buddy allocator are naturally
-aligned powers of two, so nearly all ranges that a guest sends are runs of whole words.  Such a run
-is written by one fancy-indexed store into a *window* view, whose items are 2**k words wide and
-start at every word; a run of any length is two overlapping windows.  Only the ragged ends of
-unaligned ranges need a read-modify-write, and a second one for entries that lost against another
-entry of the same word.
+Free blocks of the buddy allocator are naturally aligned powers of two, so nearly all ranges that a
+guest sends are runs of whole words.  One fancy-indexed store writes such a run to a *window* view,
+whose items are 2**k words wide and start at every word; two overlapping windows cover a run of any
+length.  Only the partial words of unaligned ranges need a read-modify-write, and a second one if
+several entries change the same word.
 """
 
 from __future__ import annotations
@@ -28,20 +27,22 @@ if TYPE_CHECKING:
 __all__ = ("WORD_BITS", "count", "extents", "fill")
 
 if sys.byteorder != "little":  # pragma: no cover - no supported host is big-endian
-    raise ImportError("the skip bitmap's words are little-endian, this host is not")
+    raise ImportError(
+        "the skip bitmap's words are little-endian; big-endian hosts are not supported"
+    )
 
 WORD_BITS = 64
 _ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _SIX, _LOW = np.uint64(6), np.uint64(63)
 
 LONG_RUN = 512
-"""Words (32768 pages, 128 MiB of guest) from which a run is filled by a slice of its own: the
-interpreter's 0.2 µs for it are then small beside the 4 KiB written."""
+"""Number of words (32768 pages, 128 MiB of guest) from which a run is filled by its own slice: the
+0.2 µs of the interpreter are then small compared with writing 4 KiB."""
 COUNT_CHUNK = 1 << 15
-"""Words counted at a time, so that the intermediate counts stay in the cache."""
+"""Number of words counted at a time, so that the intermediate counts stay in the cache."""
 SCAN_CHUNK = 1 << 15
-"""Words scanned for extents at a time: bounds the temporaries (16 MiB where every bit is an edge)
-and keeps those of the usual bitmap in the cache."""
+"""Number of words scanned for extents at a time.  It bounds the temporaries (16 MiB if every bit is
+an edge) and keeps those of a typical bitmap in the cache."""
 
 
 def fill(
@@ -56,7 +57,7 @@ def fill(
         return
     size = end - start
     if float(size.sum(dtype=np.float64)) > words.size * WORD_BITS:
-        start, end = coalesce(start, end)  # bounds the work by the map, whatever was sent
+        start, end = coalesce(start, end)  # bounds the work by the size of the map
     ragged = int(np.bitwise_or.reduce(start | end)) & 63
     if not ragged:
         _fill_words(words, start >> _SIX, end >> _SIX, value)
@@ -111,7 +112,7 @@ def _fill_windows(
 def _fill_ends(
     words: NDArray[np.uint64], start: NDArray[np.uint64], end: NDArray[np.uint64], value: bool
 ) -> None:
-    """Fill the bits that ranges have in words which they do not cover wholly."""
+    """Fill the bits of ranges in words that they cover only partly."""
     head_word, tail_word = start >> _SIX, (end - np.uint64(1)) >> _SIX
     head = _ONES << (start & _LOW)
     tail = _ONES >> (_LOW - ((end - np.uint64(1)) & _LOW))
@@ -131,8 +132,8 @@ def _apply(
 ) -> None:
     """OR *mask* into (or clear it from) the words named, which may repeat.
 
-    Of several entries for one word only the last store counts.  That is one pass for the usual
-    batch; entries that find their bits missing afterwards are combined word by word, once.
+    If several entries name one word, only the last store takes effect.  Entries whose bits are
+    missing afterwards are then combined word by word; a typical batch needs one pass.
     """
     index = word.view(np.intp)
     _read_modify_write(words, index, mask, value)
@@ -156,7 +157,7 @@ def _read_modify_write(
 
 
 def count(words: NDArray[np.uint64]) -> int:
-    """How many bits are set."""
+    """Return the number of bits set."""
     if native is not None:
         return native.count(np.ascontiguousarray(words))
     whole = words.size - words.size % COUNT_CHUNK
@@ -165,15 +166,15 @@ def count(words: NDArray[np.uint64]) -> int:
     lanes = ones.reshape(64, -1)
     for at in range(0, whole, COUNT_CHUNK):
         np.bitwise_count(words[at : at + COUNT_CHUNK], out=ones)
-        # 64 words of at most 64 bits each fit a 16-bit lane, and adding lanes is vectorised
+        # the sum of 64 words of at most 64 bits fits a 16-bit lane, and adding lanes is vectorised
         total += int(np.add.reduce(lanes, axis=0, dtype=np.uint16).sum())
     return total + int(np.bitwise_count(words[whole:]).sum())
 
 
 def extents(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The runs of set bits, shape (k, 2), half open, in bits, ascending.
+    """Return the runs of set bits, shape (k, 2), half open, in bits, ascending.
 
-    Memory: 16 bytes for each run, and temporaries bounded by :data:`SCAN_CHUNK`.
+    This uses 16 bytes for each run, and temporaries bounded by :data:`SCAN_CHUNK`.
     """
     edges: list[NDArray[np.uint64]] = []
     carry = np.uint64(0)
@@ -192,7 +193,7 @@ def extents(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _bit_numbers(words: NDArray[np.uint64], first_word: int) -> NDArray[np.uint64]:
-    """The numbers of all set bits, ascending; word 0 of *words* is word *first_word*."""
+    """Return the numbers of all set bits, ascending; word 0 of *words* is *first_word*."""
     busy = np.flatnonzero(words)
     bits = np.unpackbits(words[busy].view(np.uint8), bitorder="little")
     position = np.flatnonzero(bits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bitmap seen from afar: guest memory cut into cells, and how full each cell is."""
+"""A downsampled bitmap: guest memory split into cells, and the fill of each cell."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 __all__ = ("FULL", "cell_pages", "fill_of_cells")
 
 FULL = 255
-"""The fill of a cell whose pages are all set; a cell with any page set has at least 1."""
+"""Fill of a cell whose pages are all set; a cell with any page set has at least 1."""
 SMALLEST_CELL = 8
-"""Pages: a byte of bitmap."""
+"""Minimum pages of a cell: one byte of the bitmap."""
 
 
 def cell_pages(layout: BitmapLayout, cells: int) -> int:
-    """The smallest power of two pages for which guest memory takes at most *cells* cells.
+    """Return the smallest power of two pages for which guest memory has at most *cells* cells.
 
-    Each region has cells of its own, so a few more are needed where regions are tiny.
+    A cell belongs to one region, so tiny regions need a few more cells.
     """
     size = SMALLEST_CELL
     while sum(-(-r.pages // size) for r in layout.regions) > max(cells, len(layout.regions)):
@@ -33,7 +33,7 @@ def cell_pages(layout: BitmapLayout, cells: int) -> int:
 
 
 def fill_of_cells(bitmap: PageBitmap, index: int, pages: int) -> NDArray[np.uint8]:
-    """How full each cell of *pages* pages of region *index* is, 0 to :data:`FULL`."""
+    """Return the fill of each cell of *pages* pages of region *index*, 0 to :data:`FULL`."""
     region, words = bitmap.layout.regions[index], bitmap.region(index)
     cells = -(-region.pages // pages)
     per_byte = np.zeros(cells * pages // 8, dtype=np.uint8)

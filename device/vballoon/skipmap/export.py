@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The skip bitmap leaves the house: writing and reading an export directory.
+"""Write and read skip-bitmap exports.
 
-The format is ``vballoon_spec/skipmap/README.md``.  A directory appears whole or not at all.  The
-reader checks everything that the format lets it check, and does not hand out bits that the safety
-rule forbids unless it is told to.
+The format is in ``vballoon_spec/skipmap/README.md``.  A directory is created complete or not at
+all.  The reader checks everything that the format allows to check, and returns no bits that the safety
+rule forbids unless the caller accepts them.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
 __all__ = ("FrozenExport", "SkipExport", "read_bitmap", "write_export")
 
 WRITE_WORDS = 1 << 17
-"""Words written and hashed at a time (1 MiB); all-zero pieces are left as holes of the file."""
+"""Number of words written and hashed at a time (1 MiB); all-zero pieces become holes."""
 MANIFEST_MAX = 64 << 20
-"""Bytes of a manifest that are read: enough for 100,000 regions, too little to fill memory."""
+"""Maximum bytes of a manifest: enough for 100,000 regions, and a bound for the memory used."""
 
 
 class FrozenExport:
-    """The bits and rounds of *skipmap* at this moment, to be written later or elsewhere.
+    """A copy of the bits and rounds of *skipmap* at this moment, to be written later.
 
-    Taking it costs memory for the parts of the bitmaps that are in use; :meth:`write` may then run
-    in another thread while the device goes on.
+    It uses memory for the parts of the bitmaps that are in use.  :meth:`write` may run in another
+    thread while the device continues.
     """
 
     def __init__(self, skipmap: SkipMap) -> None:
@@ -64,10 +64,10 @@ class FrozenExport:
         self._bitmaps = {p: skipmap.valid_now(p) for p in Provenance}
 
     def write(self, directory: str | os.PathLike[str]) -> Manifest:
-        """Write a new *directory*, whole or not at all.
+        """Write a new *directory*, complete or not at all.
 
-        Raises :class:`~vballoon.errors.UsageError` where the directory exists and is not empty, or
-        cannot be written; nothing is left behind then.
+        Raise :class:`~vballoon.errors.UsageError` if the directory exists and is not empty, or
+        cannot be written; no files remain then.
         """
         target = Path(os.path.abspath(directory))
         try:
@@ -113,12 +113,12 @@ class FrozenExport:
 
 
 def write_export(skipmap: SkipMap, directory: str | os.PathLike[str]) -> Manifest:
-    """Write all bitmaps of *skipmap* as they are now; errors as :meth:`FrozenExport.write`."""
+    """Write all current bitmaps of *skipmap*.  Raise errors like :meth:`FrozenExport.write`."""
     return FrozenExport(skipmap).write(directory)
 
 
 def _write_bitmap(path: Path, bitmap: PageBitmap, index: int) -> BitmapFile:
-    """Write region *index*; what has no bits is neither read nor written."""
+    """Write region *index*; parts without bits are neither read nor written."""
     region = bitmap.layout.regions[index]
     words = bitmap.region(index)
     spans = [(a - region.first_word, b - region.first_word) for a, b in bitmap.spans()]
@@ -171,8 +171,8 @@ def _boot_id() -> str:
 class SkipExport:
     """An export directory, read and checked.
 
-    *accept_incomplete* hands out the bits of a round that did not end complete, *accept_void*
-    those of a void one; by default both raise :class:`~vballoon.errors.UsageError`, as does a
+    *accept_incomplete* allows the bits of a round that did not end complete, *accept_void* those
+    of a void one; by default both raise :class:`~vballoon.errors.UsageError`, as does a
     hinted or walked bitmap that belongs to no round.
     """
 
@@ -191,21 +191,21 @@ class SkipExport:
 
     @property
     def provenances(self) -> tuple[Provenance, ...]:
-        """The bitmaps that are there for every region."""
+        """The provenances that have a bitmap for every region."""
         regions = self.manifest.regions
         return tuple(
             p for p in Provenance if regions and all(p.value in r.bitmaps for r in regions)
         )
 
     def round_of(self, provenance: Provenance) -> ManifestRound | None:
-        """The round that *provenance*'s bits come from, if they come from one."""
+        """Return the round of *provenance*'s bits, or None."""
         for round_ in self.manifest.rounds:
             if RoundKind(round_.kind).provenance is provenance:
                 return round_
         return None
 
     def objection(self, provenance: Provenance) -> str | None:
-        """Why the bits of *provenance* must not be used, or None."""
+        """Return why the bits of *provenance* must not be used, or None."""
         if provenance not in (Provenance.HINTED, Provenance.WALKED):
             return None
         round_ = self.round_of(provenance)
@@ -218,14 +218,14 @@ class SkipExport:
         return None
 
     def bitmap(self, provenance: Provenance) -> PageBitmap:
-        """The checked bits of *provenance*; raises :class:`~vballoon.errors.UsageError`."""
+        """Return the checked bits of *provenance*.  Raise :class:`~vballoon.errors.UsageError`."""
         reason = self.objection(provenance)
         if reason is not None:
             raise UsageError(f"{self.directory}: {reason}")
         return self.raw_bitmap(provenance)
 
     def raw_bitmap(self, provenance: Provenance) -> PageBitmap:
-        """The same without the verdict on the round: for looking, not for skipping."""
+        """Return the bits without the check of the round: for display, not for skipping."""
         try:
             result = PageBitmap(self.layout)
         except MemoryError:
@@ -240,10 +240,10 @@ class SkipExport:
         return result
 
     def skippable(self, written: PageBitmap | None, *, fills_poison: bool = False) -> PageBitmap:
-        """What a copy may leave out, by the safety rule.
+        """Return the pages that a copy may leave out by the safety rule.
 
         *written*: every page written since before the rounds were published, from the caller's own
-        tracking; None when nothing was tracked, and then no hinted or walked bit counts.
+        tracking; if it is None, no hinted or walked bit is used.
         *fills_poison*: the restore fills left-out pages with the manifest's poison value.
         """
         poisoned = bool(self.manifest.poison) and not fills_poison
@@ -256,7 +256,7 @@ class SkipExport:
         return result if written is None else result.and_not(written)
 
     def verify(self) -> dict[Provenance, int]:
-        """Check every file of the export; pages by provenance.  Raises UsageError."""
+        """Check every file of the export and return pages by provenance.  Raise UsageError."""
         return {p: self.raw_bitmap(p).count() for p in self._named()}
 
     def _named(self) -> Iterable[Provenance]:
@@ -279,7 +279,7 @@ def _read_manifest(directory: Path) -> Manifest:
 
 
 def read_bitmap(path: Path, pages: int, entry: BitmapFile | None = None) -> NDArray[np.uint64]:
-    """The words of a raw bitmap file of *pages* pages, checked against *entry* if given."""
+    """Return the words of a raw bitmap file of *pages* pages, checked against *entry* if given."""
     size = -(-pages // bits.WORD_BITS) * 8
     try:
         if path.stat().st_size != size:
@@ -294,7 +294,7 @@ def read_bitmap(path: Path, pages: int, entry: BitmapFile | None = None) -> NDAr
     if entry is not None and hashlib.sha256(words.data).hexdigest() != entry.sha256:
         raise UsageError(f"{path}: checksum does not match the manifest")
     if pages % bits.WORD_BITS and words[-1] >> np.uint64(pages % bits.WORD_BITS):
-        raise UsageError(f"{path}: bits are set behind the last page")
+        raise UsageError(f"{path}: bits are set after the last page")
     if entry is not None and bits.count(words) != entry.pages:
         raise UsageError(f"{path}: not the {entry.pages} pages that the manifest names")
     return words

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bit of a guest page lies: guest memory's regions laid out in one run of words.
+"""The layout of the bitmap: the regions of guest memory in one array of words.
 
-Every region's bitmap begins with the bit of its first page.  Regions are placed so that a region
-whose first page number is a multiple of 64 keeps its alignment: a naturally aligned free block is
-then a naturally aligned run of words, whatever region it is in.
+The bitmap of a region begins with the bit of its first page.  A region whose first page number is a
+multiple of 64 keeps its alignment.  So a naturally aligned free block is a naturally aligned run of
+words in every region.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 __all__ = ("BitmapLayout", "RegionBits", "RegionLike")
 
 ALIGN_WORDS = 512
-"""Bitmaps keep their alignment modulo one page of words (128 MiB of guest memory)."""
+"""Alignment of bitmaps in words: one page of words, or 128 MiB of guest memory."""
 
 
 class RegionLike(Protocol):
-    """What the layout needs of a memory region."""
+    """The attributes of a memory region that the layout needs."""
 
     @property
     def guest_phys_addr(self) -> int:
-        """First byte, guest-physical."""
+        """Guest-physical address of the first byte."""
 
     @property
     def size(self) -> int:
@@ -40,12 +40,12 @@ class RegionLike(Protocol):
 
     @property
     def file_offset(self) -> int:
-        """Where the region starts in its backing file, bytes."""
+        """Offset in bytes of the region in its backing file."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegionBits:
-    """One region of guest memory, and where its bits are."""
+    """One region of guest memory and the place of its bits."""
 
     guest_phys_addr: int
     size: int
@@ -54,12 +54,12 @@ class RegionBits:
 
     @property
     def pages(self) -> int:
-        """Whole pages; a partial one at the end has no bit, so it is never skipped."""
+        """Number of whole pages; a partial page at the end has no bit and is never skipped."""
         return self.size >> PAGE_SHIFT
 
     @property
     def words(self) -> int:
-        """64-bit words of this region's bitmap."""
+        """Number of 64-bit words of this region's bitmap."""
         return -(-self.pages // WORD_BITS)
 
     @property
@@ -69,7 +69,7 @@ class RegionBits:
 
 
 class Placed(NamedTuple):
-    """Ranges of bits, and how many of the ranges asked for were not wholly in guest memory."""
+    """Ranges of bits, and the number of requested ranges not entirely in guest memory."""
 
     start: NDArray[np.uint64]
     end: NDArray[np.uint64]
@@ -77,7 +77,7 @@ class Placed(NamedTuple):
 
 
 class BitmapLayout:
-    """Regions → bits.  Immutable; equal when the regions are the same."""
+    """The map from regions to bits.  It is immutable; layouts of equal regions are equal."""
 
     def __init__(self, regions: Iterable[RegionLike]) -> None:
         placed: list[RegionBits] = []
@@ -88,11 +88,11 @@ class BitmapLayout:
             at += placed[-1].words
         self.regions = tuple(placed)
         self.words = -(-at // ALIGN_WORDS) * ALIGN_WORDS
-        """Words of one whole bitmap, a multiple of a page of them."""
+        """Number of words of a bitmap, a multiple of a page."""
         self.pages = sum(r.pages for r in placed)
         self._first = np.array([r.first_pfn for r in placed], dtype=np.uint64)
         bit = np.array([r.first_word * WORD_BITS for r in placed], dtype=np.uint64)
-        # entry i + 1 is region i's, entry 0 that of pages before all memory
+        # entry i + 1 belongs to region i, entry 0 to pages before all memory
         self._end = np.array([0, *(r.first_pfn + r.pages for r in placed)], dtype=np.uint64)
         self._shift = np.append(np.uint64(0), bit - self._first)  # modulo 2**64, as sums with it
         self._spans = _spans(placed)
@@ -106,7 +106,7 @@ class BitmapLayout:
         return hash(self.regions)
 
     def place(self, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> Placed:
-        """Bits of the pages ``start <= pfn < end`` (uint64[n]); what is not memory is cut off."""
+        """Return the bits of the pages ``start <= pfn < end`` (uint64[n]), clipped to memory."""
         which = np.searchsorted(self._first, start, side="right")
         if ((start < end) & (end <= self._end.take(which))).all():
             shift = self._shift.take(which)
@@ -132,25 +132,25 @@ class BitmapLayout:
         )
 
     def holds(self, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which ranges ``start <= pfn < end`` (start < end) are wholly guest memory (bool[n])."""
+        """Return which ranges ``start <= pfn < end`` are entirely guest memory (bool[n])."""
         inside = np.zeros(start.shape, np.bool_)
         for first, last in self._spans:
             inside |= (start >= first) & (end <= last)
         return inside
 
     def of_region(self, words: NDArray[np.uint64], index: int) -> NDArray[np.uint64]:
-        """The words of region *index* in a whole bitmap *words* (a view)."""
+        """Return a view of the words of region *index* in a whole bitmap *words*."""
         region = self.regions[index]
         return words[region.first_word : region.first_word + region.words]
 
     def pfns(self, runs: NDArray[np.uint64], index: int) -> NDArray[np.uint64]:
-        """Page numbers of *runs* of bits that count from region *index*'s first page."""
+        """Return the page numbers of *runs* of bits, counted from region *index*'s first page."""
         first: np.uint64 = self._first[index]
         return runs + first
 
 
 def _spans(regions: list[RegionBits]) -> list[tuple[np.uint64, np.uint64]]:
-    """First and end page number of each run of regions without a gap."""
+    """Return the first and end page number of each run of adjacent regions."""
     spans: list[tuple[int, int]] = []
     for region in regions:
         first, end = region.first_pfn, region.first_pfn + region.pages

@@ -26,13 +26,13 @@ _SECTIONS = tuple(Provenance)
 
 
 class SkipMap:
-    """Which pages of *memory* may be left out, and who said so.
+    """The pages of *memory* that may be left out, by provenance.
 
     Pages are of 4 KiB; page numbers are guest-physical addresses shifted right by 12.  The bits
-    are in one memory descriptor (:meth:`open_fd`), 1 bit for each page and provenance, and take
-    memory only where one was set.
+    are in one memfd (:meth:`open_fd`), 1 bit for each page and provenance, and use memory only
+    where a bit was set.
 
-    *discards*: inflated and reported pages are freed, so that a page in use again shows as data.
+    *discards*: inflated and reported pages are discarded, so that a page in use again has data.
     """
 
     def __init__(self, memory: GuestMemory, *, discards: bool = True) -> None:
@@ -47,7 +47,7 @@ class SkipMap:
         self.poison: int | None = None
         """The value that the guest expects in free pages (PAGE_POISON), None if not negotiated."""
         self.dropped = 0
-        """Ranges, since the map was made, that were not wholly guest memory."""
+        """Number of ranges since the creation of the map that were not entirely guest memory."""
         self._store = BitmapStore(len(_SECTIONS), self.layout.words)
         self._bitmaps = {
             p: PageBitmap(self.layout, self._store.section(i), partial(self._store.spans, i))
@@ -56,18 +56,18 @@ class SkipMap:
         self.set_driver_running(False)
 
     def bitmap(self, provenance: Provenance) -> PageBitmap:
-        """The live bitmap of *provenance*; :meth:`PageBitmap.copy` it to keep it."""
+        """Return the live bitmap of *provenance*; use :meth:`PageBitmap.copy` to keep it."""
         return self._bitmaps[provenance]
 
     def set_ranges(self, provenance: Provenance, pages: PageRanges) -> int:
         """Set the bits of *pages*.
 
-        Return how many ranges were not wholly guest memory: those are cut, never an error.
+        Return the number of ranges not entirely in guest memory; they are clipped.
         """
         return self._dropped(self._bitmaps[provenance].set_ranges(pages))
 
     def clear_ranges(self, provenance: Provenance, pages: PageRanges) -> int:
-        """Clear the bits of *pages*; otherwise as :meth:`set_ranges`."""
+        """Clear the bits of *pages*; the result is as of :meth:`set_ranges`."""
         return self._dropped(self._bitmaps[provenance].clear_ranges(pages))
 
     def set_bytes(
@@ -75,7 +75,7 @@ class SkipMap:
     ) -> tuple[int, int]:
         """Set the bits of the whole pages in each ``[addr, addr + length)`` (bytes).
 
-        Returns pages, and how many of the ranges did not begin and end on a page border.
+        Return the number of pages, and of ranges not aligned to pages.
         """
         pages, odd, clipped = self._bitmaps[provenance].set_bytes(addr, length)
         self._dropped(clipped)
@@ -84,10 +84,10 @@ class SkipMap:
     def set_records(
         self, provenance: Provenance, records: NDArray[Any], least: int
     ) -> tuple[int, int]:
-        """Set the bits of ``WalkRange`` records that are wholly guest memory.
+        """Set the bits of ``WalkRange`` records that are entirely guest memory.
 
-        Returns their pages, and how many records were left out: those outside, and those that are
-        not made of aligned blocks of *least* pages (a power of two).
+        Return their pages and the number of ignored records: those outside guest memory, and those
+        that do not consist of aligned blocks of *least* pages (a power of two).
         """
         return self._bitmaps[provenance].set_records(records, least)
 
@@ -99,10 +99,10 @@ class SkipMap:
         counts: NDArray[np.int64],
         least: int,
     ) -> tuple[int, int, int]:
-        """The same of records in *memory*, *counts* at each *addr*, in one pass where possible.
+        """Set the bits of *counts* records at each *addr* of *memory*, in one pass if possible.
 
-        Returns how many of the buffers were done, from the first on, their pages, and records left
-        out; those that were not done are to be copied and given to :meth:`set_records`.
+        Return the number of leading buffers that were handled, their pages, and the number of
+        ignored records.  The caller must copy the other buffers and call :meth:`set_records`.
         """
         return self._bitmaps[provenance].set_guest_records(memory, addr, counts, least)
 
@@ -111,11 +111,11 @@ class SkipMap:
         return clipped
 
     def clear(self, provenance: Provenance) -> None:
-        """Clear all bits of *provenance* and give back their memory."""
+        """Clear all bits of *provenance* and free their memory."""
         self._store.erase(_SECTIONS.index(provenance))
 
     def count(self, provenance: Provenance) -> int:
-        """Pages whose bit is set."""
+        """Return the number of pages whose bit is set."""
         return self._bitmaps[provenance].count()
 
     def extents(self, provenance: Provenance) -> PageRanges:
@@ -123,9 +123,9 @@ class SkipMap:
         return self._bitmaps[provenance].extents()
 
     def combined(self, *provenances: Provenance, into: PageBitmap | None = None) -> PageBitmap:
-        """The union of *provenances* (default: all) as an independent copy, reported as set.
+        """Return the union of *provenances* (default: all) as a copy, with reported bits as set.
 
-        *into* is an earlier result whose memory may be used again.
+        *into* is an earlier result whose memory may be reused.
         """
         return combine((self._bitmaps[p] for p in provenances or _SECTIONS), into)
 
@@ -151,7 +151,7 @@ class SkipMap:
         return self._bitmaps[provenance].copy()
 
     def _holes(self, provenance: Provenance) -> PageBitmap:
-        """The pages of *provenance* that are holes: one touched after its discard is data."""
+        """Return the pages of *provenance* that are holes: a page touched since its discard is data."""
         result = self._bitmaps[provenance].copy()
         for region in self.memory.regions if result.spans() else ():
             result.clear_ranges(data_pages(region))
@@ -160,7 +160,7 @@ class SkipMap:
     # rounds
 
     def begin_round(self, round_: Round) -> None:
-        """*round_* begins: its kind's bits start empty.  Call before its id is published."""
+        """Begin *round_* with its bits empty.  Call this before its id is published."""
         former = self.rounds.get(round_.kind)
         if former is not None:
             former.void("superseded by a newer round")
@@ -170,7 +170,7 @@ class SkipMap:
         self._note(round_)
 
     def void(self, reason: VoidReason) -> None:
-        """*reason* happened: end the rounds and clear the bits that do not survive it."""
+        """End the rounds and clear the bits that do not survive *reason*."""
         for round_ in self.rounds.values():
             round_.void(reason)
         for provenance in VOIDS[reason]:
@@ -178,7 +178,9 @@ class SkipMap:
         self._store.note(generation=self._store.header().generation + 1)
 
     def _round_changed(self, round_: Round) -> None:
-        self._note(round_)  # first the state, then the bits: a reader must not take an empty map
+        self._note(
+            round_
+        )  # first the state, then the bits: a reader must not use a half-cleared map
         if round_.void_reason is not None:
             self.clear(round_.kind.provenance)
             self._store.note(generation=self._store.header().generation + 1)
@@ -196,7 +198,7 @@ class SkipMap:
     # life
 
     def rebuilt(self, memory: GuestMemory) -> SkipMap:
-        """The map for another memory table of the same guest; this one is void afterwards.
+        """Return the map for a new memory table of the same guest; this map is void afterwards.
 
         Ballooned and reported bits of regions that are the same in both tables are kept; rounds
         are void.
@@ -216,11 +218,11 @@ class SkipMap:
         return successor
 
     def open_fd(self) -> int:
-        """A new read-only descriptor of the live bits; the caller closes it."""
+        """Return a new read-only descriptor of the live bits, which the caller closes."""
         return self._store.open_fd()
 
     def descriptor_layout(self) -> dict[str, Any]:
-        """Where each bitmap is in the descriptor of :meth:`open_fd`; all numbers are bytes."""
+        """Return the offset of each bitmap in the descriptor of :meth:`open_fd`, in bytes."""
         return {
             "size": self._store.size,
             "page-size": PAGE_SIZE,
@@ -239,7 +241,7 @@ class SkipMap:
         }
 
     def close(self) -> None:
-        """Void everything, also for those who hold the descriptor; give the memory back."""
+        """Void everything, also for holders of the descriptor, and free the memory."""
         for round_ in self.rounds.values():
             round_.changed = None
         self._store.close()
@@ -255,7 +257,7 @@ def _address(region: MemoryRegion) -> int:
 
 
 def _identity(region: MemoryRegion) -> tuple[int, ...] | None:
-    """What is the same when a region of two memory tables is the same memory."""
+    """Return values that are equal if a region of two memory tables is the same memory."""
     if region.fd is None:
         return None
     file = os.fstat(region.fd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of page ranges as a guest sends them, checked."""
+"""Checks of the page range records that a guest sends."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 __all__ = ("checked_ranges",)
 
 _PFN_LIMIT = np.uint64(1 << (64 - PAGE_SHIFT - 1))
-"""Page numbers and counts from here on cannot be guest memory, and their sum could wrap."""
+"""Lowest page number or count that cannot be guest memory; sums of larger ones could wrap."""
 
 
 def checked_ranges(
     layout: BitmapLayout, records: NDArray[Any], least: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int]:
-    """Ranges of *records* (``WalkRange``) that lie in guest memory: start, end, how many do not.
+    """Return start and end of *records* (``WalkRange``) in guest memory, and the number of others.
 
-    *least* is the smallest block that was asked for, a power of two; a range that is not made of
-    such blocks, each at a multiple of its size, breaks the order rule.
+    *least* is the size of the smallest requested block in pages, a power of two.  A range that does
+    not consist of such blocks, each aligned to its size, breaks the order rule.
     """
     pfn, num = records["pfn"], records["num"]
     fits = (num > 0) & (num < _PFN_LIMIT) & (pfn < _PFN_LIMIT)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Provenance of bits, rounds, and what makes bits void.
 
-A set bit is the promise "this page may be left out".  Who made the promise decides how long it
-holds:
+A set bit is the promise "this page may be left out".  Its provenance decides how long it is valid:
 
 ==========  =====================================================================================
 ballooned   while the page is a hole of the backing file; without discarding, while the driver that
@@ -13,7 +12,7 @@ hinted      only together with writes tracked since before the round's command i
 walked      as hinted
 ==========  =====================================================================================
 
-:data:`VOIDS` is the other half: what happens to a device, and whose bits do not survive it.
+:data:`VOIDS` lists the events that void bits, with the provenances that do not survive each.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ("VOIDS", "Instant", "Provenance", "Round", "RoundKind", "VoidReason")
 
 
 class Provenance(StrEnum):
-    """Who said that a page may be left out."""
+    """The source of the information that a page may be left out."""
 
     BALLOONED = "ballooned"
     REPORTED = "reported"
@@ -41,37 +40,37 @@ class Provenance(StrEnum):
 
 
 class RoundKind(StrEnum):
-    """What a round collects."""
+    """The kind of a round."""
 
     HINT = "hint"
     WALK = "walk"
 
     @property
     def provenance(self) -> Provenance:
-        """Where the round's bits go."""
+        """The provenance of the round's bits."""
         return Provenance.HINTED if self is RoundKind.HINT else Provenance.WALKED
 
 
 class VoidReason(StrEnum):
-    """What ends rounds and voids bits."""
+    """The events that end rounds and void bits."""
 
     RESET = "the device was reset"
     REBOOT = "the guest was rebooted"
     MEMORY_CHANGED = "the memory table changed"
-    BACKEND_RESTARTED = "the backend was restarted"
+    BACKEND_RESTARTED = "the back-end was restarted"
     FRONTEND_LOST = "the front-end's connection was lost"
 
 
 _HEARSAY = frozenset({Provenance.HINTED, Provenance.WALKED})
 
 VOIDS: dict[VoidReason, frozenset[Provenance]] = {
-    # A new driver starts with an empty balloon: the pages are the guest's again.  Reported pages
+    # A new driver starts with an empty balloon, so inflated pages are in use again.  Reported pages
     # stay what they are, holes, until they are touched.
     VoidReason.RESET: _HEARSAY | {Provenance.BALLOONED},
     VoidReason.REBOOT: _HEARSAY | {Provenance.BALLOONED},
-    # The same guest goes on; SkipMap.rebuilt keeps what regions that stay had in the balloon.
+    # The same guest continues; SkipMap.rebuilt keeps the ballooned pages of regions that stay.
     VoidReason.MEMORY_CHANGED: _HEARSAY,
-    # Nobody can tell what happened meanwhile, nor whether it is the same guest.
+    # It is unknown what happened meanwhile, and whether it is the same guest.
     VoidReason.BACKEND_RESTARTED: frozenset(Provenance),
     VoidReason.FRONTEND_LOST: frozenset(Provenance),
 }
@@ -79,14 +78,14 @@ VOIDS: dict[VoidReason, frozenset[Provenance]] = {
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A moment on two clocks, in nanoseconds: CLOCK_MONOTONIC of this host, and UNIX time."""
+    """A time on two clocks in nanoseconds: CLOCK_MONOTONIC of this host, and UNIX time."""
 
     monotonic_ns: int
     wall_ns: int
 
     @classmethod
     def now(cls) -> Instant:
-        """This moment."""
+        """Return the current time."""
         return cls(time.monotonic_ns(), time.time_ns())
 
 
@@ -95,8 +94,8 @@ class Round:
     """One hinting round or one walk.
 
     Make it *before* its id is published: ``published`` is the moment from which writes must have
-    been tracked.  ``complete`` means that the guest told the end of the round and that nothing it
-    sent had to be thrown away.
+    been tracked.  ``complete`` means that the guest sent the end of the round and that none of its
+    records was ignored.
     """
 
     id: int
@@ -108,16 +107,16 @@ class Round:
     complete: bool = False
     void_reason: str | None = None
     spoilt: str | None = None
-    """Why the round cannot be complete any more."""
+    """The reason why the round can no longer be complete."""
     records: int = 0
     pages: int = 0
-    """Pages of all records; one that was sent twice counts twice."""
+    """Number of pages of all records; a page that was sent twice counts twice."""
     bad_records: int = 0
     changed: Callable[[Round], None] | None = field(default=None, repr=False)
-    """Called whenever :attr:`state` may be another one."""
+    """Called whenever :attr:`state` may have changed."""
 
     def record(self, records: int, pages: int, bad: int = 0) -> None:
-        """Account for a batch of *records* with *pages* pages; *bad* ones were thrown away."""
+        """Count a batch of *records* with *pages* pages, and *bad* ignored records."""
         self.last_record = Instant.now()
         if self.first_record is None:
             self.first_record = self.last_record
@@ -128,19 +127,19 @@ class Round:
             self.spoil("bad records")
 
     def spoil(self, why: str) -> None:
-        """The round goes on, but can no longer end complete."""
+        """Record why the round can no longer end complete; it continues."""
         if self.spoilt is None:
             self.spoilt = why
 
     def end(self, *, complete: bool = True) -> None:
-        """The round is over; *complete* when the guest said that this was all."""
+        """End the round; *complete* says whether the guest has sent all records."""
         if self.ended is None:
             self.ended = Instant.now()
             self.complete = complete and self.spoilt is None
             self._tell()
 
     def void(self, reason: str) -> None:
-        """The round and its bits are worth nothing any more; the first reason is kept."""
+        """Void the round and its bits; the first reason is kept."""
         if self.void_reason is None:
             self.void_reason = str(reason)
             self.ended = self.ended or Instant.now()
@@ -148,7 +147,7 @@ class Round:
 
     @property
     def state(self) -> LiveRoundState:
-        """Where the round stands."""
+        """The state of the round."""
         if self.void_reason is not None:
             return LiveRoundState.VOID
         if self.ended is None:
@@ -156,7 +155,7 @@ class Round:
         return LiveRoundState.COMPLETE if self.complete else LiveRoundState.INCOMPLETE
 
     def as_dict(self) -> dict[str, Any]:
-        """The round as ``query-round`` shows it; times in nanoseconds."""
+        """Return the round in the form of ``query-round``, with times in nanoseconds."""
         times = {
             name: None if at is None else {"monotonic-ns": at.monotonic_ns, "wall-ns": at.wall_ns}
             for name, at in (

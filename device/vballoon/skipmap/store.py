@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that holds the bitmaps: one sealed memfd, so that its descriptor can be handed out.
+"""The memory of the bitmaps: one sealed memfd, so that its descriptor can be handed out.
 
-Page 0 is the live header (``vballoon_spec.skipmap.live``), then one bitmap after the other, each
-a whole number of pages.  Nothing is touched until a bit is set: the bitmaps of a guest of 16 TiB
-take no memory before its first balloon page.
+Page 0 is the live header (``vballoon_spec.skipmap.live``).  The bitmaps follow, each a whole number
+of pages.  No page is touched before a bit is set, so the bitmaps of an idle 16 TiB guest use no
+memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADER_BYTES = 4096
 class BitmapStore:
     """*sections* bitmaps of *words* words each (a multiple of 512), all zero.
 
-    Raises :class:`~vballoon.errors.ProtocolError` ``memory-too-large`` where this host cannot map
+    Raise :class:`~vballoon.errors.ProtocolError` ``memory-too-large`` if this host cannot map
     that much.
     """
 
@@ -63,17 +63,17 @@ class BitmapStore:
             self._header[name] = value
 
     def section(self, index: int) -> NDArray[np.uint64]:
-        """The words of bitmap *index*; valid until :meth:`close` at least."""
+        """Return the words of bitmap *index*, valid at least until :meth:`close`."""
         return np.frombuffer(
             self._map, dtype="<u8", count=self.section_bytes // 8, offset=self.offset(index)
         )
 
     def offset(self, index: int) -> int:
-        """Where bitmap *index* starts in the descriptor, bytes."""
+        """Return the offset in bytes of bitmap *index* in the descriptor."""
         return HEADER_BYTES + index * self.section_bytes
 
     def spans(self, index: int) -> list[tuple[int, int]]:
-        """Runs of words of bitmap *index* that have memory; all others are zero."""
+        """Return the runs of words of bitmap *index* that have memory; all others are zero."""
         if self._fd < 0:
             return []
         start, end = self.offset(index), self.offset(index) + self.section_bytes
@@ -84,7 +84,7 @@ class BitmapStore:
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise
-                break  # no data behind this
+                break  # no data after this offset
             if low >= end:
                 break
             at = min(os.lseek(self._fd, low, os.SEEK_HOLE), end)
@@ -92,7 +92,7 @@ class BitmapStore:
         return found
 
     def erase(self, index: int) -> None:
-        """All bits of bitmap *index* are zero, and its memory is given back."""
+        """Set all bits of bitmap *index* to zero and free its memory."""
         if self.section_bytes:
             self._map.madvise(mmap.MADV_REMOVE, self.offset(index), self.section_bytes)
 
@@ -102,17 +102,17 @@ class BitmapStore:
             self._header[name] = value
 
     def header(self) -> LiveHeader:
-        """The live header as it is now."""
+        """Return the current live header."""
         return LiveHeader.parse(self._header.tobytes())
 
     def open_fd(self) -> int:
-        """A new read-only descriptor of the whole; the caller closes it."""
+        """Return a new read-only descriptor of the whole memfd, which the caller closes."""
         if self._fd < 0:
             raise UsageError("the skip bitmap is closed: no guest memory is attached")
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Void and give back everything; holders of a descriptor see empty, dead bitmaps."""
+        """Void and free everything; holders of a descriptor see empty bitmaps that are not live."""
         if self._fd < 0:
             return
         self.note(live=0, generation=int(self._header["generation"][0]) + 1)
