@@ -2,8 +2,8 @@
 """Write and read skip-bitmap exports.
 
 The format is in ``vballoon_spec/skipmap/README.md``.  A directory is created complete or not at
-all.  The reader checks everything that the format allows to check, and returns no bits that the safety
-rule forbids unless the caller accepts them.
+all.  The reader checks everything that the format allows to check, and returns no bits that the
+safety rule forbids unless the caller accepts them.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class SkipMap:
         return self._bitmaps[provenance].copy()
 
     def _holes(self, provenance: Provenance) -> PageBitmap:
-        """Return the pages of *provenance* that are holes: a page touched since its discard is data."""
+        """Return the pages of *provenance* that are holes; a page touched again is data."""
         result = self._bitmaps[provenance].copy()
         for region in self.memory.regions if result.spans() else ():
             result.clear_ranges(data_pages(region))
