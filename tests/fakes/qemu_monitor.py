@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import socket
 import threading
@@ -39,8 +41,9 @@ class FakeQemu:
     ``log``: the commands received; ``lets_go``: whether the guest releases an unplugged device.
     """
 
-    def __init__(self, path: Path, size: int, host: int) -> None:
-        self.size, self.host = size, host
+    def __init__(self, path: Path, size: int) -> None:
+        self.size, self.host = size, 0
+        self._mapping: mmap.mmap | None = None
         self.status = "running"
         self.device: dict[str, Any] | None = dict(BALLOON)
         self.chardevs = {"c0": "/run/balloon.sock"}
@@ -80,6 +83,16 @@ class FakeQemu:
         self._listener.close()
         for fd in [*self._fds.values(), *self._received]:
             os.close(fd)
+        if self._mapping is not None:
+            self._mapping.close()
+
+    def map_memory(self, fd: int) -> int:
+        """Map *fd* as the guest's memory, as QEMU does. Return the address."""
+        if self._mapping is not None:
+            self._mapping.close()
+        self._mapping = mmap.mmap(fd, self.size)
+        self.host = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        return self.host
 
     @property
     def whole(self) -> bool:

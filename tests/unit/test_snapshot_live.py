@@ -27,7 +27,6 @@ from vballoon.snapshot.tracker import PRESENT, SOFT_DIRTY, marked, objections
 
 PAGE = 4096
 PAGES = 64
-HOST = 0x7F00_0000_0000
 DATA = 32
 """Pages of data at first; the others are holes."""
 
@@ -35,8 +34,11 @@ DATA = 32
 class Guest:
     """Memory whose writes are noted, for whoever asks."""
 
+    qemu: FakeQemu
+
     def __init__(self) -> None:
         self.fd = memfd(PAGES * PAGE)
+        self.host = self.qemu.map_memory(self.fd)
         os.pwrite(self.fd, os.urandom(DATA * PAGE), 0)
         self.written: set[int] = set()
         self.started = 0
@@ -84,7 +86,8 @@ class Control:
 
 @pytest.fixture
 def qemu(tmp_path: Path) -> Iterator[FakeQemu]:
-    with FakeQemu(tmp_path / "qmp", PAGES * PAGE, HOST) as served:
+    with FakeQemu(tmp_path / "qmp", PAGES * PAGE) as served:
+        Guest.qemu = served
         yield served
 
 
@@ -103,7 +106,7 @@ def reported_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(vm: QemuVm, guest: Guest, folder: Path, control: Control, **more: Any) -> Run:
-    ram = RamFile(guest.fd, PAGES * PAGE, [(0, PAGES * PAGE, 0)], HOST)
+    ram = RamFile(guest.fd, PAGES * PAGE, [(0, PAGES * PAGE, 0)], guest.host)
     source = GuestSource([ram], None, "no module", None, None)
     store = DirectoryStore(folder / "snap")
     return Run(

@@ -27,12 +27,11 @@ from vballoon_spec.snapshot import SnapshotManifest, StateKind
 
 PAGE = 4096
 SIZE = 64 * PAGE
-HOST = 0x7F00_0000_0000
 
 
 @pytest.fixture
 def qemu(tmp_path: Path) -> Iterator[FakeQemu]:
-    with FakeQemu(tmp_path / "qmp", SIZE, HOST) as served:
+    with FakeQemu(tmp_path / "qmp", SIZE) as served:
         yield served
 
 
@@ -43,11 +42,11 @@ def vm(qemu: FakeQemu, tmp_path: Path) -> Iterator[QemuVm]:
 
 
 @pytest.fixture
-def source() -> Iterator[GuestSource]:
+def source(qemu: FakeQemu) -> Iterator[GuestSource]:
     """32 pages of data, then 32 of hole; the guest says that pages 8 to 16 are free."""
     fd = memfd(SIZE)
     os.pwrite(fd, os.urandom(32 * PAGE), 0)
-    ram = RamFile(fd, SIZE, [(0, SIZE, 0)], HOST)
+    ram = RamFile(fd, SIZE, [(0, SIZE, 0)], qemu.map_memory(fd))
     with GuestSource([ram], None, "no module", None, None) as made:
         yield made
 
@@ -479,3 +478,46 @@ def test_entry_that_a_sink_did_not_take_is_not_acted_upon() -> None:
 def test_strange_entry_is_refused(line: bytes) -> None:
     with pytest.raises(UsageError, match="not an entry"):
         Entry.loads(line)
+
+
+@pytest.mark.parametrize("host_known", [True, False], ids=["vhost-user", "vfio-user"])
+def test_control_socket_of_another_vm_is_refused(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path, host_known: bool
+) -> None:
+    """Its memory has the same size, and may have the same address."""
+    other = memfd(SIZE)
+    os.pwrite(other, os.urandom(PAGE), 0)
+    ram = RamFile(other, SIZE, [(0, SIZE, 0)], qemu.host if host_known else 0)
+    with (
+        GuestSource([ram], None, "no module", None, None) as foreign,
+        pytest.raises(UsageError, match="another VM"),
+    ):
+        take(make(vm, foreign, tmp_path))
+    assert qemu.whole
+    assert "device_del" not in qemu.log
+
+
+def test_memory_without_a_name_is_known_over_vfio_user(
+    qemu: FakeQemu, vm: QemuVm, tmp_path: Path
+) -> None:
+    """As after a restore: QEMU has the file, which has no name any more."""
+    path = tmp_path / "ram"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    os.ftruncate(fd, SIZE)
+    qemu.map_memory(fd)
+    path.unlink()
+    qemu.backend_type, qemu.backend_path = "memory-backend-file", str(path)
+    with GuestSource([RamFile(fd, SIZE, [(0, SIZE, 0)], 0)], None, "", None, None) as source:
+        manifest = take(Run(vm, source, DirectoryStore(tmp_path / "snap")))
+    assert manifest.state.kind is StateKind.IGNORE_SHARED
+    assert qemu.whole
+
+
+def test_process_that_is_not_qemu_is_refused(
+    qemu: FakeQemu, vm: QemuVm, source: GuestSource, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"--qemu-pid|another VM"):
+        take(make(vm, source, tmp_path, options=Options(qemu_pid=1)))
+    with pytest.raises(UsageError, match="--qemu-pid"):
+        take(make(vm, source, tmp_path, options=Options(qemu_pid=1 << 22)))
+    assert "device_del" not in qemu.log

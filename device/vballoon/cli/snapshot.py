@@ -69,6 +69,13 @@ def add(commands: Subparsers) -> None:
         default=20.0,
         help="how long the guest may take to release the balloon (default: 20)",
     )
+    command.add_argument(
+        "--qemu-pid",
+        metavar="PID",
+        type=int,
+        default=0,
+        help="QEMU's process, where another one has opened the monitor's socket for it",
+    )
     command.add_argument("--live", action="store_true", help="copy most of it while the guest runs")
     command.add_argument(
         "--settle",
@@ -97,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
         unplug_seconds=options.unplug_timeout,
         live=options.live,
         quit=options.quit,
+        qemu_pid=options.qemu_pid,
     )
     with (
         QemuVm(options.qmp) as vm,
@@ -112,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
                 chosen,
                 watching,
                 control=control,
-                make_tracker=lambda blocks: SoftDirty(vm.pid, blocks),
+                make_tracker=lambda blocks: SoftDirty(options.qemu_pid or vm.pid, blocks),
             )
             manifest = take(snapshot)
     if not options.quiet:

@@ -43,7 +43,7 @@ def track(run: Run) -> None:
     _require_trackable(run)
     assert run.make_tracker is not None
     hosts = {block.name: block.host for block in run.vm.ram_blocks()}
-    run.tracker = run.make_tracker([(hosts[m.id], f.size) for m, f in run.plan.memory])
+    run.tracker = run.make_tracker([(hosts[m.id], f) for m, f in run.plan.memory])
     run.stop_guest()
     run.tracker.start()
     run.resume_guest()

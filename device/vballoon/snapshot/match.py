@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which memory backend of QEMU each file of guest memory is.
+"""Find which memory backend of QEMU each file of guest memory is.
 
-Over vhost-user, regions come with their addresses in QEMU's own memory, and QEMU tells where its
-blocks lie there: no doubt is left.  Over vfio-user a file with a name is known by its inode, and
-a memfd only by its size.  (``info mtree -f`` would tell, too, but it keeps a reference on every
-device that is mapped, and none of them can be unplugged properly afterwards: QEMU 11.1.)
+The back-end's files are not trusted to be this QEMU's: a control socket of another VM would give
+files of the same size.  QEMU reports the address of each block of its RAM, /proc says which inode
+is mapped there and which files the process has open, and both must be the back-end's file.  This
+holds for a memfd and for a file whose name was removed, too.  (``info mtree -f`` also shows the
+mapping, but keeps a reference on every mapped device, which then cannot be unplugged: QEMU 11.1.)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vballoon.errors import UsageError
+from vballoon.snapshot.process import Process, identity
 
 if TYPE_CHECKING:
     from vballoon.snapshot.qmp_vm import Memdev, QemuVm, RamBlock
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ("match_memory",)
 
 
-def match_memory(vm: QemuVm, source: GuestSource) -> list[tuple[Memdev, RamFile]]:
-    """Each shared memory backend and its file.
+def match_memory(vm: QemuVm, source: GuestSource, process: Process) -> list[tuple[Memdev, RamFile]]:
+    """Return each shared memory backend of *vm*, which is *process*, with its file.
 
-    Raises :class:`~vballoon.errors.UsageError` where one has no file, or none for certain.
+    Raise :class:`~vballoon.errors.UsageError` where a backend has no file or more than one.
     """
     blocks = {block.name: block for block in vm.ram_blocks()}
     shared = [memdev for memdev in vm.memdevs() if memdev.share]
@@ -32,25 +34,32 @@ def match_memory(vm: QemuVm, source: GuestSource) -> list[tuple[Memdev, RamFile]
         raise UsageError("the guest has no shared memory backend")
     matched = []
     for memdev in shared:
-        files = [f for f in source.files if _belongs(f, memdev, blocks.get(memdev.id))]
+        block = blocks.get(memdev.id)
+        if block is None:
+            raise UsageError(f"QEMU reports no RAM block of memory backend {memdev.id}")
+        files = [file for file in source.files if _is_block(file, memdev, block, process)]
         if len(files) != 1:
-            what = "more than one" if files else "no"
-            raise UsageError(f"{what} file of the balloon's backend is memory backend {memdev.id}")
+            raise UsageError(
+                f"no file of the balloon's back-end is memory backend {memdev.id} of this QEMU "
+                f"(process {process.pid}); does the control socket belong to another VM?"
+            )
         matched.append((memdev, files[0]))
-    if len({file.fd for _, file in matched}) != len(matched):
-        raise UsageError("memory backends of the same size cannot be told apart over vfio-user")
     return matched
 
 
-def _belongs(file: RamFile, memdev: Memdev, block: RamBlock | None) -> bool:
-    if file.size != memdev.size:
+def _is_block(file: RamFile, memdev: Memdev, block: RamBlock, process: Process) -> bool:
+    """Return whether *file* is what *process* has mapped as *block*."""
+    if file.size != memdev.size or block.size != memdev.size:
         return False
-    if file.host_address and block is not None:
-        return file.host_address == block.host
-    if memdev.path:
-        try:
-            named, ours = os.stat(memdev.path), os.fstat(file.fd)
-        except OSError:
-            return False
-        return (named.st_dev, named.st_ino) == (ours.st_dev, ours.st_ino)
+    if file.host_address and file.host_address != block.host:
+        return False
+    mapping = process.mapping_at(block.host)
+    if mapping is None or not mapping.shared or mapping.inode != identity(file.fd)[1]:
+        return False
+    if mapping.offset + block.host - mapping.start:
+        return False
+    fd = process.open_file(identity(file.fd))
+    if fd is None:
+        return False
+    os.close(fd)
     return True

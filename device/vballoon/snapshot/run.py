@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vballoon.snapshot.device import BalloonDevice
     from vballoon.snapshot.journal import Journal
     from vballoon.snapshot.memmap import FreeMemory
+    from vballoon.snapshot.process import Process
     from vballoon.snapshot.qmp_vm import Memdev, QemuVm
     from vballoon.snapshot.source import GuestSource, RamFile
     from vballoon.snapshot.state import DeviceState
@@ -53,7 +54,8 @@ class Options:
 
     ``device_id``: the balloon's id, where there are several; ``device_socket``: its back-end's
     socket; ``unplug_seconds``: how long the guest may take to release it; ``live``: copy while the
-    guest runs; ``quit``: end QEMU when the snapshot is complete.
+    guest runs; ``quit``: end QEMU when the snapshot is complete;
+    ``qemu_pid``: QEMU's process, 0: the one that listens on the monitor.
     """
 
     device_id: str | None = None
@@ -61,6 +63,7 @@ class Options:
     unplug_seconds: float = 20.0
     live: bool = False
     quit: bool = False
+    qemu_pid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Run:
     """One snapshot of *vm*, whose balloon's back-end gave *source*, into *store*.
 
     A live snapshot asks *control* for free pages and *make_tracker* for a tracker of the memory
-    files' (address in QEMU, size).  *free_memory* finds the pages to leave out on the stopped
+    files' (address in QEMU, file).  *free_memory* finds the pages to leave out on the stopped
     guest; None: ``source.free_memory``.  The fields below ``journal`` are set by the steps.
     """
 
@@ -97,11 +100,12 @@ class Run:
     options: Options = Options()
     observer: Observer = field(default_factory=Observer)
     control: ControlClient | None = None
-    make_tracker: Callable[[list[tuple[int, int]]], WriteTracker] | None = None
+    make_tracker: Callable[[list[tuple[int, RamFile]]], WriteTracker] | None = None
     free_memory: Callable[[GuestSource], FreeMemory] | None = None
     times: dict[str, float] = field(default_factory=dict)
     """When each step began, by the monotonic clock, s."""
     journal: Journal = field(init=False)
+    process: Process = field(init=False)
     plan: Plan = field(init=False)
     state: DeviceState = field(init=False)
     stopped_ns: int = field(init=False)

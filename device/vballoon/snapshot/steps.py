@@ -17,6 +17,7 @@ from vballoon.snapshot import device
 from vballoon.snapshot import extents as ext
 from vballoon.snapshot.match import match_memory
 from vballoon.snapshot.memmap import VerificationRefused
+from vballoon.snapshot.process import Process
 from vballoon.snapshot.qmp_vm import QemuGone
 from vballoon.snapshot.run import Copied, Plan
 from vballoon.snapshot.state import DeviceState, as_migration, choose_kind, ignores_shared
@@ -47,7 +48,8 @@ def look(run: Run) -> None:
     device.require_balloon(balloon.arguments)  # restore would refuse anything else
     run.journal.write(device_path=balloon.path, device=balloon.arguments, chardev=balloon.chardev)
     memdevs = vm.memdevs()
-    memory = match_memory(vm, run.source)
+    run.process = Process(run.options.qemu_pid or vm.pid)
+    memory = match_memory(vm, run.source, run.process)
     kind = choose_kind(vm, [memdev for memdev, _ in memory])
     run.plan = Plan(kind, memdevs, memory, balloon, _qemu(vm))
 
