@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ("BALLOON", "FakeQemu")
+__all__ = ("BALLOON", "FakeQemu", "event")
 
 BALLOON = {
     "driver": "vhost-user-test-device-pci",
@@ -46,14 +46,18 @@ class FakeQemu:
         self._mapping: mmap.mmap | None = None
         self.status = "running"
         self.device: dict[str, Any] | None = dict(BALLOON)
-        self.chardevs = {"c0": "/run/balloon.sock"}
+        self.socket = path.with_name("balloon.sock")
+        with socket.socket(socket.AF_UNIX) as backend:
+            backend.bind(str(self.socket))
+        self.chardevs = {"c0": str(self.socket)}
         self.capability = self.mapped_ram = False
         self.migration: dict[str, Any] = {}
         self.more_memory: list[dict[str, Any]] = []
         self.blocked: list[str] = []
         self.networks = ""
         self.mute = False
-        self.reset = False
+        self.events: list[dict[str, Any]] = []
+        """Sent before the next answer."""
         self.backend_type = "memory-backend-memfd"
         self.backend_path = ""
         self.graphics = False
@@ -156,13 +160,11 @@ class FakeQemu:
         reply["id"] = message.get("id")
         out = json.dumps(reply).encode() + b"\r\n"
         if name == "device_del" and "return" in reply and self.lets_go:
-            out += json.dumps(
-                _event("DEVICE_DELETED", path="/machine/peripheral/balloon0")
-            ).encode()
+            out += json.dumps(event("DEVICE_DELETED", path="/machine/peripheral/balloon0")).encode()
             out += b"\r\n"
-        if self.reset:
-            self.reset = False
-            out = json.dumps(_event("RESET", guest=True)).encode() + b"\r\n" + out
+        for pending in self.events:
+            out = json.dumps(pending).encode() + b"\r\n" + out
+        self.events = []
         try:
             connection.sendall(out)
         except OSError:
@@ -240,6 +242,7 @@ class FakeQemu:
 
     def do_cont(self, _: Any) -> Any:
         self.status = "running"
+        self.events.append(event("RESUME"))
         return {}
 
     def do_quit(self, _: Any) -> Any:
@@ -296,5 +299,5 @@ class FakeQemu:
         return self.networks
 
 
-def _event(name: str, **data: Any) -> dict[str, Any]:
+def event(name: str, **data: Any) -> dict[str, Any]:
     return {"event": name, "data": data, "timestamp": {"seconds": 1, "microseconds": 0}}

@@ -7,6 +7,7 @@ says, and how many of the pages written afterwards are found.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 from vballoon.errors import UsageError
 from vballoon.snapshot import tracker
+from vballoon.snapshot.process import Process
 from vballoon.snapshot.source import RamFile
 
 SIZE = 4 << 20
@@ -37,9 +39,8 @@ with mmap.mmap(fd, size) as mapping:
 def kinds() -> dict[str, int]:
     """A descriptor for each kind of memory."""
     os.makedirs("/tmp/huge", exist_ok=True)
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "huge=always,size=64m", "huge", "/tmp/huge"], check=True
-    )
+    mount = ctypes.CDLL(None, use_errno=True).mount
+    assert mount(b"huge", b"/tmp/huge", b"tmpfs", 0, b"huge=always,size=64m") == 0
     with open("/proc/sys/vm/nr_hugepages", "w") as file:
         file.write("16")
     flags = os.O_RDWR | os.O_CREAT
@@ -81,16 +82,16 @@ def unproved(self: tracker.SoftDirty) -> None:
 
 def main() -> int:
     found = {}
-    with_checks = tracker.backing_objection, tracker.Process.page_size_at
+    with_checks = tracker.backing_objection, Process.page_size_at
     for name, fd in kinds().items():
         found[name] = {"checked": one(fd)}
         tracker.backing_objection = lambda fd: ""
-        tracker.Process.page_size_at = lambda self, address: 4096  # type: ignore[method-assign]
+        Process.page_size_at = lambda self, address: 4096  # type: ignore[method-assign]
         found[name]["proved"] = one(fd)
         start, tracker.SoftDirty.start = tracker.SoftDirty.start, unproved  # type: ignore[method-assign]
         found[name]["neither"] = one(fd)
         tracker.SoftDirty.start = start  # type: ignore[method-assign]
-        tracker.backing_objection, tracker.Process.page_size_at = with_checks  # type: ignore[method-assign]
+        tracker.backing_objection, Process.page_size_at = with_checks  # type: ignore[method-assign]
         os.close(fd)
     print(json.dumps(found))
     return 0

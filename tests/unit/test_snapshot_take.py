@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.memory import memfd
-from tests.fakes.qemu_monitor import BALLOON, FakeQemu
+from tests.fakes.qemu_monitor import BALLOON, FakeQemu, event
 
 from vballoon.errors import UsageError
 from vballoon.memory import PageRanges
@@ -75,7 +75,7 @@ def test_leaves_out_holes_and_free_pages(
     assert qemu.whole
     assert manifest.balloon == {
         "device": BALLOON,
-        "chardev": {"id": "c0", "path": "/run/balloon.sock"},
+        "chardev": {"id": "c0", "path": str(qemu.socket)},
     }
 
 
@@ -90,8 +90,8 @@ def test_steps_come_in_this_order(
 
     take(make(vm, source, tmp_path, observer=Steps()))
     assert seen == [
-        "look", "unplug", "prepare", "stop", "state", "verify", "copy", "resume", "plug", "finish",
-        "done",
+        "look", "guard", "unplug", "prepare", "stop", "state", "verify", "copy", "check", "resume",
+        "plug", "finish", "done",
     ]  # fmt: skip
     order = [n for n in qemu.log if n in ("device_del", "stop", "xen-save-devices-state", "cont",
                                           "chardev-remove", "device_add")]  # fmt: skip
@@ -152,7 +152,7 @@ def test_way_back_from_a_refused_command(
     with pytest.raises(UsageError, match="refused"):
         take(make(vm, source, tmp_path))
     assert qemu.whole
-    assert qemu.chardevs == {"c0": "/run/balloon.sock"}
+    assert qemu.chardevs == {"c0": str(qemu.socket)}
     assert not (tmp_path / "snap").exists()
 
 
@@ -365,7 +365,8 @@ def test_nothing_is_believed_of_a_machine_that_was_reset(
     """What the kernel before it knew may still lie in memory."""
 
     def reset(name: str) -> None:
-        qemu.reset = qemu.reset or name == "stop"
+        if name == "stop":
+            qemu.events.append(event("RESET", guest=True))
 
     qemu.on = reset
     manifest = take(make(vm, source, tmp_path))
@@ -429,14 +430,16 @@ def test_going_back_does_no_more_than_the_note_says(
 ) -> None:
     qemu.status = "paused"
     before = len(qemu.log)
-    assert undo(vm, entry) == []
+    assert undo(vm, entry) == ([], Entry("q"))
     assert set(qemu.log[before:]) == commands
 
 
 def test_trouble_on_the_way_back_is_told_and_the_rest_is_done(qemu: FakeQemu, vm: QemuVm) -> None:
     qemu.status, qemu.device, qemu.refuse = "paused", None, {"cont"}
     entry = Entry("q", "/machine/peripheral/balloon0", dict(BALLOON), None, unplug=True, stop=True)
-    assert undo(vm, entry) == ["the guest is still stopped: QEMU: cont is refused"]
+    troubles, left = undo(vm, entry)
+    assert troubles == ["the guest is still stopped: QEMU: cont is refused"]
+    assert (left.stop, left.unplug) == (True, False)
     assert qemu.device == BALLOON
 
 

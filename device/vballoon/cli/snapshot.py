@@ -53,7 +53,7 @@ def add(commands: Subparsers) -> None:
     command.add_argument("--output", metavar="-", choices=("-",), help="a stream instead")
     command.add_argument("--qmp", metavar="SOCKET", required=True, help="QEMU's monitor")
     command.add_argument(
-        "--control", metavar="SOCKET", required=True, help="control socket of 'vballoon serve'"
+        "--control", metavar="SOCKET", help="control socket of 'vballoon serve' (needed to save)"
     )
     command.add_argument("--quit", action="store_true", help="end QEMU instead of resuming")
     command.add_argument("--device", metavar="ID", help="the balloon, where there are several")
@@ -76,6 +76,19 @@ def add(commands: Subparsers) -> None:
         default=0,
         help="QEMU's process, where another one has opened the monitor's socket for it",
     )
+    command.add_argument(
+        "--undo", action="store_true", help="undo an earlier snapshot that was killed"
+    )
+    decision = command.add_mutually_exclusive_group()
+    decision.add_argument(
+        "--abort", action="store_true", help="with --undo: the VM was sent but does not run there"
+    )
+    decision.add_argument(
+        "--commit", action="store_true", help="with --undo: the VM was sent or saved; end QEMU here"
+    )
+    command.add_argument(
+        "--journal", metavar="FILE", help="the journal (default: the monitor's socket, + .journal)"
+    )
     command.add_argument("--live", action="store_true", help="copy most of it while the guest runs")
     command.add_argument(
         "--settle",
@@ -96,6 +109,10 @@ def run(options: argparse.Namespace) -> int:
     from vballoon.snapshot.take import take
     from vballoon.snapshot.tracker import SoftDirty, objections
 
+    if options.undo or options.abort or options.commit:
+        return _undo(options)
+    if options.control is None:
+        raise UsageError("--control is needed to save a VM")
     if options.live and (reason := objections()):  # before there is a directory
         raise UsageError(f"no live snapshot here: {reason}")
     chosen = Options(
@@ -105,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
         live=options.live,
         quit=options.quit,
         qemu_pid=options.qemu_pid,
+        journal=options.journal or "",
     )
     with (
         QemuVm(options.qmp) as vm,
@@ -126,6 +144,17 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         summary(manifest, snapshot.seconds())
     return 0
+
+
+def _undo(options: argparse.Namespace) -> int:
+    """Undo a killed snapshot. Return 1 if something could not be undone."""
+    from vballoon.snapshot.recovery import undo_file
+
+    decision = "abort" if options.abort else "commit" if options.commit else ""
+    troubles = undo_file(options.journal or f"{options.qmp}.journal", decision=decision)
+    for trouble in troubles:
+        print(f"vballoon: {trouble}", file=sys.stderr)
+    return 1 if troubles else 0
 
 
 def settle(control: ControlClient, seconds: float) -> None:

@@ -8,18 +8,24 @@ guest that answers.
 
 from __future__ import annotations
 
+import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.qmp_vm import QemuRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vballoon.snapshot.qmp_vm import QemuVm
 
 __all__ = (
-    "BalloonDevice", "find_balloon", "plug", "require_balloon", "unplug", "wait_until_gone",
+    "BalloonDevice", "Release", "UnplugRefused", "find_balloon", "plug", "require_balloon",
+    "resolve_socket", "unplug", "wait_until_gone",
 )  # fmt: skip
 
 VHOST_USER, VFIO_USER = "vhost-user-test-device-pci", "vfio-user-pci"
@@ -135,30 +141,78 @@ def _chardev(vm: QemuVm, label: str) -> dict[str, str] | None:
     return None
 
 
+class Release(Enum):
+    """What has become of a request to unplug."""
+
+    GONE = "gone"
+    REFUSED = "refused"
+    PENDING = "pending"
+
+
+class UnplugRefused(UsageError):
+    """The guest has refused to release the balloon, and keeps it."""
+
+
+def resolve_socket(
+    device: BalloonDevice, socket: str | None, folders: Sequence[Path]
+) -> BalloonDevice:
+    """Return *device* with an absolute path of its back-end's socket, which exists.
+
+    QEMU reports the path as the back-end gave it to bind(), which may be relative to the
+    back-end's folder; look in *folders*.  *socket*: given by the operator instead.  Raise
+    UsageError where there is no socket: the balloon could not be plugged in again.
+    """
+    if device.chardev is None and "socket" not in device.arguments:
+        return device
+    known = device.chardev or device.arguments["socket"]
+    given = Path(socket or known["path"])
+    found = [place for folder in folders if _is_socket(place := (folder / given))]
+    if not found:
+        raise UsageError(
+            f"the balloon's back-end has no socket at {given}, so the balloon could not be plugged "
+            "in again; give its path with --device-socket"
+        )
+    known = {**known, "path": str(found[0])}
+    if device.chardev is None:
+        return replace(device, arguments={**device.arguments, "socket": known})
+    return replace(device, chardev=known)
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:
+        return False
+
+
 def unplug(vm: QemuVm, device: BalloonDevice, timeout: float) -> None:
-    """Have the guest release *device*. Raise UsageError if it has not within *timeout* seconds."""
+    """Have the guest release *device*.
+
+    Raise UnplugRefused if it refuses.  Raise UsageError if it has not answered within *timeout*
+    seconds; the request cannot be withdrawn, so it may still release it.
+    """
     vm.execute("device_del", id=device.arguments.get("id", device.path))
-    if not wait_until_gone(vm, device.path, timeout):
+    release = wait_until_gone(vm, device.path, timeout)
+    if release is Release.REFUSED:
+        raise UnplugRefused("the guest refused to release the balloon")
+    if release is Release.PENDING:
         raise UsageError(f"the guest did not release the balloon within {timeout:g} s")
     if device.arguments["driver"] == VFIO_USER:
         # QEMU keeps the connection until the last reference to the device is dropped.
         vm.wait_event("DEVICE_DELETED", RELEASE_SECONDS, path=device.path)
 
 
-def wait_until_gone(vm: QemuVm, path: str, timeout: float) -> bool:
-    """Return whether the device at *path* is gone within *timeout* seconds.
-
-    Return at once when the guest refuses to release it.
-    """
+def wait_until_gone(vm: QemuVm, path: str, timeout: float) -> Release:
+    """Wait until the device at *path* is gone or the guest refuses, at most *timeout* seconds."""
     deadline = time.monotonic() + timeout
     while True:
         # The event may come well after the device is gone: it waits for its last reference.
         if vm.wait_event("DEVICE_DELETED", POLL_SECONDS, path=path) or not _exists(vm, path):
-            return True
+            return Release.GONE
         if vm.wait_event("DEVICE_UNPLUG_GUEST_ERROR", 0, path=path):
-            return False
+            return Release.REFUSED
         if time.monotonic() > deadline:
-            return False
+            return Release.PENDING
 
 
 def _exists(vm: QemuVm, path: str) -> bool:

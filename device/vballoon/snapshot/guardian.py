@@ -6,18 +6,22 @@ It starts while a snapshot begins, so it imports what undoing needs only when it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vballoon.snapshot.journal import Entry
     from vballoon.snapshot.qmp_vm import QemuVm
 
 __all__ = ("main",)
 
 CONNECT_SECONDS = 20.0
 """How long the monitor may take to be free after the snapshot has died."""
+LATE_SECONDS = 0.5
+"""Pause between two looks at a guest that has not released the balloon yet."""
 
 
 def main() -> int:
@@ -26,33 +30,73 @@ def main() -> int:
     for line in sys.stdin.buffer:
         if line.endswith(b"\n"):  # an entry that was cut short was never acted upon
             last = line
-    if not last or json.loads(last)["over"]:
+    if not last or not json.loads(last)["qmp"]:
         return 0
-    print("vballoon: the snapshot was killed; undoing what it did", file=sys.stderr)
-    return _undo(last)
+    from vballoon.snapshot.journal import Entry, JournalFile
 
-
-def _undo(line: bytes) -> int:
-    from vballoon.errors import UsageError
-    from vballoon.snapshot.journal import Entry
-    from vballoon.snapshot.recovery import undo
-
-    entry = Entry.loads(line)
-    try:
-        with _connect(entry.qmp) as vm:
-            troubles = undo(vm, entry)
-    except UsageError as error:
-        troubles = [str(error)]
+    entry = Entry.loads(last)
+    if not entry.pending:
+        return 0
+    say("undoing what the snapshot did")
+    troubles, left = _undo(entry, CONNECT_SECONDS)
+    if left.unplug and not (left.gone or left.over):
+        troubles, left = _wait_for_release(troubles, left)
+    if entry.file:
+        JournalFile(entry.file).write(left)
     for trouble in troubles:
-        print(f"vballoon: {trouble}", file=sys.stderr)
+        say(trouble)
     return 1 if troubles else 0
 
 
-def _connect(path: str) -> QemuVm:
+def say(text: str) -> None:
+    """Print *text* on standard error, whose terminal may have gone."""
+    with contextlib.suppress(OSError):
+        print(f"vballoon: {text}", file=sys.stderr, flush=True)
+
+
+def _undo(entry: Entry, seconds: float) -> tuple[list[str], Entry]:
+    from vballoon.errors import UsageError
+    from vballoon.snapshot.recovery import undo
+
+    try:
+        with _connect(entry.qmp, seconds) as vm:
+            return undo(vm, entry)
+    except UsageError as error:
+        return [str(error)], entry
+
+
+def _wait_for_release(troubles: list[str], entry: Entry) -> tuple[list[str], Entry]:
+    """Look again and again until the guest has released the balloon or QEMU has ended.
+
+    Connect for each look only: a monitor takes one client.
+    """
+    from vballoon.snapshot import recovery
+    from vballoon.snapshot.journal import Entry
+    from vballoon.snapshot.process import Process
+    from vballoon.snapshot.qmp_vm import QemuClosed, QemuGone, QemuVm
+
+    process = Process(int(entry.qemu.partition(":")[0] or 0))
+    for trouble in troubles:
+        say(trouble)
+    while entry.unplug and any(recovery.LATE in trouble for trouble in troubles):
+        time.sleep(LATE_SECONDS)
+        if process.name != entry.qemu:
+            return ["QEMU has ended, so nothing is left to undo"], Entry(entry.qmp)
+        try:
+            with QemuVm(entry.qmp, timeout=2) as vm:
+                troubles, entry = recovery.undo(vm, entry, release_seconds=0)
+        except QemuClosed:
+            return ["QEMU's monitor is closed, so the balloon is not plugged in again"], entry
+        except QemuGone:
+            pass  # somebody else uses the monitor now
+    return troubles, entry
+
+
+def _connect(path: str, seconds: float) -> QemuVm:
     from vballoon.errors import UsageError
     from vballoon.snapshot.qmp_vm import QemuVm
 
-    deadline = time.monotonic() + CONNECT_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return QemuVm(path, timeout=2)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vballoon.errors import UsageError
@@ -18,7 +20,11 @@ from vballoon.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ("Entry", "Journal")
+__all__ = ("FLAGS", "Entry", "Journal", "JournalFile")
+
+
+FLAGS = ("unplug", "stop", "migrate", "gone", "over")
+"""Fields of an entry that say what has to be undone or decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,18 @@ class Entry:
     gone: bool = False
     """The last bytes of a moving machine are on their way: it may run elsewhere from now on."""
     over: bool = False
-    """Nothing is left to be undone."""
+    """The snapshot is complete and is the machine from now on: QEMU is to end, never to resume."""
+    qemu: str = ""
+    """QEMU's process, ``PID:START``."""
+    memory: tuple[int, int] = (0, 0)
+    """(device, inode) of a file of guest memory: what is locked."""
+    file: str = ""
+    """Path of the journal's file."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether something is left to be undone or decided."""
+        return any(getattr(self, name) for name in FLAGS)
 
     def dumps(self) -> bytes:
         """Return the entry as one line of JSON."""
@@ -51,7 +68,9 @@ class Entry:
     def loads(cls, line: bytes) -> Entry:
         """Return the entry of a line of :meth:`dumps`. Raise UsageError if it is not one."""
         try:
-            return cls(**json.loads(line))
+            entry = cls(**json.loads(line))
+            device, inode = entry.memory
+            return replace(entry, memory=(int(device), int(inode)))
         except (ValueError, TypeError) as error:
             raise UsageError(f"not an entry of a snapshot's journal: {error}") from None
 
@@ -61,7 +80,12 @@ class Journal:
 
     def __init__(self, entry: Entry, *sinks: Callable[[Entry], None]) -> None:
         self.entry = entry
-        self._sinks = sinks
+        self._sinks = list(sinks)
+
+    def add(self, sink: Callable[[Entry], None]) -> None:
+        """Write the current entry, and all that follow, to *sink* as well."""
+        sink(self.entry)
+        self._sinks.append(sink)
 
     def write(self, **changes: Any) -> None:
         """Make the entry with *changes* the current one, after every sink has taken it."""
@@ -84,3 +108,42 @@ class Journal:
         """Clear the flags *names* after the body has succeeded, and only then."""
         yield
         self.write(**dict.fromkeys(names, False))
+
+
+class JournalFile:
+    """The journal's file at *path*, which outlives both the snapshot and its guardian.
+
+    It is replaced atomically and not synced: it is of no use after a crash of the host, which ends
+    QEMU too.  Raise UsageError where it cannot be read or written.
+    """
+
+    LIMIT = 1 << 16
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def read(self) -> Entry | None:
+        """Return the entry, or None if there is no file."""
+        try:
+            with self.path.open("rb") as file:
+                return Entry.loads(file.read(self.LIMIT))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UsageError(f"{self.path}: {error.strerror}") from None
+        except UsageError as error:
+            raise UsageError(f"{self.path}: {error}; remove it if it is not needed") from None
+
+    def write(self, entry: Entry) -> None:
+        """Replace the file's content by *entry*; remove the file if nothing is pending."""
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            if not entry.pending:
+                self.path.unlink(missing_ok=True)
+                return
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
+                file.write(entry.dumps())
+            draft.rename(self.path)
+        except OSError as error:
+            raise UsageError(f"{self.path}: {error.strerror}; see --journal") from None

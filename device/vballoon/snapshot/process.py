@@ -48,6 +48,14 @@ class Process:
             return f"{self.pid}:{stat.rpartition(')')[2].split()[19]}"
         return ""
 
+    @property
+    def folder(self) -> Path:
+        """The process' current directory; ours, where it is not accessible."""
+        try:
+            return Path(os.readlink(self._folder / "cwd"))
+        except OSError:
+            return Path.cwd()
+
     def mapping_at(self, address: int) -> Mapping | None:
         """Return the mapping that contains *address*."""
         for line in self._read("maps").splitlines():

@@ -16,7 +16,7 @@ from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from vballoon.errors import UsageError
 
-__all__ = ("Memdev", "QemuGone", "QemuRefused", "QemuVm", "RamBlock")
+__all__ = ("Memdev", "QemuClosed", "QemuGone", "QemuRefused", "QemuVm", "RamBlock")
 
 ANSWER_SECONDS = 60.0
 """How long QEMU may take to answer: its monitor waits while the main loop is busy."""
@@ -32,6 +32,10 @@ class QemuRefused(UsageError):
 
 class QemuGone(UsageError):
     """QEMU has closed the connection, or does not answer."""
+
+
+class QemuClosed(QemuGone):
+    """Nobody listens on the monitor's socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class QemuVm:
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         except OSError as error:
             connection.close()
-            raise QemuGone(f"{self.path}: {error.strerror}") from None
+            raise QemuClosed(f"{self.path}: {error.strerror}") from None
         self.pid = struct.unpack("iII", credentials)[0]
         return connection
 
@@ -127,11 +131,11 @@ class QemuVm:
             except TimeoutError:
                 return None
 
-    def has_seen(self, name: str) -> bool:
-        """Return whether event *name* has come between connecting and the latest answer."""
+    def count_events(self, name: str) -> int:
+        """Return how many events *name* have come between connecting and the latest answer."""
         while not self._events.empty():
             self._seen.append(self._loop.run_until_complete(self._events.get()))
-        return any(event["event"] == name for event in self._seen)
+        return sum(event["event"] == name for event in self._seen)
 
     def wait_gone(self, timeout: float) -> bool:
         """Return whether QEMU closes its monitor within *timeout* seconds, after ``quit``."""

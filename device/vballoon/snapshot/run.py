@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vballoon.snapshot.memmap import FreeMemory
     from vballoon.snapshot.process import Process
     from vballoon.snapshot.qmp_vm import Memdev, QemuVm
+    from vballoon.snapshot.recovery import Guardian
     from vballoon.snapshot.source import GuestSource, RamFile
     from vballoon.snapshot.state import DeviceState
     from vballoon.snapshot.store import Store
@@ -55,7 +56,8 @@ class Options:
     ``device_id``: the balloon's id, where there are several; ``device_socket``: its back-end's
     socket; ``unplug_seconds``: how long the guest may take to release it; ``live``: copy while the
     guest runs; ``quit``: end QEMU when the snapshot is complete;
-    ``qemu_pid``: QEMU's process, 0: the one that listens on the monitor.
+    ``qemu_pid``: QEMU's process, 0: the one that listens on the monitor;
+    ``journal``: path of the journal's file, empty: beside the monitor's socket.
     """
 
     device_id: str | None = None
@@ -64,6 +66,7 @@ class Options:
     live: bool = False
     quit: bool = False
     qemu_pid: int = 0
+    journal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,10 @@ class Run:
     times: dict[str, float] = field(default_factory=dict)
     """When each step began, by the monotonic clock, s."""
     journal: Journal = field(init=False)
+    lock: int = -1
+    guardian: Guardian | None = None
+    resumes: int = 0
+    """RESUME events that are not somebody else's."""
     process: Process = field(init=False)
     plan: Plan = field(init=False)
     state: DeviceState = field(init=False)
@@ -134,6 +141,7 @@ class Run:
         """Resume the guest."""
         with self.journal.undoing("stop"):
             self.vm.execute("cont")
+        self.resumes += 1
 
     def seconds(self) -> dict[str, float]:
         """Return how long each step took, and how long the guest was stopped (``stopped``)."""

@@ -8,17 +8,18 @@ machine goes through the run's journal.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import TYPE_CHECKING
 
 from vballoon.errors import UsageError
 from vballoon.snapshot import device
 from vballoon.snapshot import extents as ext
+from vballoon.snapshot.journal import FLAGS, JournalFile
+from vballoon.snapshot.lock import lock_vm
 from vballoon.snapshot.match import match_memory
 from vballoon.snapshot.memmap import VerificationRefused
-from vballoon.snapshot.process import Process
-from vballoon.snapshot.qmp_vm import QemuGone
+from vballoon.snapshot.process import Process, identity
+from vballoon.snapshot.recovery import Guardian, end_qemu
 from vballoon.snapshot.run import Copied, Plan
 from vballoon.snapshot.state import DeviceState, as_migration, choose_kind, ignores_shared
 from vballoon.snapshot.store import ram_name
@@ -30,12 +31,9 @@ if TYPE_CHECKING:
     from vballoon.snapshot.run import Run
 
 __all__ = (
-    "copy", "copy_extents", "end", "finish", "look", "plug", "prepare", "resume", "state", "stop",
-    "unplug", "verify",
+    "check", "copy", "copy_extents", "end", "finish", "guard", "look", "plug", "prepare",
+    "resume", "state", "stop", "unplug", "verify",
 )  # fmt: skip
-
-QUIT_SECONDS = 60.0
-"""How long QEMU may take to end: its disks may have much to write."""
 
 
 def look(run: Run) -> None:
@@ -44,14 +42,50 @@ def look(run: Run) -> None:
     status = vm.status()
     if status != "running":  # a stopped guest cannot release its balloon
         raise UsageError(f"the machine is {status}; it must be running")
-    balloon = device.find_balloon(vm, run.options.device_id, run.options.device_socket)
-    device.require_balloon(balloon.arguments)  # restore would refuse anything else
-    run.journal.write(device_path=balloon.path, device=balloon.arguments, chardev=balloon.chardev)
-    memdevs = vm.memdevs()
+    run.resumes = vm.count_events("RESUME")
     run.process = Process(run.options.qemu_pid or vm.pid)
+    balloon = _balloon(run)
+    memdevs = vm.memdevs()
     memory = match_memory(vm, run.source, run.process)
     kind = choose_kind(vm, [memdev for memdev, _ in memory])
     run.plan = Plan(kind, memdevs, memory, balloon, _qemu(vm))
+
+
+def _balloon(run: Run) -> device.BalloonDevice:
+    """Return the balloon, which can be plugged in again."""
+    socket = run.options.device_socket
+    balloon = device.find_balloon(run.vm, run.options.device_id, socket)
+    device.require_balloon(balloon.arguments)  # restore would refuse anything else
+    folders = [run.process.folder]
+    if run.control is not None:
+        folders.insert(0, Process(run.control.execute("query-status")["pid"]).folder)
+    return device.resolve_socket(balloon, socket, folders)
+
+
+def guard(run: Run) -> None:
+    """Lock the VM, open the journal's file, and start the guardian."""
+    balloon, (_, file) = run.plan.device, run.plan.memory[0]
+    path = os.path.abspath(run.options.journal or f"{run.vm.path}.journal")
+    run.lock = lock_vm(run.process, identity(file.fd))
+    journal_file = JournalFile(path)
+    before = journal_file.read()
+    if before is not None and before.qemu == run.process.name:
+        raise UsageError(
+            f"an earlier snapshot of this VM was killed; undo it first: "
+            f"vballoon snapshot --undo --qmp {run.vm.path}"
+        )
+    run.journal.write(
+        qmp=os.path.abspath(run.vm.path),
+        device_path=balloon.path,
+        device=balloon.arguments,
+        chardev=balloon.chardev,
+        qemu=run.process.name,
+        memory=identity(file.fd),
+        file=path,
+    )
+    run.journal.add(journal_file.write)
+    run.guardian = Guardian(run.lock)
+    run.journal.add(run.guardian.send)
 
 
 def _qemu(vm: QemuVm) -> dict[str, str]:
@@ -68,7 +102,11 @@ def _qemu(vm: QemuVm) -> dict[str, str]:
 def unplug(run: Run) -> None:
     """Unplug the balloon."""
     with run.journal.doing(unplug=True):
-        device.unplug(run.vm, run.plan.device, run.options.unplug_seconds)
+        try:
+            device.unplug(run.vm, run.plan.device, run.options.unplug_seconds)
+        except device.UnplugRefused:
+            run.journal.write(unplug=False)
+            raise
 
 
 def prepare(run: Run) -> None:
@@ -106,7 +144,7 @@ def _free(run: Run) -> tuple[FreeMemory | None, str]:
     verify perfectly yet describe a dead kernel, so they are refused.
     """
     try:
-        if run.vm.has_seen("RESET"):
+        if run.vm.count_events("RESET"):
             raise VerificationRefused("the machine was reset meanwhile")
         if run.free_memory is not None:
             return run.free_memory(run.source), ""
@@ -139,6 +177,16 @@ def copy_extents(run: Run) -> list[int]:
         )
         for index, (memdev, file) in enumerate(run.plan.memory)
     ]
+
+
+def check(run: Run) -> None:
+    """Raise UsageError if somebody else has resumed the guest while it was copied."""
+    status = run.vm.status()
+    if status == "running" or run.vm.count_events("RESUME") != run.resumes:
+        raise UsageError(
+            "somebody else has resumed the guest while it was saved, so the copy is not of one "
+            "moment; it is discarded"
+        )
 
 
 def resume(run: Run) -> None:
@@ -179,6 +227,8 @@ def finish(run: Run) -> None:
         except OSError:
             run.journal.write(gone=False)  # the last bytes were not sent
             raise
+    if not run.store.moves:
+        check(run)
     run.journal.write(over=True)  # from now on the snapshot is the machine
 
 
@@ -206,7 +256,5 @@ def _manifest(run: Run) -> SnapshotManifest:
 
 def end(run: Run) -> None:
     """End QEMU. The machine must never run both here and from the snapshot."""
-    with contextlib.suppress(QemuGone):  # it may have ended before it answered
-        run.vm.execute("quit")
-    if not run.vm.wait_gone(QUIT_SECONDS):
-        raise UsageError("the snapshot is complete, but QEMU does not end; do not resume it")
+    end_qemu(run.vm)
+    run.journal.write(**dict.fromkeys(FLAGS, False))

@@ -172,11 +172,8 @@ class DirectoryStore:
             file.flush()
             os.fsync(file.fileno())
         draft.rename(self.path / MANIFEST_FILE)
-        directory = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync(self.path)
+        _sync(self.path.absolute().parent)  # the directory's own name
 
     def discard(self) -> None:
         """Remove what was written, and the directory if this object made it."""
@@ -188,6 +185,15 @@ class DirectoryStore:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                     raise
+
+
+def _sync(directory: Path) -> None:
+    """Sync the names in *directory* to disk."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> SnapshotManifest:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import TYPE_CHECKING
 
-from vballoon.errors import UsageError
+from vballoon.errors import UsageError, VballoonError
 from vballoon.snapshot import live, steps
-from vballoon.snapshot.journal import Entry, Journal
-from vballoon.snapshot.recovery import Guardian, undo
+from vballoon.snapshot.journal import FLAGS, Entry, Journal
+from vballoon.snapshot.recovery import undo
 from vballoon.snapshot.run import Options, Step
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ("COLD", "LIVE", "steps_table", "take", "way")
 
 _LOOK = Step("look", "find out what QEMU and the back-end have; nothing is changed yet", steps.look)
+_GUARD = Step("guard", "lock the VM, open the journal, start the guardian", steps.guard)
+_CHECK = Step("check", "that nobody else has resumed the guest meanwhile", steps.check)
 _UNPLUG = Step("unplug", "the balloon, because QEMU does not save a machine with it", steps.unplug)
 _PREPARE = Step("prepare", "give QEMU a file for the device state", steps.prepare)
 _SAVE = (
@@ -35,14 +39,17 @@ _END = (
 )
 _COLD = (
     _LOOK,
+    _GUARD,
     _UNPLUG,
     _PREPARE,
     Step("stop", "the guest", steps.stop),
     *_SAVE,
     Step("copy", "all data of guest memory except its free pages", steps.copy),
+    _CHECK,
 )
 _LIVE = (
     _LOOK,
+    _GUARD,
     Step("track", "writes, from before the guest is asked for its free pages", live.track),
     Step("ask", "the guest for its free pages: a walk, or free page hinting", live.ask),
     _UNPLUG,
@@ -50,6 +57,7 @@ _LIVE = (
     Step("rounds", "copy while the guest runs, again what was written, then stop it", live.rounds),
     *_SAVE,
     Step("copy", "what was written since the last round; blank what is a hole now", live.copy_rest),
+    _CHECK,
 )
 COLD = _COLD + _RESUME
 """The steps of a snapshot for which the guest is stopped."""
@@ -74,26 +82,36 @@ def take(run: Run) -> SnapshotManifest:
     Where a step fails, the guest runs on with its balloon and the store is discarded.  Raise
     :class:`~vballoon.errors.VballoonError`.
     """
-    with Guardian() as guardian:
-        run.journal = Journal(Entry(run.vm.path), guardian.send)
-        try:
-            for step in way(run.options):
-                run.begin(step.name)
-                step.do(run)
-            run.begin("done")
-        except BaseException as error:
-            _go_back(run)
-            if isinstance(error, OSError):
-                raise UsageError(f"cannot write the snapshot: {error}") from None
-            raise
+    run.journal = Journal(Entry(run.vm.path))
+    try:
+        for step in way(run.options):
+            run.begin(step.name)
+            step.do(run)
+        run.begin("done")
+    except BaseException as error:
+        _go_back(run)
+        if isinstance(error, OSError):
+            raise UsageError(f"cannot write the snapshot: {error}") from None
+        raise
+    finally:
+        if run.guardian is not None:
+            run.guardian.dismiss()
+        if run.lock >= 0:
+            os.close(run.lock)
+            run.lock = -1
     return run.manifest
 
 
 def _go_back(run: Run) -> None:
     entry = run.journal.entry
-    if entry.over:  # the snapshot is all that is left of this machine
-        return
-    troubles = undo(run.vm, entry)
-    run.store.discard()
+    troubles, left = undo(run.vm, entry)
+    if not entry.over:  # otherwise the snapshot is all that is left of this machine
+        run.store.discard()
+    if run.guardian is not None:
+        with contextlib.suppress(VballoonError, OSError):
+            run.journal.write(**{name: getattr(left, name) for name in FLAGS})
+        if left.unplug and not (left.gone or left.over):
+            run.guardian.leave(run.journal.entry)
+            troubles.append(f"process {run.guardian.pid} waits for the guest")
     for trouble in troubles:
         run.observer.say(trouble)
