@@ -55,6 +55,7 @@ from vballoon.cli import main
 from vballoon.snapshot.run import Run
 
 where, begin = sys.argv.pop(1), Run.begin
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 
 def interrupted(self, name):
     begin(self, name)

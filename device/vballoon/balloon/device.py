@@ -247,6 +247,11 @@ class Balloon(VirtioDevice):
         return self.skipmap.driver_running
 
     @property
+    def target_bytes(self) -> int:
+        """What the operator has asked for: guest memory less what should be in the balloon."""
+        return max(0, self.ram_bytes - (self.config.fields.num_pages << PFN_SHIFT))
+
+    @property
     def poisoned(self) -> bool:
         """Free pages must keep a value that is not what a hole reads as (PAGE_POISON)."""
         negotiated = self.transport is not None and self.transport.features & _PAGE_POISON

@@ -13,7 +13,19 @@ import sys
 from collections.abc import Callable, Sequence
 
 import vballoon
-from vballoon.cli import bitmap, conform, ctl, export, map_, restore, serve, snapshot, status
+from vballoon.cli import (
+    bitmap,
+    conform,
+    ctl,
+    export,
+    map_,
+    receive,
+    restore,
+    send,
+    serve,
+    snapshot,
+    status,
+)
 from vballoon.errors import VballoonError
 
 __all__ = ("main", "vhost_user_main")
@@ -45,7 +57,19 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (serve, ctl, status, map_, export, bitmap, snapshot, restore, conform):
+    for module in (
+        serve,
+        ctl,
+        status,
+        map_,
+        export,
+        bitmap,
+        snapshot,
+        restore,
+        send,
+        receive,
+        conform,
+    ):
         module.add(commands)
     return top
 

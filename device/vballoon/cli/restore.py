@@ -10,14 +10,15 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vballoon.cli.common import Subparsers, add_command
 from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from vballoon.snapshot.qmp_vm import QemuVm
     from vballoon.snapshot.restore import RamPlace
     from vballoon_spec.snapshot import SnapshotManifest
 
@@ -31,8 +32,8 @@ EXAMPLES = """\
       check the snapshot, fill files for the guest's memory, print the arguments
   vballoon restore snap/ --check
       only check it
-  ssh elsewhere vballoon snapshot ... --output - | vballoon restore - -- qemu-system-x86_64 ...
-      a VM moves here; its memory is unpacked to where the VM will use it
+  age -d -i KEY snap.age | vballoon restore - -- qemu-system-x86_64 ...
+      a stream; its memory is unpacked to where the VM will use it
 
 The balloon's back-end ('vballoon serve') must be running. If its socket is at another path than
 before, give it with --balloon-socket.
@@ -67,13 +68,28 @@ def add(commands: Subparsers) -> None:
         "--balloon-socket", metavar="SOCKET", help="the balloon back-end's socket, if it has moved"
     )
     command.add_argument("--no-balloon", action="store_true", help="run without the balloon")
+    command.add_argument(
+        "--control",
+        metavar="SOCKET",
+        help="control socket of the balloon's back-end, to set the saved target again",
+    )
+    command.add_argument(
+        "--private",
+        action="store_true",
+        help="map the snapshot's files copy-on-write instead of copying them",
+    )
+    command.add_argument(
+        "--commit",
+        action="store_true",
+        help="run a VM that was being moved here: it does not run at its old place",
+    )
     command.add_argument("--no-verify", action="store_true", help="do not check memory's checksums")
     command.add_argument("--check", action="store_true", help="check the snapshot, do nothing else")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return our arguments, and the command after ``--``."""
-    if words[:1] != ["restore"] or "--" not in words:
+    if words[:1] not in (["restore"], ["send"], ["receive"]) or "--" not in words:
         return list(words), []
     at = words.index("--")
     return list(words[:at]), list(words[at + 1 :])
@@ -109,6 +125,7 @@ def _restore_stream(options: argparse.Namespace) -> int:
 
 
 def _restore(options: argparse.Namespace, snapshot: Path, *, in_place: bool) -> int:
+    from vballoon.snapshot.receive import decide, require_decided
     from vballoon.snapshot.restore import RamPlace
     from vballoon.snapshot.store import open_snapshot
 
@@ -116,14 +133,19 @@ def _restore(options: argparse.Namespace, snapshot: Path, *, in_place: bool) -> 
     if options.check:
         print(f"{options.directory} is a whole snapshot", file=sys.stderr)
         return 0
-    place = RamPlace(options.ram)
-    if in_place:
+    if options.commit:
+        decide(snapshot)
+    require_decided(snapshot)
+    place = RamPlace(options.ram, anonymous=bool(options.command_line))
+    if in_place or options.private:
+        if not options.command_line:
+            raise UsageError("--private needs the command to run")
         place.use(snapshot, manifest)
-        return _run(options, snapshot, manifest, place)
+        return run_vm(options, snapshot, manifest, place, remove=not options.private)
     try:
         place.fill(snapshot, manifest)
         if options.command_line:
-            return _run(options, snapshot, manifest, place)
+            return run_vm(options, snapshot, manifest, place)
         _print(options, snapshot, manifest, place)
         place.keep()
     finally:
@@ -148,21 +170,62 @@ def _print(
     )
 
 
-def _run(
-    options: argparse.Namespace, snapshot: Path, manifest: SnapshotManifest, place: RamPlace
+def run_vm(
+    options: argparse.Namespace,
+    snapshot: Path,
+    manifest: SnapshotManifest,
+    place: RamPlace,
+    *,
+    remove: bool = True,
+    running: Callable[[], None] = lambda: None,
 ) -> int:
-    from vballoon.snapshot.device import plug
+    """Run the command, call *running* when the guest runs, and return QEMU's exit status.
+
+    *remove*: remove the files of *place* as soon as the guest runs.
+    """
     from vballoon.snapshot.restore import balloon_arguments, start
 
     balloon = None if options.no_balloon else balloon_arguments(manifest, options.balloon_socket)
-    with start(options.command_line, snapshot, manifest, place.files) as restored:
+    if balloon is not None and options.private and "chardev" in balloon[0]:
+        print(
+            "vballoon: --private memory cannot be shared with a vhost-user back-end; the VM runs "
+            "without its balloon",
+            file=sys.stderr,
+        )
+        balloon = None
+    with start(
+        options.command_line, snapshot, manifest, place, private=options.private
+    ) as restored:
         restored.load(manifest)
-        place.remove()
+        running()
+        if remove:
+            place.remove()
         if balloon is not None:
             try:
-                plug(restored.vm, *balloon)
+                _plug(options, restored.vm, balloon, manifest)
             except UsageError as error:
                 print(f"vballoon: the VM runs, without its balloon: {error}", file=sys.stderr)
-        print(f"restored {options.directory}", file=sys.stderr)
-    status: int = restored.process.wait()
+        print(f"restored {snapshot}", file=sys.stderr)
+        status: int = restored.process.wait()
     return status if status >= 0 else 128 - status
+
+
+def _plug(
+    options: argparse.Namespace, vm: QemuVm, balloon: Any, manifest: SnapshotManifest
+) -> None:
+    """Plug the balloon in and set the target that it had."""
+    from vballoon.snapshot.device import plug
+    from vballoon.snapshot.target import set_target
+
+    plug(vm, *balloon)
+    target = manifest.balloon.get("target")
+    if target is None:
+        return
+    if options.control is None:
+        print(
+            f"vballoon: the balloon's target was {target} bytes; set it with 'vballoon ctl "
+            f"SOCKET balloon value={target}', or restore with --control",
+            file=sys.stderr,
+        )
+        return
+    set_target(options.control, target)

@@ -26,9 +26,8 @@ EXAMPLES = """\
       the guest is stopped while its live pages are copied, then it runs on
   vballoon snapshot --qmp qmp.sock --control control.sock snap/ --quit
       the machine ends, to be restored elsewhere
-  vballoon snapshot --qmp qmp.sock --control control.sock --output - --quit |
-          ssh elsewhere vballoon restore - -- qemu-system-x86_64 ...
-      the machine moves
+  vballoon snapshot --qmp qmp.sock --control control.sock --output - | age -r KEY >snap.age
+      a stream, encrypted by a filter
 
 QEMU needs a monitor that nobody else is connected to (-qmp unix:qmp.sock,server=on,wait=off),
 shared memory, and the balloon where it can be unplugged: in any slot of -machine pc, or behind a
@@ -113,6 +112,11 @@ def run(options: argparse.Namespace) -> int:
         return _undo(options)
     if options.control is None:
         raise UsageError("--control is needed to save a VM")
+    if options.output is not None and options.quit:
+        raise UsageError(
+            "a stream has no acknowledgement, so QEMU cannot end after it: a link that breaks with "
+            "the last bytes would lose the VM; move it with 'vballoon send'"
+        )
     if options.live and (reason := objections()):  # before there is a directory
         raise UsageError(f"no live snapshot here: {reason}")
     chosen = Options(

@@ -61,6 +61,7 @@ def query_guest_memory(operator: Operator) -> dict[str, Any]:
         "regions": regions,
         "files": [{"device": device, "inode": inode} for device, inode in files],
         "poison": operator.require_memory().poison,
+        "target": cast("Balloon", operator.balloon).target_bytes,
     }
 
 

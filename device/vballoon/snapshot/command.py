@@ -26,11 +26,15 @@ _KEPT = {"host-nodes", "policy", "merge", "dump", "reserve", "prealloc", "preall
 
 
 def memory_words(
-    manifest: SnapshotManifest, ram: Mapping[str, Path], kept: Mapping[str, dict[str, Any]]
+    manifest: SnapshotManifest,
+    ram: Mapping[str, Path],
+    kept: Mapping[str, dict[str, Any]],
+    *,
+    private: bool = False,
 ) -> dict[str, str]:
     """Return the ``-object`` value for each memory backend.
 
-    *ram*: its file; *kept*: further properties of it.
+    *ram*: its file; *kept*: further properties of it; *private*: map the file copy-on-write.
     """
     words = {}
     for memory in manifest.memory:
@@ -39,7 +43,8 @@ def memory_words(
             "id": memory.id,
             "size": memory.size,
             "mem-path": str(ram[memory.id]),
-            "share": True,
+            "share": not private,
+            **({"readonly": True, "rom": "off"} if private else {}),
             **kept.get(memory.id, {}),
         }
         words[memory.id] = json.dumps(backend)
@@ -55,7 +60,12 @@ def incoming_words(manifest: SnapshotManifest, state: Path) -> list[str]:
 
 
 def rewrite(
-    words: Sequence[str], manifest: SnapshotManifest, ram: Mapping[str, Path], state: Path
+    words: Sequence[str],
+    manifest: SnapshotManifest,
+    ram: Mapping[str, Path],
+    state: Path,
+    *,
+    private: bool = False,
 ) -> list[str]:
     """Return the command line *words* of the saved machine, changed so that it restores it.
 
@@ -88,7 +98,7 @@ def rewrite(
     missing = [memory.id for memory in manifest.memory if memory.id not in places]
     if missing:
         raise UsageError(f"the command has no memory backend with id={missing[0]}")
-    for ident, value in memory_words(manifest, ram, kept).items():
+    for ident, value in memory_words(manifest, ram, kept, private=private).items():
         result[places[ident]] = value
     return result + incoming_words(manifest, state)
 

@@ -3,24 +3,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import mmap
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vballoon.snapshot.extents import data_extents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vballoon.memory import ByteRanges
 
     Mover = Callable[[int, int, int, int], int]
 
-__all__ = ("CHUNK", "SparseHash", "copy_extents", "sparse_digest")
+__all__ = ("CHUNK", "SparseHash", "copy_extents", "fill", "sparse_digest")
 
 CHUNK = 65536
 """Bytes of a chunk of a checksum (specification: *Checksums*)."""
+PAGE = 4096
 _ZEROES = bytes(CHUNK)
 PIECE = 8 << 20
 """Bytes moved between two calls of the progress callback, at most."""
@@ -78,6 +82,54 @@ def _sendfile(source: int, target: int, at: int, size: int) -> int:
 
 def _read_write(source: int, target: int, at: int, size: int) -> int:
     return os.pwrite(target, os.pread(source, min(size, 1 << 20), at), at)
+
+
+def fill(source: int, target: int) -> int:
+    """Copy the data of *source* into the new file *target*. Return the bytes written.
+
+    Chunks of zeroes become holes, also where *source* has stored them: a snapshot that was copied
+    without its holes needs no more memory than the original.  *target* may be on hugetlbfs, which
+    has no write().  Raise :class:`OSError`.
+    """
+    size = os.fstat(source).st_size
+    block = os.fstatvfs(target).f_bsize
+    os.ftruncate(target, -(-size // block) * block if block > PAGE else size)
+    buffer, total = memoryview(bytearray(16 * CHUNK)), 0
+    with contextlib.ExitStack() as stack:
+        write = partial(_write, target)
+        if block > PAGE:
+            mapping = stack.enter_context(mmap.mmap(target, os.fstat(target).st_size))
+            write = partial(_store, mapping)
+        for start, end in data_extents(source, size).tolist():
+            at = start
+            while at < end:
+                got = os.preadv(source, [buffer[: min(end - at, len(buffer) - at % CHUNK)]], at)
+                if not got:
+                    raise OSError(errno.EIO, "the file became shorter")
+                for place, part in _chunks(at, buffer[:got]):
+                    write(place, part)
+                    total += len(part)
+                at += got
+    return total
+
+
+def _chunks(at: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield the parts of *data*, at offset *at*, that lie in one chunk and are not all zero."""
+    while data:
+        part = data[: CHUNK - at % CHUNK]
+        if part != _ZEROES[: len(part)]:
+            yield at, part
+        at, data = at + len(part), data[len(part) :]
+
+
+def _write(target: int, at: int, data: memoryview) -> None:
+    while data:
+        written = os.pwrite(target, data, at)
+        at, data = at + written, data[written:]
+
+
+def _store(mapping: mmap.mmap, at: int, data: memoryview) -> None:
+    mapping[at : at + len(data)] = data
 
 
 class SparseHash:

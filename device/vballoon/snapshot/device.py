@@ -150,7 +150,7 @@ class Release(Enum):
 
 
 class UnplugRefused(UsageError):
-    """The guest has refused to release the balloon, and keeps it."""
+    """QEMU or the guest has refused the unplug, and the guest keeps its balloon."""
 
 
 def resolve_socket(
@@ -191,7 +191,10 @@ def unplug(vm: QemuVm, device: BalloonDevice, timeout: float) -> None:
     Raise UnplugRefused if it refuses.  Raise UsageError if it has not answered within *timeout*
     seconds; the request cannot be withdrawn, so it may still release it.
     """
-    vm.execute("device_del", id=device.arguments.get("id", device.path))
+    try:
+        vm.execute("device_del", id=device.arguments.get("id", device.path))
+    except QemuRefused as error:
+        raise UnplugRefused(str(error)) from None
     release = wait_until_gone(vm, device.path, timeout)
     if release is Release.REFUSED:
         raise UnplugRefused("the guest refused to release the balloon")

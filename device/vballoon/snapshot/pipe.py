@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.copy import CHUNK, SparseHash
+from vballoon.snapshot.link import LinkLost
 from vballoon.snapshot.store import ram_name
 from vballoon_spec.snapshot import (
     MANIFEST_FILE,
+    MOVE_MAGIC,
     STATE_FILE,
     STREAM_MAGIC,
     Frame,
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
     from vballoon.memory import ByteRanges
 
-__all__ = ("StreamStore", "unpack")
+    from vballoon.snapshot.link import Link
+
+__all__ = ("MoveStore", "StreamStore", "unpack", "unpack_from")
 
 PIECE = 16 * CHUNK
 """Maximum bytes of memory in one frame."""
@@ -42,12 +46,12 @@ MANIFEST_MAX = 16 << 20
 class StreamStore:
     """Write a snapshot to the descriptor *fd*, which the caller keeps."""
 
-    moves = True
+    magic = STREAM_MAGIC
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._digests: list[str] = []
-        self._write(STREAM_MAGIC)  # fails if the pipe has no reader; nothing is open yet
+        self._write(self.magic)  # fails if the pipe has no reader; nothing is open yet
         self._state = os.memfd_create("vballoon-state", os.MFD_CLOEXEC)
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -119,30 +123,72 @@ class StreamStore:
             os.close(state)
 
 
+class MoveStore(StreamStore):
+    """Write a snapshot to *link*, of which it is the source."""
+
+    magic = MOVE_MAGIC
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.digest = b""
+        """SHA-256 of the manifest that was sent."""
+        super().__init__(-1)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        try:
+            self._link.write(data)
+        except LinkLost as error:
+            raise UsageError(f"the machine was not moved: {self._reason(str(error))}") from None
+
+    def _reason(self, error: str) -> str:
+        """Return why the destination does not take the machine, if it has said so."""
+        try:
+            kind, body = self._link.receive()
+        except LinkLost:
+            return error
+        refused = kind == FrameKind.REFUSED
+        return f"the destination reports: {body.decode(errors='replace')}" if refused else error
+
+    def finish(self, manifest: SnapshotManifest) -> None:
+        """Send the manifest."""
+        self.digest = hashlib.sha256(manifest.dumps().encode()).digest()
+        super().finish(manifest)
+
+
 def unpack(fd: int, directory: Path) -> None:
     """Read a stream from *fd* into the existing, empty *directory*.
 
     The manifest is written last, so that the directory of a stream that ended early is refused
-    like any incomplete snapshot.  The sender of a moving machine ends the stream after it has
-    ended QEMU, so wait for that.  Raise :class:`~vballoon.errors.UsageError`.
+    like any incomplete snapshot.  Raise :class:`~vballoon.errors.UsageError`.
     """
-    if _read(fd, len(STREAM_MAGIC)) != STREAM_MAGIC:
+    unpack_from(lambda size: _read(fd, size), directory, STREAM_MAGIC)
+    if _read(fd, 1):
+        (directory / MANIFEST_FILE).unlink()
+        raise UsageError("data after the end of the snapshot stream")
+
+
+def unpack_from(read: Callable[[int], bytes], directory: Path, magic: bytes) -> bytes:
+    """Read a stream up to its manifest with *read*, into the existing, empty *directory*.
+
+    *read* returns as many bytes as it is asked for, or fewer at the end.  Return the manifest.
+    Raise :class:`~vballoon.errors.UsageError`.
+    """
+    if read(len(magic)) != magic:
         raise UsageError("not a snapshot stream")
     reader = _Unpacker(directory)
     try:
         while reader.manifest is None:
             try:
-                frame = Frame.parse(_read(fd, Frame.SIZE))
+                frame = Frame.parse(read(Frame.SIZE))
             except WireError:
                 raise UsageError("the snapshot stream ended early") from None
-            reader.take(fd, frame)
-        if _read(fd, 1):
-            raise UsageError("data after the end of the snapshot stream")
+            reader.take(read, frame)
         reader.finish()
     except OSError as error:
         raise UsageError(f"{directory}: {error.strerror or error}") from None
     finally:
         reader.close()
+    return reader.manifest
 
 
 def _read(fd: int, size: int) -> bytes:
@@ -161,19 +207,19 @@ class _Unpacker:
         self._files: dict[int, int] = {}
         self._state = 0
 
-    def take(self, fd: int, frame: Frame) -> None:
+    def take(self, read: Callable[[int], bytes], frame: Frame) -> None:
         if frame.kind == FrameKind.DATA and frame.length <= PIECE and frame.file < FILES_MAX:
             if frame.offset >= 1 << 62:
                 raise UsageError(f"the stream has memory at {frame.offset:#x}")
-            os.pwrite(self._file(frame.file), self._body(fd, frame), frame.offset)
+            os.pwrite(self._file(frame.file), self._body(read, frame), frame.offset)
         elif frame.kind == FrameKind.STATE and self._state + frame.length <= STATE_MAX:
             self._state += frame.length
             with (self.directory / STATE_FILE).open("ab") as file:
-                file.write(self._body(fd, frame))
+                file.write(self._body(read, frame))
         elif frame.kind == FrameKind.SIZE and not frame.length:
             self._require_room(frame.offset)
         elif frame.kind == FrameKind.MANIFEST and frame.length <= MANIFEST_MAX:
-            self.manifest = self._body(fd, frame)
+            self.manifest = self._body(read, frame)
         else:
             raise UsageError(f"the stream has a frame {frame.kind} of {frame.length} bytes")
 
@@ -184,16 +230,17 @@ class _Unpacker:
             raise UsageError(f"{self.directory}: need {size >> 20} MiB, have {free >> 20} MiB")
 
     @staticmethod
-    def _body(fd: int, frame: Frame) -> bytes:
-        data = _read(fd, frame.length)
+    def _body(read: Callable[[int], bytes], frame: Frame) -> bytes:
+        data = read(frame.length)
         if len(data) != frame.length:
             raise UsageError("the snapshot stream ended early")
         return data
 
     def _file(self, index: int) -> int:
         if index not in self._files:
-            path = self.directory / f".{index}.part"
-            self._files[index] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            self._files[index] = os.open(
+                self.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600
+            )
         return self._files[index]
 
     def finish(self) -> None:
@@ -207,7 +254,10 @@ class _Unpacker:
             if memory.file != ram_name(memory.id):
                 raise UsageError(f"the stream calls the memory of {memory.id} {memory.file}")
             os.ftruncate(self._file(index), memory.size)
-            (self.directory / f".{index}.part").rename(self.directory / memory.file)
+            file = self._file(index)
+            os.link(  # without a folder's descriptor Python would not follow the link
+                f"/proc/self/fd/{file}", self.directory / memory.file, src_dir_fd=file
+            )
         (self.directory / MANIFEST_FILE).write_bytes(self.manifest)
 
     def close(self) -> None:

@@ -4,25 +4,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.command import incoming_words, memory_words, rewrite
-from vballoon.snapshot.copy import copy_extents
+from vballoon.snapshot.copy import fill
 from vballoon.snapshot.device import require_balloon
-from vballoon.snapshot.extents import data_extents
 from vballoon.snapshot.qmp_vm import QemuVm
 from vballoon.snapshot.state import CAPABILITY, set_ignore_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vballoon_spec.snapshot import SnapshotManifest
 
@@ -35,6 +37,8 @@ __all__ = (
     "start",
 )
 
+DEFAULT_FOLDER = Path("/dev/shm")
+"""Stands for memory without a file system: a memfd is used."""
 START_SECONDS = 30.0
 LOAD_SECONDS = 60.0
 """How long QEMU may take to open its monitor, and to load the state."""
@@ -44,11 +48,14 @@ LOAD_SECONDS = 60.0
 class RamPlace:
     """Files for guest memory, filled from a snapshot, in *folder*.
 
-    QEMU has the files open, so their names are removed as soon as it runs.
+    Anonymous files are passed to QEMU as descriptors, ``fds``, so that nothing is left when any
+    process dies.  Others have names, for a QEMU that somebody else starts.
     """
 
     folder: Path
+    anonymous: bool = True
     files: dict[str, Path] = field(default_factory=dict)
+    fds: list[int] = field(default_factory=list)
 
     def fill(self, snapshot: Path, manifest: SnapshotManifest) -> None:
         """Copy all memory. Raise :class:`~vballoon.errors.UsageError`."""
@@ -56,35 +63,55 @@ class RamPlace:
         for memory in manifest.memory:
             path = self.folder / f"vballoon-{mark}-{memory.file}"
             try:
-                self._fill(snapshot / memory.file, path, memory.id)
+                with (snapshot / memory.file).open("rb") as file:
+                    fill(file.fileno(), self._create(path, memory.id))
             except OSError as error:
                 raise UsageError(f"{path}: {error.strerror}") from None
 
     def use(self, snapshot: Path, manifest: SnapshotManifest) -> None:
-        """Use the snapshot's own files, which the guest then overwrites."""
-        self.files = {memory.id: snapshot / memory.file for memory in manifest.memory}
+        """Use the snapshot's own files, which the guest then overwrites unless it is private."""
+        self.files = {memory.id: snapshot.resolve() / memory.file for memory in manifest.memory}
+        self.anonymous = False
 
     def keep(self) -> None:
         """Keep the names: the caller uses and removes them."""
         self.files = {}
 
-    def _fill(self, source: Path, path: Path, ident: str) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with source.open("rb") as file:
-            target = os.open(path, flags, 0o600)
+    def _create(self, path: Path, ident: str) -> int:
+        """Return a new file, which this object closes."""
+        if not self.anonymous:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             self.files[ident] = path
-            try:
-                size = os.fstat(file.fileno()).st_size
-                os.ftruncate(target, size)
-                copy_extents(file.fileno(), target, data_extents(file.fileno(), size))
-            finally:
-                os.close(target)
+            self.fds.append(fd)
+            return fd
+        fd = _anonymous_file(path)
+        self.files[ident] = Path(f"/proc/self/fd/{fd}")
+        self.fds.append(fd)
+        return fd
 
     def remove(self) -> None:
-        """Remove the names."""
-        for path in self.files.values():
-            path.unlink(missing_ok=True)
+        """Remove the names and close the descriptors."""
+        if not self.anonymous:
+            for path in self.files.values():
+                path.unlink(missing_ok=True)
         self.files = {}
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+
+def _anonymous_file(path: Path) -> int:
+    """Return a new file without a name, on the file system where *path* would be."""
+    if path.parent == DEFAULT_FOLDER:
+        return os.memfd_create("vballoon-ram", os.MFD_CLOEXEC)
+    try:
+        return os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    path.unlink()
+    return fd
 
 
 def balloon_arguments(
@@ -135,6 +162,7 @@ class Restored:
 
     process: subprocess.Popen[bytes]
     vm: QemuVm
+    warden: Warden
 
     def load(self, manifest: SnapshotManifest) -> None:
         """Wait until the state is loaded, then resume the guest."""
@@ -153,31 +181,98 @@ class Restored:
         set_ignore_shared(self.vm, False)
         if status != "running":
             self.vm.execute("cont")
+        self.warden.dismiss()
 
 
 @contextlib.contextmanager
 def start(
-    words: Sequence[str], snapshot: Path, manifest: SnapshotManifest, ram: dict[str, Path]
+    words: Sequence[str],
+    snapshot: Path,
+    manifest: SnapshotManifest,
+    place: RamPlace,
+    *,
+    private: bool = False,
 ) -> Any:
     """Run the machine's command line so that it restores *snapshot*. Yield a Restored.
 
-    On an error, kill the process.  Raise :class:`~vballoon.errors.UsageError`.
+    On an error, and when this process dies before the guest runs, kill QEMU.  Pass SIGTERM and
+    SIGHUP on to it.  Raise :class:`~vballoon.errors.UsageError`.
     """
-    command = rewrite(words, manifest, ram, snapshot.resolve() / manifest.state.file)
-    with tempfile.TemporaryDirectory(prefix="vballoon-") as folder:
+    state = snapshot.resolve() / manifest.state.file
+    command = rewrite(words, manifest, place.files, state, private=private)
+    with tempfile.TemporaryDirectory(prefix="vballoon-") as folder, Warden() as warden:
         monitor = Path(folder) / "qmp"
         command += ["-qmp", f"unix:{monitor},server=on,wait=off"]
+        fds = place.fds if place.anonymous else ()
         try:
-            process = subprocess.Popen(command)
+            process = subprocess.Popen(command, pass_fds=fds)
         except OSError as error:
             raise UsageError(f"{command[0]}: {error.strerror}") from None
-        try:
-            with _connect(monitor, process) as vm:
-                yield Restored(process, vm)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        warden.watch(process.pid)
+        with signals_to(process):
+            try:
+                with _connect(monitor, process) as vm:
+                    yield Restored(process, vm, warden)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+
+
+@contextlib.contextmanager
+def signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass SIGTERM and SIGHUP on to *process* inside the body. SIGINT reaches it by itself."""
+
+    def pass_on(number: int, _: object) -> None:
+        process.send_signal(number)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Warden:
+    """A process that kills QEMU if this process dies before the guest runs. A context manager."""
+
+    PROGRAM = (
+        "import os, signal, sys\n"
+        "pid = sys.stdin.readline()\n"
+        "fd = os.pidfd_open(int(pid)) if pid else -1\n"
+        "if fd >= 0 and not sys.stdin.readline(): signal.pidfd_send_signal(fd, signal.SIGKILL)\n"
+    )
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", self.PROGRAM],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # the terminal's signals are not meant for it
+        )
+
+    def _write(self, text: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(text.encode())
+            self._process.stdin.flush()
+
+    def watch(self, pid: int) -> None:
+        """Kill process *pid* when this process dies."""
+        self._write(f"{pid}\n")
+
+    def dismiss(self) -> None:
+        """Let the process live: the guest runs."""
+        self._write("runs\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def _connect(path: Path, process: subprocess.Popen[bytes]) -> QemuVm:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vballoon.snapshot.process import Process
     from vballoon.snapshot.qmp_vm import Memdev, QemuVm
     from vballoon.snapshot.recovery import Guardian
+    from vballoon.snapshot.send import Sender
     from vballoon.snapshot.source import GuestSource, RamFile
     from vballoon.snapshot.state import DeviceState
     from vballoon.snapshot.store import Store
@@ -56,6 +57,7 @@ class Options:
     ``device_id``: the balloon's id, where there are several; ``device_socket``: its back-end's
     socket; ``unplug_seconds``: how long the guest may take to release it; ``live``: copy while the
     guest runs; ``quit``: end QEMU when the snapshot is complete;
+    ``move``: end QEMU when the guest runs at the destination;
     ``qemu_pid``: QEMU's process, 0: the one that listens on the monitor;
     ``journal``: path of the journal's file, empty: beside the monitor's socket.
     """
@@ -65,6 +67,7 @@ class Options:
     unplug_seconds: float = 20.0
     live: bool = False
     quit: bool = False
+    move: bool = False
     qemu_pid: int = 0
     journal: str = ""
 
@@ -110,6 +113,8 @@ class Run:
     journal: Journal = field(init=False)
     lock: int = -1
     guardian: Guardian | None = None
+    sender: Sender | None = None
+    """The source's side of a move."""
     resumes: int = 0
     """RESUME events that are not somebody else's."""
     process: Process = field(init=False)

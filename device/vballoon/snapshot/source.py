@@ -47,6 +47,8 @@ class GuestSource:
     no_layout: str
     managed_pages: int | None
     poison: int | None
+    target: int | None = None
+    """Bytes that the operator wants the guest to have; None: all of it."""
 
     @classmethod
     def fetch(cls, control: ControlClient) -> Self:
@@ -60,7 +62,9 @@ class GuestSource:
         except BaseException:
             _close(files)
             raise
-        return cls(files, layout, why, managed, answer["poison"])
+        size = sum(region["size"] for region in answer["regions"])
+        target = answer["target"] if answer["target"] < size else None
+        return cls(files, layout, why, managed, answer["poison"], target)
 
     def free_memory(self) -> FreeMemory:
         """Return the free pages of the guest, which must be stopped.

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from vballoon.snapshot.run import Run
 
 __all__ = (
-    "check", "copy", "copy_extents", "end", "finish", "guard", "look", "plug", "prepare",
-    "resume", "state", "stop", "unplug", "verify",
+    "check", "commit", "copy", "copy_extents", "end", "finish", "guard", "hand_over", "look",
+    "offer", "plug", "prepare", "resume", "state", "stop", "unplug", "verify",
 )  # fmt: skip
 
 
@@ -215,21 +215,30 @@ def _check_unchanged(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Compute the checksums, sync everything to disk, and write the manifest last."""
-    if not run.options.quit:
-        run.manifest = _manifest(run)
-        run.store.finish(run.manifest)
-        return
-    _check_unchanged(run)
+    if run.options.quit:
+        _check_unchanged(run)
     run.manifest = _manifest(run)
-    with run.journal.doing(gone=run.store.moves):
-        try:
-            run.store.finish(run.manifest)
-        except OSError:
-            run.journal.write(gone=False)  # the last bytes were not sent
-            raise
-    if not run.store.moves:
-        check(run)
-    run.journal.write(over=True)  # from now on the snapshot is the machine
+    run.store.finish(run.manifest)
+
+
+def hand_over(run: Run) -> None:
+    """Make the snapshot the machine: from now on QEMU is only to end."""
+    check(run)
+    run.journal.write(over=True)
+
+
+def offer(run: Run) -> None:
+    """Wait until the destination has the snapshot complete, checked and on its disk."""
+    assert run.sender is not None
+    run.sender.wait_verified()
+    check(run)
+
+
+def commit(run: Run) -> None:
+    """Write *gone* into the journal, send COMMIT, and wait until the guest runs over there."""
+    assert run.sender is not None
+    with run.journal.doing(gone=True):
+        run.sender.commit()
 
 
 def _manifest(run: Run) -> SnapshotManifest:
@@ -249,7 +258,11 @@ def _manifest(run: Run) -> SnapshotManifest:
         ),
         left_out=run.copied.left_out,
         verification=run.verification,
-        balloon={"device": plan.device.arguments, "chardev": plan.device.chardev},
+        balloon={
+            "device": plan.device.arguments,
+            "chardev": plan.device.chardev,
+            "target": run.source.target,
+        },
         extra={"seconds": run.seconds()},
     )
 

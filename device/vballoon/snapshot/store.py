@@ -40,9 +40,6 @@ _ZEROES = bytes(1 << 20)
 class Store(Protocol):
     """What a snapshot is written to. Methods raise :class:`OSError` where writing fails."""
 
-    moves: bool
-    """Whether the machine may run elsewhere as soon as :meth:`finish` has returned."""
-
     def open_state(self) -> int:
         """Return a descriptor for QEMU to write the device state to. The caller closes it."""
 
@@ -81,8 +78,6 @@ def ram_name(ident: str) -> str:
 
 class DirectoryStore:
     """A snapshot in the directory *path*, new or empty. Raise UsageError where it cannot be."""
-
-    moves = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vballoon.snapshot.run import Run
     from vballoon_spec.snapshot import SnapshotManifest
 
-__all__ = ("COLD", "LIVE", "steps_table", "take", "way")
+__all__ = ("COLD", "LIVE", "MOVE", "steps_table", "take", "way")
 
 _LOOK = Step("look", "find out what QEMU and the back-end have; nothing is changed yet", steps.look)
 _GUARD = Step("guard", "lock the VM, open the journal, start the guardian", steps.guard)
@@ -35,7 +35,14 @@ _RESUME = (
 )
 _END = (
     Step("finish", "checksums, everything synced to disk, the manifest last", steps.finish),
-    Step("end", "QEMU; from ``finish`` on, the snapshot is the machine", steps.end),
+    Step("hand over", "note that the snapshot is the machine from now on", steps.hand_over),
+    Step("end", "QEMU", steps.end),
+)
+_MOVE = (
+    Step("finish", "checksums, the rest of the snapshot, the manifest last", steps.finish),
+    Step("offer", "wait until the destination has checked it and has it on disk", steps.offer),
+    Step("commit", "note *gone*, send COMMIT, wait until the guest runs there", steps.commit),
+    Step("end", "QEMU", steps.end),
 )
 _COLD = (
     _LOOK,
@@ -61,12 +68,16 @@ _LIVE = (
 )
 COLD = _COLD + _RESUME
 """The steps of a snapshot for which the guest is stopped."""
+MOVE = _COLD + _MOVE
+"""The steps of a move."""
 LIVE = _LIVE + _RESUME
 """The steps of a snapshot that copies most of the memory while the guest runs."""
 
 
 def way(options: Options) -> tuple[Step, ...]:
     """Return the steps of a snapshot with *options*."""
+    if options.move:
+        return MOVE
     return (_LIVE if options.live else _COLD) + (_END if options.quit else _RESUME)
 
 
@@ -104,6 +115,8 @@ def take(run: Run) -> SnapshotManifest:
 
 def _go_back(run: Run) -> None:
     entry = run.journal.entry
+    if run.sender is not None and not entry.gone:
+        run.sender.abort()  # before the guest is resumed here
     troubles, left = undo(run.vm, entry)
     if not entry.over:  # otherwise the snapshot is all that is left of this machine
         run.store.discard()

@@ -14,12 +14,13 @@ from vballoon_spec.snapshot.manifest import (
     StateFile,
     StateKind,
 )
-from vballoon_spec.snapshot.stream import STREAM_MAGIC, Frame, FrameKind
+from vballoon_spec.snapshot.stream import MOVE_MAGIC, STREAM_MAGIC, Frame, FrameKind
 
 __all__ = (
     "FORMAT_NAME",
     "FORMAT_VERSION",
     "MANIFEST_FILE",
+    "MOVE_MAGIC",
     "STATE_FILE",
     "STREAM_MAGIC",
     "Frame",

@@ -85,7 +85,8 @@ class SnapshotManifest:
     verification: str
     """``""``: the guest's free lists were read; else why not."""
     balloon: dict[str, Any]
-    """``device``: arguments of ``device_add``; ``chardev``: its socket's id and path, or null."""
+    """``device``: arguments of ``device_add``; ``chardev``: its socket's id and path, or null;
+    ``target``: bytes that the guest should have, or null: all."""
     format: str = FORMAT_NAME
     version: int = FORMAT_VERSION
     extra: dict[str, Any] = field(default_factory=dict)
@@ -176,7 +177,8 @@ def _balloon(data: dict[str, Any]) -> dict[str, Any]:
     chardev = data.get("chardev")
     if chardev is not None:
         _texts(_get(data, "chardev", dict), ("id", "path"))
-    return {"device": device, "chardev": chardev}
+    target = None if data.get("target") is None else _bytes(data, "target")
+    return {"device": device, "chardev": chardev, "target": target}
 
 
 def _check_names(memory: tuple[MemoryFile, ...]) -> None:

@@ -16,9 +16,14 @@ import construct as c
 
 from virtio_formats.wire import WireStruct
 
-__all__ = ("STREAM_MAGIC", "Frame", "FrameKind")
+__all__ = ("MOVE_MAGIC", "STREAM_MAGIC", "Frame", "FrameKind")
 
 STREAM_MAGIC = b"VBSNAP01"
+MOVE_MAGIC = b"VBMOVE01"
+"""Begins the stream of a move: after MANIFEST both sides exchange COMMIT, VERIFIED and so on.
+
+The body of COMMIT, VERIFIED and RUNNING is the SHA-256 of the manifest.
+"""
 
 
 class FrameKind(IntEnum):
@@ -28,6 +33,16 @@ class FrameKind(IntEnum):
     STATE = 2
     MANIFEST = 3
     SIZE = 4
+    COMMIT = 16
+    """Of a move, from the source: run the guest."""
+    VERIFIED = 17
+    """From the destination: the snapshot is complete, checked and on disk."""
+    RUNNING = 18
+    """From the destination: the guest runs."""
+    ABORT = 20
+    """From the source: COMMIT will never come, the guest runs where it was."""
+    REFUSED = 19
+    """From the destination: it will not run the guest by itself; the body is UTF-8 text."""
 
 
 class Frame(WireStruct):
