@@ -37,7 +37,7 @@ with mmap.mmap(fd, size) as mapping:
 
 
 def kinds() -> dict[str, int]:
-    """A descriptor for each kind of memory."""
+    """Return a descriptor for each kind of memory."""
     os.makedirs("/tmp/huge", exist_ok=True)
     mount = ctypes.CDLL(None, use_errno=True).mount
     assert mount(b"huge", b"/tmp/huge", b"tmpfs", 0, b"huge=always,size=64m") == 0
@@ -68,7 +68,7 @@ def one(fd: int) -> dict[str, Any]:
             print(file=child.stdin, flush=True)
             child.stdout.readline()
             [found] = tracking.collect()
-            said, pages = "", int((found[:, 1] - found[:, 0]).sum()) // 4096
+            said, pages = "", found.total // 4096
         except UsageError as error:
             said, pages = str(error), 0
         finally:

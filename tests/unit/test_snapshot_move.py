@@ -310,12 +310,11 @@ def test_nothing_but_the_right_verified_gives_the_machine_away(
 def test_guest_that_was_resumed_is_not_given_away(
     qemu: FakeQemu, vm: QemuVm, guest: GuestSource, tmp_path: Path
 ) -> None:
-    """The destination is told, and drops what it has."""
+    """The destination receives ABORT and drops what it has."""
     states = []
 
     def other(link: Link) -> None:
         receiver = Receiver(link, whole(tmp_path))
-        qemu.events.append(event("RESUME"))
         receiver.receive()
         with pytest.raises(UsageError, match="runs on at its old place"):
             receiver.wait_commit()

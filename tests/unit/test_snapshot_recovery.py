@@ -172,7 +172,7 @@ def test_guest_that_releases_its_balloon_late_gets_it_back_from_the_guardian(
 
 
 def left_behind(source: GuestSource, folder: Path, qemu: FakeQemu, **flags: bool) -> Entry:
-    """The journal of a snapshot that was killed together with its guardian."""
+    """Write the journal of a snapshot that was killed together with its guardian."""
     entry = Entry(
         str(folder / "qmp"), "/machine/peripheral/balloon0", dict(BALLOON),
         {"id": "c0", "path": str(qemu.socket)}, qemu=ME.name,

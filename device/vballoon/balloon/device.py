@@ -249,7 +249,7 @@ class Balloon(VirtioDevice):
     @property
     def target_bytes(self) -> int:
         """What the operator has asked for: guest memory less what should be in the balloon."""
-        return max(0, self.ram_bytes - (self.config.fields.num_pages << PFN_SHIFT))
+        return max(0, self.ram_bytes - (self.config.fields.num_pages << PAGE_SHIFT))
 
     @property
     def poisoned(self) -> bool:

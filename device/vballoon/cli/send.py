@@ -20,7 +20,7 @@ EXAMPLES = """\
       the same to 'vballoon receive --from unix:/run/move.sock', perhaps forwarded
 
 The guest is stopped while it is sent and checked. QEMU here ends only when the guest runs there.
-If the link breaks before the destination was told to run it, the guest runs on here. If it breaks
+If the link breaks before COMMIT was sent, the guest runs on here. If it breaks
 after that, it stays stopped here, and what to do is printed.
 """
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vballoon.memory import ByteRanges
-
     from vballoon.snapshot.link import Link
 
 __all__ = ("MoveStore", "StreamStore", "unpack", "unpack_from")
