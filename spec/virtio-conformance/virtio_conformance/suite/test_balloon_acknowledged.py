@@ -93,3 +93,22 @@ def test_reported_pages_after_the_acknowledgement(split_rig: Rig, numbering: Num
         rig.kick(queue)
         write_at_once(rig, queue, chosen)
         expect_kept(rig, chosen, turn)
+
+
+@pytest.mark.requirement("split.desc.readable-unwritten", "packed.desc.readable-unwritten")
+def test_reported_range_that_is_device_readable(rig: Rig, numbering: Numbering) -> None:
+    """A device-readable descriptor in the reporting queue is no report: its pages stay."""
+    numbers = numbering.numbers(F.PAGE_REPORTING, rig.offered)
+    if "report" not in numbers:
+        not_applicable("reporting is not offered")
+    bring_up(rig, F.PAGE_REPORTING, numbers)
+    queue = numbers["report"]
+    start = pages(rig, 6)
+    placed = Placed(Exchange(b""), [Segment(start, 2 * PAGE, False)])
+    rig.submit(placed, queue=queue)
+    before = rig.ram.picture()
+    rig.rings[queue].publish()
+    rig.kick(queue)
+    rig.main_quiet(0.15)
+    rig.survive(spinning=True)
+    rig.ram.expect_untouched(before, rig.allowed())

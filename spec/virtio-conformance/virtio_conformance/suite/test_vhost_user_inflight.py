@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from virtio_conformance.findings import Closed, not_applicable, preparing, require
+from virtio_conformance.rig import Placed
 from virtio_conformance.rig_vhost_user import COMMON_PROTOCOL, VhostUserRig
 from virtio_formats.vhost_user.features import ProtocolFeature as P
 from virtio_formats.vhost_user.payloads import VhostUserInflight
@@ -179,3 +180,81 @@ def test_inflight_that_makes_no_sense(split_rig: VhostUserRig, what: str) -> Non
         pass
     os.close(fd)
     rig.survive(spinning=True)
+
+
+def resume_from(rig: VhostUserRig, answer: VhostUserInflight, fd: int, base: int) -> None:
+    """Hand over a region and start the rings, the main one at *base*."""
+    rig.fe.do(Request.SET_INFLIGHT_FD, answer.build(), [fd])
+    for index in rig.profile.queues:
+        rig.start_ring(index, rig.rings[index], base=base if index == rig.profile.main else 0)
+    rig.driver_ok()
+    rig.kick(rig.profile.main)
+
+
+def prepared(rig: VhostUserRig, count: int) -> tuple[VhostUserInflight, int, list[Placed]]:
+    """A fresh region, rings that are not started, and requests in the main one."""
+    need_inflight(rig)
+    if rig.profile.name == "fs":
+        not_applicable("requests of this device need one before them on each connection")
+    answer, fd = inflight_region(rig)
+    for index in rig.profile.queues:
+        rig.rings[index] = rig.make_ring(SIZE)
+    placed = [rig.submit(rig.request(serial)) for serial in range(count)]
+    rig.main.publish()
+    return answer, fd, placed
+
+
+@pytest.mark.requirement("vu.inflight.order")
+def test_inflight_buffers_in_the_order_of_their_counters(new_rig: MakeRig) -> None:
+    """Buffers are submitted again by their counters, whatever their heads are."""
+    rig = new_rig(False)
+    answer, fd, placed = prepared(rig, 4)
+    heads = [placed[i].id for i in (2, 0, 3, 1)]
+    forge(rig, answer, fd, heads)
+    if rig.profile.name not in ("balloon", "rng"):
+        not_applicable("this device may finish requests in another order than it starts them")
+    resume_from(rig, answer, fd, base=4)
+    used = [element.id for element in rig.collect(rig.main, 4)]
+    require(used == heads, f"used in the order {used}, due is {heads}")
+    os.close(fd)
+
+
+@pytest.mark.requirement("vu.inflight.batch", "vu.inflight.resubmit")
+def test_inflight_batch_that_was_used_already(new_rig: MakeRig) -> None:
+    """Of a crash between the used index and the marks, the batch list is believed."""
+    rig = new_rig(False)
+    answer, fd, placed = prepared(rig, 4)
+    ring = rig.main_split
+    heads = [one.id for one in placed]
+    for slot, head in enumerate(heads[:2]):  # used by the back-end that crashed
+        ring.elements[slot] = (head, 0)
+    ring.used_words[1] = 2
+    forge(rig, answer, fd, heads)
+    per = answer.mmap_size // (max(rig.profile.queues) + 1)
+    at = answer.mmap_offset + per * rig.profile.main
+    with mmap.mmap(fd, answer.mmap_size + answer.mmap_offset) as view:
+        struct.pack_into("<HH", view, at + 12, heads[1], 0)  # last_batch_head, used_idx
+        struct.pack_into("<H", view, at + 16 + 16 * heads[1] + 6, heads[0])
+    returned = [element.id for element in ring.poll()]
+    require(returned == heads[:2], "the suite has forged wrongly")
+    resume_from(rig, answer, fd, base=4)
+    used = {element.id for element in rig.collect(ring, 2)}
+    require(used == set(heads[2:]), f"submitted again are {used}, due is {set(heads[2:])}")
+    rig.expect_quiet(0.05)
+    os.close(fd)
+
+
+@pytest.mark.requirement("vu.inflight.split")
+def test_inflight_counters_rise(new_rig: MakeRig) -> None:
+    """Each buffer that is taken gets the next value of one counter for the queue."""
+    rig = new_rig(False)
+    answer, fd, placed = prepared(rig, 6)
+    resume_from(rig, answer, fd, base=0)
+    rig.check(placed, rig.collect(rig.main, len(placed)))
+    rig.fe.barrier()
+    per = answer.mmap_size // (max(rig.profile.queues) + 1)
+    at = answer.mmap_offset + per * rig.profile.main
+    with mmap.mmap(fd, answer.mmap_size + answer.mmap_offset) as view:
+        found = [struct.unpack_from("<Q", view, at + 16 + 16 * one.id + 8)[0] for one in placed]
+    require(found == sorted(set(found)), f"counters {found} of buffers taken one after the other")
+    os.close(fd)

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 
+from virtio_conformance.dirty_log import Log
 from virtio_conformance.findings import require
 from virtio_conformance.memory import PAGE
 from virtio_conformance.rig_vhost_user import VhostUserRig
@@ -17,38 +15,7 @@ from virtio_formats.vhost_user.features import VhostFeature, VringFlag
 from virtio_formats.vhost_user.payloads import VhostUserLog
 from virtio_formats.vhost_user.requests import Request
 
-LOG_OFFSET = 2 * PAGE
-LOG_SIZE = (0x1_4020_0000 // PAGE) // 8 + 4096
-"""Bytes of log: all memory of the suite's layout, and room for a ring logged elsewhere."""
 MakeRig = Callable[..., VhostUserRig]
-
-
-class Log:
-    """The dirty log: one bit a page, at an offset in its file, guard bytes around it."""
-
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("conformance-log")
-        os.ftruncate(self.fd, LOG_OFFSET + LOG_SIZE + PAGE)
-        self.view = mmap.mmap(self.fd, LOG_OFFSET + LOG_SIZE + PAGE)
-
-    def pages(self) -> set[int]:
-        """Pages marked dirty."""
-        raw = np.frombuffer(self.view[LOG_OFFSET : LOG_OFFSET + LOG_SIZE], np.uint8)
-        bits = np.unpackbits(raw, bitorder="little")
-        return {int(page) for page in np.flatnonzero(bits)}
-
-    def clear(self) -> None:
-        """Forget all marks."""
-        self.view[:] = bytes(len(self.view))
-
-    def strays(self) -> bool:
-        """Whether anything was written around the log."""
-        return any(self.view[:LOG_OFFSET]) or any(self.view[LOG_OFFSET + LOG_SIZE :])
-
-    def close(self) -> None:
-        """Unmap and close."""
-        self.view.close()
-        os.close(self.fd)
 
 
 @pytest.fixture
@@ -57,13 +24,6 @@ def log() -> Iterator[Log]:
     made = Log()
     yield made
     made.close()
-
-
-def attach(rig: VhostUserRig, log: Log) -> None:
-    """SET_LOG_BASE; its reply has 0, 8 or 16 bytes with the backends that there are."""
-    payload = VhostUserLog(mmap_size=LOG_SIZE, mmap_offset=LOG_OFFSET).build()
-    rig.fe.send(Request.SET_LOG_BASE, payload, [log.fd])
-    rig.fe.expect_reply(Request.SET_LOG_BASE)
 
 
 def span_pages(addr: int, size: int) -> set[int]:
@@ -96,7 +56,7 @@ def test_written_buffers_are_logged(rig: VhostUserRig, log: Log) -> None:
     """Every page that the device wrote is marked, and no page that it did not."""
     rig.need_log()
     rig.bring_up()
-    attach(rig, log)
+    log.attach(rig)
     rig.reset_features(rig.features | VhostFeature.LOG_ALL)
     for serial in range(4):
         marked, due, may = run_logged(rig, log, serial)
@@ -112,7 +72,7 @@ def test_used_ring_is_logged(rig: VhostUserRig, log: Log) -> None:
     """With the ring's flag its used ring is logged too; without it is not."""
     rig.need_log()
     rig.bring_up()
-    attach(rig, log)
+    log.attach(rig)
     rig.reset_features(rig.features | VhostFeature.LOG_ALL)
     low, high = rig.main.device_span[0]
     ring_pages = span_pages(low, high - low)
@@ -133,7 +93,7 @@ def test_used_ring_is_logged_at_its_log_address(rig: VhostUserRig, log: Log) -> 
     """The used ring's bits lie where log_guest_addr says, also outside guest memory."""
     rig.need_log()
     rig.bring_up()
-    attach(rig, log)
+    log.attach(rig)
     rig.reset_features(rig.features | VhostFeature.LOG_ALL)
     where = 0x1_4020_0000 + 4 * PAGE
     set_ring_flags(rig, VringFlag.LOG, where)
@@ -151,7 +111,7 @@ def test_logging_off_and_on(rig: VhostUserRig, log: Log) -> None:
     """Nothing is marked without LOG_ALL, not even the used ring; it can be switched at any time."""
     rig.need_log()
     rig.bring_up()
-    attach(rig, log)
+    log.attach(rig)
     low, high = rig.main.device_span[0]
     set_ring_flags(rig, VringFlag.LOG, low)
     for serial in range(6):
@@ -171,7 +131,7 @@ def test_log_rests_when_stopped(rig: VhostUserRig, log: Log) -> None:
     """After all rings are stopped the log does not change any more."""
     rig.need_log()
     rig.bring_up()
-    attach(rig, log)
+    log.attach(rig)
     rig.reset_features(rig.features | VhostFeature.LOG_ALL)
     placed = [rig.submit(rig.request(serial)) for serial in range(8)]
     rig.main.publish()
