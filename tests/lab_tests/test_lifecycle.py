@@ -86,7 +86,10 @@ def test_reboot_into_a_guest_without_a_driver(transport: str, tmp_path: Path) ->
         vm.guest.run("(sleep 0.5; echo b >/proc/sysrq-trigger) & exit 0")
         vm.wait_until_up()
         vm.guest.sh(
-            "mkdir -p /mnt; mount -t tmpfs -o size=90% none /mnt; yes | head -c 300M >/mnt/data"
+            "mkdir -p /mnt && mount -t tmpfs -o size=90% none /mnt && cd /mnt &&"
+            "dd if=/dev/urandom of=seed bs=64k count=32 2>/dev/null &&"
+            "for i in $(seq 150); do cat seed; done >data",
+            timeout=200,
         )
         assert backend.ctl("query-balloon")["driver-running"] is False
         vm.qmp("stop")

@@ -38,6 +38,7 @@ class FakeBalloon:
         self.counters = Counters(inflated_pages=3)
         self.ram_bytes = self.actual_bytes = self.memory.size
         self.driver_running = True
+        self.stats_interval = 0
         self.latest = FakeStats()
         self.calls = []
         self.requested = 0

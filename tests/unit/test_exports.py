@@ -26,8 +26,8 @@ PUBLIC = {
     "vballoon.virtqueue": """RULES ChainBatch Engine InflightLog NullInflight Resubmit RingAddresses
         RingState Virtqueue empty_batch make_virtqueue""",
     "vballoon.skipmap": """VOIDS BitmapLayout FrozenExport Instant PageBitmap
-        Provenance RegionBits Round RoundKind SkipExport SkipMap VoidReason combine
-        write_export""",
+        Provenance RegionBits Round RoundKind RoundState SkipExport SkipMap SkipMapState
+        VoidReason combine write_export""",
     "vballoon.virtio": """DeviceQueue QueueStatus RegionStatus RingFault RingOwner RingRecord
         RingSet Transport TransportEvents TransportStatus VirtioDevice check_record feature_names
         internal_fault pack_record region_statuses unpack_record""",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vballoon.balloon import persist
@@ -18,7 +19,7 @@ from vballoon.balloon.stats import GuestStats, StatsQueue
 from vballoon.balloon.walking import WalkQueue
 from vballoon.errors import QueueError, UsageError
 from vballoon.memory import PAGE_SHIFT, Discarder, GuestMemory
-from vballoon.skipmap import Provenance, Round, RoundKind, SkipMap, VoidReason
+from vballoon.skipmap import Round, RoundKind, SkipMap, VoidReason
 from vballoon.virtio import VirtioDevice
 from virtio_formats.virtio.balloon import (
     CMD_ID_DONE,
@@ -72,6 +73,8 @@ class Balloon(VirtioDevice):
         self.config = ConfigSpace(walk=bool(features & BalloonFeature.FREE_PAGE_WALK))
         self.skipmap = SkipMap(GuestMemory(), discards=discard)
         self.events: Callable[[str, dict[str, Any]], None] = lambda name, data: None
+        self.stats_interval = 0
+        """Seconds between two requests for statistics; 0: none.  The operator's, kept here."""
         self.stats_queue = StatsQueue(self.counters)
         self.hints = CommandRounds(
             RoundKind.HINT,
@@ -92,7 +95,7 @@ class Balloon(VirtioDevice):
         self.roles: dict[int, Role] = {}
         self._passed_over: set[int] = set()  # queues without a role yet
         self._settled_for: int | None = None  # the features for which all roles are known
-        self._loaded: persist.SavedBalloon | None = None  # until its guest goes on
+        self._loaded: persist.BalloonState | None = None  # until its guest goes on
 
     # What the transport asks.
 
@@ -122,7 +125,7 @@ class Balloon(VirtioDevice):
         self.config.lock()
         self.skipmap.set_driver_running(True)
         if self._loaded is not None:  # memory may have come after the state
-            self._take_ballooned(self._loaded)
+            self.skipmap.set_restored(self._loaded.skipmap)
             self._loaded = None
         poisons = self.transport.features & BalloonFeature.PAGE_POISON
         self.skipmap.poison = self.config.fields.poison_val if poisons else None
@@ -299,36 +302,57 @@ class Balloon(VirtioDevice):
         """End the walk."""
         self.walks.stop()
 
-    # State that travels with the guest.
+    # State that outlives the process or travels with the guest.
 
-    def save(self) -> bytes:
-        """The state for a migrating front-end (``persist``)."""
-        fields = self.config.fields
-        ballooned = self.skipmap.extents(Provenance.BALLOONED)
-        next_id = max(self.hints.next_id, self.walks.next_id)
-        return persist.pack(
-            persist.SavedBalloon(
-                fields.num_pages, fields.actual, fields.poison_val, next_id, ballooned
+    def state(self) -> persist.BalloonState:
+        """Return what a balloon needs to continue elsewhere."""
+        fields, bits = self.config.fields, self.skipmap.state()
+        if self._loaded is not None:  # not all of its memory may be there yet
+            kept = self._loaded.skipmap
+            bits = replace(
+                bits,
+                ballooned=bits.ballooned | kept.ballooned,
+                reported=bits.reported | kept.reported,
             )
+        return persist.BalloonState(
+            num_pages=fields.num_pages,
+            actual=fields.actual,
+            poison_val=fields.poison_val,
+            hint_next_id=self.hints.next_id,
+            walk_next_id=self.walks.next_id,
+            stats_interval=self.stats_interval,
+            roles=tuple(sorted(self.roles.items())),
+            settled_for=self._settled_for,
+            skipmap=bits,
         )
 
-    def load(self, state: bytes) -> None:
-        """Take a saved state over; raises :class:`~vballoon.errors.ProtocolError`."""
-        saved = persist.unpack(state)
+    def restore(self, state: persist.BalloonState) -> None:
+        """Continue from *state*.  Raise :class:`~vballoon.errors.ProtocolError` if it is invalid.
+
+        Nothing is changed then.  Rounds are void, and the driver gets back the pages that it holds
+        for one.  A statistics buffer that the driver keeps in the queue comes from the ring again.
+        """
+        persist.check(state)
         self._forget()  # of rounds, layout and balloon of whatever guest was here before
         fields = self.config.fields
-        fields.num_pages, fields.actual = saved.num_pages, saved.actual
-        fields.poison_val = saved.poison_val
-        self.hints.next_id = self.walks.next_id = saved.next_cmd_id
-        self._take_ballooned(saved)
-        self._loaded = saved
-        # The guest may hold pages for a round that was not moved along with it.
+        fields.num_pages, fields.actual = state.num_pages, state.actual
+        fields.poison_val = state.poison_val
+        self.hints.next_id, self.walks.next_id = state.hint_next_id, state.walk_next_id
+        self.stats_interval = state.stats_interval
+        self.roles, self._settled_for = dict(state.roles), state.settled_for
+        self.skipmap.restore(state.skipmap)
+        self._loaded = state
+        # The guest may hold pages for a round that ended with the process.
         self._publish_hint(CMD_ID_DONE)
         self._release_pages()
 
-    def _take_ballooned(self, saved: persist.SavedBalloon) -> None:
-        """What the guest had in its balloon elsewhere."""
-        self.skipmap.set_ranges(Provenance.BALLOONED, saved.ballooned)
+    def save(self) -> bytes:
+        """Return the packed state for a migrating front-end (``vballoon_spec.state``)."""
+        return persist.pack(self.state())
+
+    def load(self, state: bytes) -> None:
+        """Continue from a packed state.  Raise :class:`~vballoon.errors.ProtocolError`."""
+        self.restore(persist.unpack(state))
 
     # Within.
 

@@ -47,6 +47,8 @@ class ControlledBalloon(Protocol):
     def ram_bytes(self) -> int:
         """Size of guest memory in bytes, 0 while no front-end is connected."""
 
+    stats_interval: int
+
     @property
     def driver_running(self) -> bool:
         """Whether any ring runs: else the balloon's state may be that of an earlier boot."""
@@ -92,10 +94,17 @@ class Operator:
     transport: ControlledTransport
     stop: Callable[[], None] = lambda: None
     """Called to end the program, after the reply was sent."""
-    stats_interval: int = 0
-    """Seconds between requests for statistics; 0 disables them."""
     interval_changed: Callable[[], None] = lambda: None
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def stats_interval(self) -> int:
+        """Seconds between requests for statistics; 0 disables them."""
+        return self.balloon.stats_interval
+
+    @stats_interval.setter
+    def stats_interval(self, seconds: int) -> None:
+        self.balloon.stats_interval = seconds
 
     def require_memory(self) -> SkipMap:
         """Return the skip map.  Raise UsageError while no guest memory is attached."""

@@ -10,8 +10,16 @@ from __future__ import annotations
 from vballoon.skipmap.bitmap import PageBitmap, combine
 from vballoon.skipmap.export import FrozenExport, SkipExport, write_export
 from vballoon.skipmap.layout import BitmapLayout, RegionBits
-from vballoon.skipmap.map import SkipMap
-from vballoon.skipmap.rounds import VOIDS, Instant, Provenance, Round, RoundKind, VoidReason
+from vballoon.skipmap.map import SkipMap, SkipMapState
+from vballoon.skipmap.rounds import (
+    VOIDS,
+    Instant,
+    Provenance,
+    Round,
+    RoundKind,
+    RoundState,
+    VoidReason,
+)
 
 __all__ = (
     "VOIDS",
@@ -23,8 +31,10 @@ __all__ = (
     "RegionBits",
     "Round",
     "RoundKind",
+    "RoundState",
     "SkipExport",
     "SkipMap",
+    "SkipMapState",
     "VoidReason",
     "combine",
     "write_export",

@@ -4,25 +4,38 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vballoon.memory import PAGE_SIZE, data_extents
+from vballoon.memory import PAGE_SIZE, PageRanges, data_extents
 from vballoon.skipmap.bitmap import PageBitmap, combine
 from vballoon.skipmap.layout import BitmapLayout
-from vballoon.skipmap.rounds import VOIDS, Provenance, Round, RoundKind, VoidReason
+from vballoon.skipmap.rounds import VOIDS, Provenance, Round, RoundKind, RoundState, VoidReason
 from vballoon.skipmap.store import BitmapStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vballoon.memory import GuestMemory, MemoryRegion, PageRanges
+    from vballoon.memory import GuestMemory, MemoryRegion
 
-__all__ = ("SkipMap", "data_pages")
+__all__ = ("SkipMap", "SkipMapState", "data_pages")
 
 _SECTIONS = tuple(Provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class SkipMapState:
+    """What of a skip map outlives its process: bits whose validity is checked when used.
+
+    Hinted and walked bits end with the process, and so do the rounds.
+    """
+
+    ballooned: PageRanges = field(default_factory=PageRanges)
+    reported: PageRanges = field(default_factory=PageRanges)
+    rounds: tuple[RoundState, ...] = ()
 
 
 class SkipMap:
@@ -196,6 +209,43 @@ class SkipMap:
         )
 
     # life
+
+    def state(self) -> SkipMapState:
+        """Return what outlives this process."""
+        rounds = (self.rounds[kind] for kind in RoundKind if kind in self.rounds)
+        return SkipMapState(
+            self.extents(Provenance.BALLOONED),
+            self.extents(Provenance.REPORTED),
+            tuple(
+                RoundState(r.id, r.kind, r.published, r.records, r.pages, r.bad_records)
+                for r in rounds
+            ),
+        )
+
+    def restore(self, state: SkipMapState) -> None:
+        """Replace all bits and rounds by those of *state*; the rounds are void.
+
+        Pages outside guest memory are dropped.
+        """
+        self.void(VoidReason.BACKEND_RESTARTED)
+        self.set_restored(state)
+        self.rounds = {}
+        for kept in state.rounds:
+            restored = self.rounds[kept.kind] = Round(
+                id=kept.id,
+                kind=kept.kind,
+                published=kept.published,
+                records=kept.records,
+                pages=kept.pages,
+                bad_records=kept.bad_records,
+            )
+            restored.void(VoidReason.BACKEND_RESTARTED)
+            self._note(restored)
+
+    def set_restored(self, state: SkipMapState) -> None:
+        """Set the bits of *state*, also when more memory has come since it was restored."""
+        self.set_ranges(Provenance.BALLOONED, state.ballooned)
+        self.set_ranges(Provenance.REPORTED, state.reported)
 
     def rebuilt(self, memory: GuestMemory) -> SkipMap:
         """Return the map for a new memory table of the same guest; this map is void afterwards.

@@ -27,7 +27,7 @@ from vballoon_spec.skipmap import LiveRoundState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ("VOIDS", "Instant", "Provenance", "Round", "RoundKind", "VoidReason")
+__all__ = ("VOIDS", "Instant", "Provenance", "Round", "RoundKind", "RoundState", "VoidReason")
 
 
 class Provenance(StrEnum):
@@ -87,6 +87,18 @@ class Instant:
     def now(cls) -> Instant:
         """Return the current time."""
         return cls(time.monotonic_ns(), time.time_ns())
+
+
+@dataclass(frozen=True, slots=True)
+class RoundState:
+    """What is kept of a round when its process ends: the round is void then."""
+
+    id: int
+    kind: RoundKind
+    published: Instant
+    records: int
+    pages: int
+    bad_records: int
 
 
 @dataclass(slots=True, eq=False)

@@ -150,36 +150,3 @@ _STAT_NAMES = {
 def stat_name(tag: StatTag) -> str:
     """The name under which QEMU's ``guest-stats`` property shows the statistic."""
     return _STAT_NAMES[tag]
-
-
-class BalloonState(WireStruct):
-    """The device state that travels with a migrating guest; *nr_ballooned* page ranges
-    (``WalkRange`` records) follow it.
-
-    Ours, not the standard's: a virtio balloon's migration format is each device's own.  Rounds do
-    not travel: a hint or a walk belongs to the connection under which it was asked for.
-    """
-
-    magic: int
-    version: int
-    num_pages: int
-    actual: int
-    poison_val: int
-    next_cmd_id: int
-    nr_ballooned: int
-
-    SUBCON = c.Struct(
-        "magic" / c.Int32ul,
-        "version" / c.Int32ul,
-        "num_pages" / c.Int32ul,
-        "actual" / c.Int32ul,
-        "poison_val" / c.Int32ul,
-        "next_cmd_id" / c.Int32ul,
-        "nr_ballooned" / c.Int32ul,
-    )
-
-
-STATE_MAGIC = 0x4C4C4256
-"""``VBLL``, little-endian."""
-STATE_VERSION = 1
-"""Raised whenever the layout changes."""
