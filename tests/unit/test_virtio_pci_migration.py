@@ -35,9 +35,10 @@ from virtio_formats.vfio_user import (
     PciIrq,
     PciRegion,
 )
+from virtio_formats.vfio_user.state import StateFrame, seal, unseal
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.balloon import BalloonFeature
-from virtio_formats.virtio.pci_state import FunctionState, QueueState
+from virtio_formats.virtio.pci_state import FUNCTION_MAGIC, FunctionBody
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 EVENT = V1 | f.mask(f.VIRTIO_F_EVENT_IDX)
@@ -238,19 +239,22 @@ def test_a_balloon_keeps_what_it_was_given() -> None:
 
 BAD = {
     "nothing": lambda state: b"",
-    "cut in the head": lambda state: state[: FunctionState.SIZE - 1],
+    "cut in the head": lambda state: state[: StateFrame.SIZE - 1],
     "cut": lambda state: state[:-1],
     "longer": lambda state: state + b"\0",
-    "magic": lambda state: changed(state, magic=1),
-    "version": lambda state: changed(state, version=2),
-    "queues": lambda state: changed(state, num_queues=1 << 30),
-    "vectors": lambda state: changed(state, vectors=2, device_size=1),
-    "configuration size": lambda state: changed(state, config_size=0, device_size=4096),
+    "magic": lambda state: b"\xff" + state[1:],
+    "version": lambda state: state[:4] + b"\xff" + state[5:],
+    "no queues": lambda state: changed(state, queues=[]),
+    "no rings": lambda state: changed(state, rings=b""),
+    "half a ring": lambda state: changed(state, rings=body(state).rings[:-1]),
+    "a vector kept that is not there": lambda state: changed(state, kept=[3]),
+    "another MSI-X table": lambda state: changed(state, msix=b""),
+    "no base": lambda state: changed(state, base=b""),
+    "a change due twice": lambda state: changed(state, change_due=2),
     "features": lambda state: changed(state, driver_features=V1 | 1 << 60),
     "status": lambda state: changed(state, device_status=4),
     "configuration vector": lambda state: changed(state, config_msix_vector=3),
-    "another device": lambda state: state[: FunctionState.SIZE] + b"\xff" * 4
-    + state[FunctionState.SIZE + 4 :],
+    "a damaged byte": lambda state: state[:99] + bytes([state[99] ^ 1]) + state[100:],
     "a queue's vector": lambda state: with_queue(state, vector=77),
     "a queue without size": lambda state: with_queue(state, size=0),
     "a queue too large": lambda state: with_queue(state, size=65),
@@ -258,20 +262,20 @@ BAD = {
 }  # fmt: skip
 
 
-def changed(state: bytes, **fields: int) -> bytes:
-    head = FunctionState.parse(state[: FunctionState.SIZE])
+def body(state: bytes) -> FunctionBody:
+    return FunctionBody.parse(unseal(FUNCTION_MAGIC, state))
+
+
+def changed(state: bytes, **fields: object) -> bytes:
+    made = body(state)
     for name, value in fields.items():
-        setattr(head, name, value)
-    return head.build() + state[FunctionState.SIZE :]
+        setattr(made, name, value)
+    return seal(FUNCTION_MAGIC, made.build())
 
 
 def with_queue(state: bytes, **fields: int) -> bytes:
-    head = FunctionState.parse(state[: FunctionState.SIZE])
-    at = FunctionState.SIZE + head.config_size + head.msix_size + head.vectors
-    queue = QueueState.parse(state[at : at + QueueState.SIZE])
-    for name, value in fields.items():
-        setattr(queue, name, value)
-    return state[:at] + queue.build() + state[at + QueueState.SIZE :]
+    first, *rest = body(state).queues
+    return changed(state, queues=[first | fields, *rest])
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -187,7 +187,7 @@ class FrontendRings:
     def vring_states(self, slots: Slots) -> tuple[VringState, ...]:
         """Return every ring as a value; the descriptors get *slots*."""
         return tuple(
-            vring.state(slots, record, ran=self.set.queue(vring.index) is not None)
+            vring.state(slots, record, ran=vring.index in self.set.ran)
             for vring, record in zip(self.vrings, self.set.state(), strict=True)
         )
 
@@ -195,7 +195,8 @@ class FrontendRings:
         self, states: Sequence[VringState], fds: Sequence[dict[str, int | None]], slots: Slots
     ) -> None:
         """Continue from *states*, which have been checked; *fds* are taken over."""
-        self.set.restore([state.record for state in states])
+        ran = [index for index, state in enumerate(states) if state.ran]
+        self.set.restore([state.record for state in states], ran)
         for vring, state, events in zip(self.vrings, states, fds, strict=True):
             vring.restore(state, events, slots)
             if vring.started and state.record.broken is None:

@@ -116,6 +116,7 @@ class RingSet:
         self._bound: dict[int, DeviceQueue] = {}
         self._running: dict[int, DeviceQueue] = {}
         self._waiting: set[int] = set()  # their memory was absent in the current table
+        self._interrupted: set[int] = set()  # bound in another process when it ended
         self._records = [RingRecord()] * self._count
 
     def __len__(self) -> int:
@@ -126,6 +127,14 @@ class RingSet:
     def running(self) -> Mapping[int, DeviceQueue]:
         """The rings that the device may use, by index."""
         return self._running
+
+    @property
+    def ran(self) -> frozenset[int]:
+        """The rings whose position is in guest memory and not in their records.
+
+        They are bound, or were bound in another process when it ended.
+        """
+        return frozenset(self._bound.keys() | self._interrupted)
 
     def queue(self, index: int) -> DeviceQueue | None:
         """Return the queue of ring *index* if it is bound, running or not."""
@@ -204,7 +213,8 @@ class RingSet:
         try:
             ring = self._owner.build_ring(index, record)
         except PeerError as error:
-            if record.position is not None and error.rule in _ABSENT:
+            ran = record.position is not None or index in self._interrupted
+            if ran and error.rule in _ABSENT:
                 self._waiting.add(index)
                 log.info("queue %d: ring memory is not mapped yet: %s", index, error)
                 return
@@ -219,6 +229,7 @@ class RingSet:
         queue.taken, queue.given = record.taken, record.given
         queue.notified, queue.kicked = record.notified, record.kicked
         self._bound[index] = queue
+        self._interrupted.discard(index)
 
     def pause(self) -> None:
         """Stop the device: it gives back the buffers that it holds, and no ring runs after that.
@@ -256,6 +267,7 @@ class RingSet:
         self._bound.pop(index, None)
         self._records[index] = RingRecord()
         self._waiting.discard(index)
+        self._interrupted.discard(index)
         return record
 
     def reset(self) -> None:
@@ -263,6 +275,7 @@ class RingSet:
         try:
             self.park()
         finally:
+            self._interrupted.clear()
             self._records = [RingRecord()] * self._count
 
     def state(self) -> tuple[RingRecord, ...]:
@@ -276,8 +289,10 @@ class RingSet:
             for index, record in enumerate(self._records)
         )
 
-    def restore(self, records: Sequence[RingRecord]) -> None:
+    def restore(self, records: Sequence[RingRecord], ran: Iterable[int] = ()) -> None:
         """Continue from the *records* of another process; no ring runs until it is settled.
+
+        *ran* is what :attr:`ran` was there.
 
         Raise :class:`~vballoon.errors.ProtocolError` ``ring-records``, with nothing changed, for
         another number of rings.
@@ -286,6 +301,7 @@ class RingSet:
             raise ProtocolError("ring-records", f"{len(records)} of {self._count} rings")
         self.reset()
         self._records = list(records)
+        self._interrupted = set(ran)
 
     # -- serving ------------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ and device_status keeps its value until the work has ended (the driver must wait
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Mapping
 from functools import partial
 
-from vballoon.errors import MemoryFault, QueueError
+from vballoon.errors import MemoryFault, PeerError, ProtocolError, QueueError
 from vballoon.memory import GuestMemory
 from vballoon.native import guard
 from vballoon.virtio import (
@@ -24,18 +25,23 @@ from vballoon.virtio import (
     RingSet,
     TransportEvents,
     VirtioDevice,
+    check_record,
 )
-from vballoon.virtio_pci import layout, state
+from vballoon.virtio_pci import layout
+from vballoon.virtio_pci.hooks import ConfigHooks
 from vballoon.virtio_pci.interrupts import Interrupts
 from vballoon.virtio_pci.memory import ClientMemory
 from vballoon.virtio_pci.msix import MsixBar
 from vballoon.virtio_pci.registers import CommonRegisters, QueueRegisters
+from vballoon.virtio_pci.state import FunctionValue, pack, require, unpack
 from vballoon.virtio_pci.structures import DeviceConfig, Structures
-from vballoon.virtqueue import Engine, RingAddresses, Virtqueue, make_virtqueue
-from vfio_user import DmaRegion, IoEvent, PciDevice, Region, RequestError
+from vballoon.virtqueue import Engine, RingAddresses, RingState, Virtqueue, make_virtqueue
+from vfio_user import ConfigSpace, DmaRegion, IoEvent, PciDevice, Region, RequestError
 from virtio_formats.pci import BarFlags
 from virtio_formats.vfio_user import PciIrq
 from virtio_formats.virtio import features as f
+from virtio_formats.virtio import split
+from virtio_formats.virtio.pci import IsrStatus
 from virtio_formats.virtio.status import DeviceStatus
 
 __all__ = ("DEFAULT_RING_FEATURES", "VirtioPciFunction")
@@ -72,13 +78,7 @@ class VirtioPciFunction(PciDevice):
         self.device = device
         self._engine = engine
         vectors = layout.MsixLayout(device.num_queues + 1 if msix else 0)
-        config, self._caps = layout.build_config(
-            device_id=device.device_id,
-            class_code=device.pci_class,
-            queues=device.num_queues,
-            config_size=len(device.read_config()),
-            msix=vectors,
-        )
+        config, caps = _build_config(device, vectors)
         self.registers = CommonRegisters(
             offered=device.device_features | ring_features,
             queues=device.num_queues,
@@ -99,17 +99,14 @@ class VirtioPciFunction(PciDevice):
         self.client_memory = ClientMemory(self.dma)
         self.irqs.add_one = guard.signal
         self.msix.irqs = self.irqs
-        self.interrupts = Interrupts(config, self.irqs, self.intx, self._caps.msix)
+        self.interrupts = Interrupts(config, self.irqs, self.intx, caps.msix)
         self._structures = Structures(
             self.registers, self.interrupts, self.device_config, self._kick
         )
-        self._add_window()
-        config.on_write(self._caps.express + 8, 2, self._flr)
-        self._power_state = 0
-        config.on_write(self._caps.power + 4, 1, self._power)
+        self._hooks = ConfigHooks(config, caps, self.regions, self._reset_function)
 
     def close(self) -> None:
-        """Let go of the function's own descriptors; it cannot be served any more."""
+        """Close the function's own descriptors; it cannot be served any more."""
         for event in self._bells:
             os.close(event.fd)
         self._bells.clear()
@@ -171,40 +168,6 @@ class VirtioPciFunction(PciDevice):
     def generation(self) -> int:
         """config_generation."""
         return self.device_config.generation()
-
-    def _add_window(self) -> None:
-        """*PCI configuration access capability*: BARs through configuration space."""
-        data = self._caps.pci_cfg + 16
-        self.config.on_read(data, 4, partial(self._window, write=False))
-        self.config.on_write(data, 4, partial(self._window, write=True))
-
-    def _window(self, _offset: int, _size: int, *, write: bool) -> None:
-        at = self._caps.pci_cfg
-        bar, length = self.config.data[at + 4], self.config.long(at + 12)
-        offset, data = self.config.long(at + 8), at + 16
-        if length not in (1, 2, 4) or offset % length or bar > 5:
-            return  # the driver must not; nothing happens
-        region = self.regions[bar]
-        try:
-            if write:
-                region.access_write(offset, bytes(self.config.data[data : data + length]))
-            else:
-                self.config.data[data : data + length] = region.access_read(offset, length)
-        except RequestError as error:
-            log.debug("PCI configuration access refused: %s", error)
-
-    def _flr(self, _offset: int, _size: int) -> None:
-        """Bit 15 of PCI Express Device Control: function level reset."""
-        high = self._caps.express + 9
-        if self.config.data[high] & 0x80:
-            self.config.data[high] &= 0x7F
-            self._reset_function()
-
-    def _power(self, _offset: int, _size: int) -> None:
-        """PowerState of PMCSR: from D3hot to D0 is a reset, as No_Soft_Reset is clear."""
-        before, self._power_state = self._power_state, self.config.data[self._caps.power + 4] & 3
-        if before == 3 and not self._power_state:
-            self._reset_function()
 
     def _reset_function(self) -> None:
         if self._busy:
@@ -334,15 +297,29 @@ class VirtioPciFunction(PciDevice):
     def build_ring(self, index: int, record: RingRecord) -> Virtqueue:
         """See :class:`~vballoon.virtio.RingOwner`."""
         registers = self.registers.queues[index]
+        position = record.position
+        if position is None and index in self.rings.ran:
+            position = self._interrupted_at(registers)
         return make_virtqueue(
             self.memory,
             registers.size,
             RingAddresses(registers.desc, registers.driver, registers.device),
             self.features,
-            record.position,
+            position,
             engine=self._engine,
             dirty_ring=registers.device,
         )
+
+    def _interrupted_at(self, registers: QueueRegisters) -> RingState:
+        """Return where a ring stopped when the process that served it ended.
+
+        Every buffer that is not on the used ring of a split ring is served again.
+        """
+        if f.has(self.features, f.VIRTIO_F_RING_PACKED):
+            raise ProtocolError("ring-position", "a packed ring without an in-flight record")
+        raw = self.memory.read(registers.device + split.USED_IDX_OFFSET, 2)
+        used = int.from_bytes(raw, "little")
+        return RingState(avail=used, used=used)
 
     def device_starts(self) -> None:
         """See :class:`~vballoon.virtio.RingOwner`."""
@@ -381,7 +358,7 @@ class VirtioPciFunction(PciDevice):
 
     def reset(self) -> None:
         """DEVICE_RESET."""
-        self._power_state = 0
+        self._hooks.restore()
         self._scheduled = False  # a reset drops deferred work
         self.msix.reset()
         self._reset_now()
@@ -427,15 +404,76 @@ class VirtioPciFunction(PciDevice):
                 self._change_due = False
                 self.config_changed()
 
+    def state(self) -> FunctionValue:
+        """Return what a driver has set and where the rings stopped, without the device's own."""
+        return FunctionValue(
+            base=self.base_state(),
+            msix_table=self.msix.table,
+            kept=tuple(sorted(self.msix.kept)),
+            registers=self.registers.state(),
+            rings=self.rings.state(),
+            ran=tuple(sorted(self.rings.ran)),
+            generation=self.generation(),
+            isr=int(self.interrupts.isr),
+            change_due=self._change_due,
+        )
+
+    def restore(self, value: FunctionValue, device: bytes | None = None) -> None:
+        """Continue from *value*, and let the device load *device*, its own state, if it is given.
+
+        Raise :class:`~vfio_user.RequestError` EINVAL, with nothing changed, for a state that is
+        not one of this function.
+        """
+        self._check(value)
+        try:
+            if device is not None:
+                self.device.load(device)
+        except PeerError as error:
+            raise RequestError(errno.EINVAL, f"device state: {error}") from None
+        self.restore_base(value.base)
+        self.msix.restore(value.msix_table, set(value.kept))
+        self.registers.restore(value.registers)
+        self.interrupts.restore(IsrStatus(value.isr))
+        for irq in value.base.irqs:
+            if irq.pending:  # deliver it now if the client has assigned an eventfd already
+                self.irqs.trigger(irq.index, irq.vector)
+        self.rings.restore(value.rings, value.ran)
+        self._change_due = value.change_due
+        self._hooks.restore()
+        self.device_config.restore(value.generation)
+        self._schedule()
+
+    def _check(self, value: FunctionValue) -> None:
+        self.check_base(value.base)
+        self.registers.check(value.registers)
+        require(len(value.msix_table) == len(self.msix.table), "another MSI-X table")
+        require(all(v < self.msix.layout.vectors for v in value.kept), f"vectors {value.kept}")
+        require(len(value.rings) == len(self.rings), f"{len(value.rings)} rings")
+        require(set(value.ran) <= set(range(len(self.rings))), f"rings {value.ran}")
+        packed = f.has(value.registers.driver_features, f.VIRTIO_F_RING_PACKED)
+        try:
+            for record, queue in zip(value.rings, value.registers.queues, strict=True):
+                check_record(record, size=queue.size, packed=packed)
+        except ProtocolError as error:
+            raise RequestError(errno.EINVAL, f"device state: {error}") from None
+
     def save_state(self) -> bytes:
-        """Registers, rings, and the device's own state."""
-        return state.save(self)
+        """Return the function's and the device's state for migration."""
+        return pack(self.state(), self.device.save())
 
     def load_state(self, data: bytes) -> None:
-        """Take a state over; raises :class:`~vfio_user.RequestError` EINVAL."""
-        state.load(self, data)
+        """Take a migrated state over; raise :class:`~vfio_user.RequestError` EINVAL."""
+        value, device = unpack(data)
+        self.restore(value, device)
 
-    def restored(self, generation: int) -> None:
-        """A state was taken over: so is what follows from it."""
-        self._power_state = self.config.data[self._caps.power + 4] & 3
-        self.device_config.restore(generation)
+
+def _build_config(
+    device: VirtioDevice, vectors: layout.MsixLayout
+) -> tuple[ConfigSpace, layout.Capabilities]:
+    return layout.build_config(
+        device_id=device.device_id,
+        class_code=device.pci_class,
+        queues=device.num_queues,
+        config_size=len(device.read_config()),
+        msix=vectors,
+    )

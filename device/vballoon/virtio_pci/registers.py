@@ -15,10 +15,9 @@ from typing import Protocol
 from vfio_user import RequestError
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.pci import NO_VECTOR, CommonConfig
-from virtio_formats.virtio.pci_state import FunctionState
 from virtio_formats.virtio.status import DeviceStatus
 
-__all__ = ("CommonRegisters", "Listener", "QueueRegisters")
+__all__ = ("CommonRegisters", "Listener", "QueueRegisters", "QueueValue", "RegistersValue")
 
 _FIELDS = {
     name: (int(offset), dtype.itemsize)
@@ -46,6 +45,32 @@ class QueueRegisters:
         self.size, self.vector, self.enable = self.size_max, NO_VECTOR, 0
         self.desc = self.driver = self.device = 0
         self.resetting = False
+
+
+@dataclass(frozen=True, slots=True)
+class QueueValue:
+    """The registers of one queue as a value."""
+
+    desc: int
+    driver: int
+    device: int
+    size: int
+    vector: int
+    enable: int
+    resetting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RegistersValue:
+    """The registers as a value."""
+
+    status: int
+    driver_features: int
+    config_vector: int
+    device_select: int
+    driver_select: int
+    queue_select: int
+    queues: tuple[QueueValue, ...]
 
 
 class Listener(Protocol):
@@ -95,24 +120,50 @@ class CommonRegisters:
         for queue in self.queues:
             queue.reset()
 
-    def selection(self) -> dict[str, int]:
-        """The registers of :class:`FunctionState` that are nobody else's."""
-        return {
-            "driver_features": self.driver_features,
-            "device_feature_select": self._device_select,
-            "driver_feature_select": self._driver_select,
-            "queue_select": self._queue_select,
-            "config_msix_vector": self.config_vector,
-        }
+    def state(self) -> RegistersValue:
+        """Return the registers as a value."""
+        return RegistersValue(
+            status=int(self.status),
+            driver_features=self.driver_features,
+            config_vector=self.config_vector,
+            device_select=self._device_select,
+            driver_select=self._driver_select,
+            queue_select=self._queue_select,
+            queues=tuple(
+                QueueValue(q.desc, q.driver, q.device, q.size, q.vector, q.enable, q.resetting)
+                for q in self.queues
+            ),
+        )
 
-    def restore(self, saved: FunctionState) -> None:
-        """Take the registers of another life over; the queues' are somebody else's business."""
-        self.status = DeviceStatus(saved.device_status)
-        self.driver_features = saved.driver_features
-        self.config_vector = saved.config_msix_vector
-        self._device_select = saved.device_feature_select
-        self._driver_select = saved.driver_feature_select
-        self._queue_select = saved.queue_select
+    def check(self, value: RegistersValue) -> None:
+        """Check that a driver could have brought these registers to *value*.
+
+        Raise :class:`~vfio_user.RequestError` EINVAL.
+        """
+        status = DeviceStatus(value.status)
+        agreed = bool(status & DeviceStatus.FEATURES_OK)
+        unknown = value.driver_features & ~self.offered
+        _require(not unknown or not agreed, f"features that are not offered: {unknown:#x}")
+        _require(agreed or not status & DeviceStatus.DRIVER_OK, "DRIVER_OK without FEATURES_OK")
+        _require(len(value.queues) == len(self.queues), f"{len(value.queues)} queues")
+        for vector in (value.config_vector, *(q.vector for q in value.queues)):
+            _require(vector == self._usable(vector), f"no vector {vector}")
+        for queue, known in zip(value.queues, self.queues, strict=True):
+            _require(0 < queue.size <= known.size_max, f"a queue of {queue.size}")
+            _require(queue.enable <= 1, f"queue_enable {queue.enable}")
+
+    def restore(self, value: RegistersValue) -> None:
+        """Take over a *value* that has been checked."""
+        self.status = DeviceStatus(value.status)
+        self.driver_features = value.driver_features
+        self.config_vector = value.config_vector
+        self._device_select = value.device_select
+        self._driver_select = value.driver_select
+        self._queue_select = value.queue_select
+        for queue, saved in zip(self.queues, value.queues, strict=True):
+            queue.desc, queue.driver, queue.device = saved.desc, saved.driver, saved.device
+            queue.size, queue.vector, queue.enable = saved.size, saved.vector, saved.enable
+            queue.resetting = saved.resetting
 
     @property
     def features(self) -> int:
@@ -304,3 +355,8 @@ def _field(offset: int, count: int) -> tuple[str, int, int]:
         ):
             return name, shift, count
     raise RequestError(errno.EINVAL, f"common configuration access {offset:#x}+{count}")
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise RequestError(errno.EINVAL, f"device state: {otherwise}")

@@ -1,174 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The function's state for migration: everything that a driver has set, and where its rings stand.
+"""The state of a virtio PCI function as a plain value, and its bytes.
 
-The format is declared in ``virtio_formats.virtio.pci_state``.  A state is checked as a whole before
-any of it is taken over, so that a malformed one changes nothing.
+The format is declared in ``virtio_formats.virtio.pci_state``.  Whether a value is one of a given
+function is judged by :meth:`~vballoon.virtio_pci.VirtioPciFunction.restore`.
 """
 
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
 
-from vballoon.errors import PeerError
-from vballoon.virtio import RingFault, RingRecord
-from vballoon.virtqueue import RingState
+from vballoon.errors import ProtocolError
+from vballoon.virtio import RingRecord, pack_record, unpack_record
+from vballoon.virtio_pci.registers import QueueValue, RegistersValue
 from vfio_user import RequestError
-from virtio_formats.vfio_user import PciIrq
-from virtio_formats.virtio.pci import NO_VECTOR, IsrStatus
-from virtio_formats.virtio.pci_state import (
-    FUNCTION_MAGIC,
-    FUNCTION_VERSION,
-    FunctionState,
-    QueueState,
-    VectorFlag,
-)
-from virtio_formats.virtio.status import DeviceStatus
+from vfio_user.state import BaseState
+from virtio_formats.vfio_user.state import seal, unseal
+from virtio_formats.virtio.pci_state import FUNCTION_MAGIC, FunctionBody, QueueState
+from virtio_formats.virtio.ring_state import RingRecordFormat
 from virtio_formats.wire import WireError
 
-if TYPE_CHECKING:
-    from vballoon.virtio_pci.function import VirtioPciFunction
-    from vballoon.virtio_pci.registers import QueueRegisters
-
-__all__ = ("load", "save")
+__all__ = ("FunctionValue", "pack", "require", "unpack")
 
 
-def save(function: VirtioPciFunction) -> bytes:
-    """The state of *function*, whose queues are down."""
-    registers = function.registers
-    pending = function.irqs.pending(PciIrq.MSIX)
-    vectors = bytes(
-        VectorFlag.PENDING * waits | VectorFlag.KEPT * (vector in function.msix.kept)
-        for vector, waits in enumerate(pending)
+@dataclass(frozen=True, kw_only=True)
+class FunctionValue:
+    """Everything that a driver has set, and where the rings stopped.
+
+    *kept* are the MSI-X vectors whose mask bit in *msix_table* counts; *ran* the queues that the
+    device was using, whose position is in guest memory and not in *rings*.
+    """
+
+    base: BaseState
+    msix_table: bytes
+    kept: tuple[int, ...]
+    registers: RegistersValue
+    rings: tuple[RingRecord, ...]
+    ran: tuple[int, ...] = ()
+    generation: int = 0
+    isr: int = 0
+    change_due: bool = False
+
+
+def pack(value: FunctionValue, device: bytes = b"") -> bytes:
+    """Return the bytes of *value*, and of the *device*'s own state with it."""
+    registers = value.registers
+    body = FunctionBody(
+        device_feature_select=registers.device_select,
+        driver_features=registers.driver_features,
+        driver_feature_select=registers.driver_select,
+        queue_select=registers.queue_select,
+        config_msix_vector=registers.config_vector,
+        device_status=registers.status,
+        config_generation=value.generation,
+        isr=value.isr,
+        change_due=value.change_due,
+        base=value.base.pack(),
+        msix=value.msix_table,
+        kept=list(value.kept),
+        queues=[
+            {**asdict(queue), "ran": index in value.ran, "reserved": 0}
+            for index, queue in enumerate(registers.queues)
+        ],
+        rings=b"".join(map(pack_record, value.rings)),
+        device=device,
     )
-    table, own = function.msix.table, function.device.save()
-    head = FunctionState(
-        config_size=function.config.size,
-        msix_size=len(table),
-        vectors=len(vectors),
-        num_queues=len(registers.queues),
-        device_size=len(own),
-        device_status=int(registers.status),
-        config_generation=function.generation(),
-        isr=int(function.interrupts.isr),
-        **registers.selection(),
-    )
-    queues = b"".join(_queue(function, index).build() for index in range(len(registers.queues)))
-    return b"".join((head.build(), bytes(function.config.data), table, vectors, queues, own))
+    return seal(FUNCTION_MAGIC, body.build())
 
 
-def _queue(function: VirtioPciFunction, index: int) -> QueueState:
-    queue, record = function.registers.queues[index], function.rings.record(index)
-    at = record.position or RingState()
-    return QueueState(
-        desc=queue.desc,
-        driver=queue.driver,
-        device=queue.device,
-        size=queue.size,
-        vector=queue.vector,
-        enable=queue.enable,
-        avail=at.avail,
-        used=at.used,
-        avail_wrap=at.avail_wrap,
-        used_wrap=at.used_wrap,
-        ran=record.position is not None,
-        broken=record.broken is not None,
-    )
+def unpack(data: bytes) -> tuple[FunctionValue, bytes]:
+    """Return the value in *data*, and the device's own state.
 
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """A state, cut up and checked."""
-
-    head: FunctionState
-    config: bytes
-    msix: bytes
-    vectors: bytes
-    queues: list[QueueState]
-    own: bytes
-
-
-def load(function: VirtioPciFunction, state: bytes) -> None:
-    """Take *state* over; raises :class:`~vfio_user.RequestError` EINVAL, nothing changed then."""
+    Raise :class:`~vfio_user.RequestError` EINVAL for anything that :func:`pack` of this version
+    does not write.
+    """
     try:
-        parts = _cut(state)
-        _check(function, parts)
-        function.device.load(parts.own)
-    except (WireError, PeerError) as error:
+        body = FunctionBody.parse(unseal(FUNCTION_MAGIC, data))
+        value = _value(body)
+    except (WireError, ProtocolError) as error:
         raise RequestError(errno.EINVAL, f"device state: {error}") from None
-    function.config.restore(parts.config)
-    kept = {i for i, flags in enumerate(parts.vectors) if flags & VectorFlag.KEPT}
-    function.msix.restore(parts.msix, kept)
-    function.registers.restore(parts.head)
-    function.interrupts.restore(IsrStatus(parts.head.isr))
-    for vector, flags in enumerate(parts.vectors):
-        if flags & VectorFlag.PENDING:
-            function.irqs.trigger(PciIrq.MSIX, vector)
-    function.rings.restore([_record(queue) for queue in parts.queues])
-    for queue, saved in zip(function.registers.queues, parts.queues, strict=True):
-        _restore_queue(queue, saved)
-    function.restored(parts.head.config_generation)
+    require(pack(value, body.device) == data, "a field has a value that it cannot have")
+    return value, body.device
 
 
-def _restore_queue(queue: QueueRegisters, saved: QueueState) -> None:
-    queue.desc, queue.driver, queue.device = saved.desc, saved.driver, saved.device
-    queue.size, queue.vector, queue.enable = saved.size, saved.vector, saved.enable
-    queue.resetting = False
-
-
-def _record(saved: QueueState) -> RingRecord:
-    position = RingState(saved.avail, saved.used, bool(saved.avail_wrap), bool(saved.used_wrap))
-    fault = RingFault("broken-before", "when the guest was moved here")
-    return RingRecord(
-        position=position if saved.ran else None, broken=fault if saved.broken else None
+def _value(body: FunctionBody) -> FunctionValue:
+    queues = [QueueState(**queue) for queue in body.queues]
+    size = RingRecordFormat.SIZE
+    rings = [body.rings[at : at + size] for at in range(0, len(body.rings), size)]
+    registers = RegistersValue(
+        status=body.device_status,
+        driver_features=body.driver_features,
+        config_vector=body.config_msix_vector,
+        device_select=body.device_feature_select,
+        driver_select=body.driver_feature_select,
+        queue_select=body.queue_select,
+        queues=tuple(
+            QueueValue(q.desc, q.driver, q.device, q.size, q.vector, q.enable, bool(q.resetting))
+            for q in queues
+        ),
+    )
+    return FunctionValue(
+        base=BaseState.unpack(body.base),
+        msix_table=body.msix,
+        kept=tuple(body.kept),
+        registers=registers,
+        rings=tuple(map(unpack_record, rings)),
+        ran=tuple(index for index, queue in enumerate(queues) if queue.ran),
+        generation=body.config_generation,
+        isr=body.isr,
+        change_due=bool(body.change_due),
     )
 
 
-def _cut(state: bytes) -> _Parts:
-    head = FunctionState.parse(state[: FunctionState.SIZE])
-    _require(
-        head.magic == FUNCTION_MAGIC and head.version == FUNCTION_VERSION,
-        "not the state of a vballoon function, or a newer one's",
-    )
-    at, pieces = FunctionState.SIZE, []
-    sizes = (head.config_size, head.msix_size, head.vectors)
-    for size in (*sizes, head.num_queues * QueueState.SIZE, head.device_size):
-        pieces.append(state[at : at + size])
-        at += size
-    _require(at == len(state), f"{len(state)} bytes where {at} are due")
-    config, msix, vectors, queues, own = pieces
-    size = QueueState.SIZE
-    found = [QueueState.parse(queues[i : i + size]) for i in range(0, len(queues), size)]
-    return _Parts(head, config, msix, vectors, found, own)
-
-
-def _check(function: VirtioPciFunction, parts: _Parts) -> None:
-    """The state has to be one that a driver could have brought this very function into."""
-    registers, head = function.registers, parts.head
-    ours = (function.config.size, len(function.msix.table), len(registers.queues))
-    theirs = (head.config_size, head.msix_size, head.num_queues)
-    vectors = function.irqs.count(PciIrq.MSIX)
-    _require(ours == theirs and head.vectors == vectors, f"of another function: {theirs}")
-    _require(
-        parts.config[:4] == bytes(function.config.data[:4]), "of another vendor's or another device"
-    )
-    status = DeviceStatus(head.device_status)
-    unknown = head.driver_features & ~registers.offered
-    _require(
-        not unknown or not status & DeviceStatus.FEATURES_OK,
-        f"negotiated features that are not offered here: {unknown:#x}",
-    )
-    _require(
-        bool(status & DeviceStatus.FEATURES_OK) or not status & DeviceStatus.DRIVER_OK,
-        "DRIVER_OK without FEATURES_OK",
-    )
-    for vector in (head.config_msix_vector, *(q.vector for q in parts.queues)):
-        _require(vector < vectors or vector == NO_VECTOR, f"no vector {vector}")
-    for queue, known in zip(parts.queues, registers.queues, strict=True):
-        _require(0 < queue.size <= known.size_max and queue.enable <= 1, f"a queue of {queue.size}")
-
-
-def _require(holds: bool, otherwise: str) -> None:
+def require(holds: bool, otherwise: str) -> None:
+    """Raise :class:`~vfio_user.RequestError` EINVAL with *otherwise* unless *holds*."""
     if not holds:
         raise RequestError(errno.EINVAL, f"device state: {otherwise}")
