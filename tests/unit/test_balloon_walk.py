@@ -322,6 +322,23 @@ class TestMemmap:
         walker.send(*(parts[i] for i in order))
         assert rig.balloon.walk_queue.memmap.layout is None
 
+    @pytest.mark.parametrize(
+        ("nr_buffers", "nr_runs", "run"),
+        [(1 << 31, 1 << 20, False), (1 << 31, 0, False), (1 << 31, 1 << 20, True)],
+    )
+    def test_a_set_that_never_ends_is_not_kept(
+        self, rig: Rig, nr_buffers: int, nr_runs: int, run: bool
+    ) -> None:
+        """Buffers with few runs or none are refused, so that their number costs no memory."""
+        walker = Walker(rig)
+        body = zeros(WalkMemmap, layout_id=1, nr_buffers=nr_buffers, nr_runs=nr_runs, size=64)
+        tail = zeros(WalkMemmapRun, num=512).build() if run else b""
+        for seq in range(8):
+            header = walker.header(WalkType.MEMMAP, int(run), round=0, seq=seq)
+            walker.send(header + body.build() + tail)
+        assert rig.balloon.counters.bad_walk == 8
+        assert rig.balloon.walk_queue.memmap._parts == []
+
     def test_more_runs_than_said(self, rig: Rig) -> None:
         walker = Walker(rig)
         walker.send(*self.buffers(walker, 2, witness_pfn=1)[:1], *self.buffers(walker, 2)[1:])

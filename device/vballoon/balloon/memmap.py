@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the guest keeps its page structures, as the guest module tells it (MEMMAP buffers).
+"""Collect where the guest keeps its page structures, from the MEMMAP buffers of its module.
 
 The device only collects the layout; reading guest memory by it is the business of whoever stops
 the guest first (the snapshot room).
@@ -25,6 +25,9 @@ RUNS_MAX = 1 << 20
 """Runs kept of one layout (40 MiB).  A run covers 2 MiB of page structures, so 128 MiB of guest,
 at worst: this is a guest of 128 TiB."""
 
+BUFFERS_MAX = 1 << 14
+"""Buffers of one layout.  Full buffers for :data:`RUNS_MAX` runs are fewer than 1400."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemmapLayout:
@@ -42,6 +45,7 @@ class MemmapCollector:
         self.layout: MemmapLayout | None = None
         self._header: WalkMemmap | None = None
         self._parts: list[NDArray[Any]] = []
+        self._have = 0  # runs in the parts
         self._flags = 0
 
     def reset(self) -> None:
@@ -54,18 +58,21 @@ class MemmapCollector:
         body = WalkMemmap.parse(payload[: WalkMemmap.SIZE])
         runs = np.frombuffer(payload, dtype=WalkMemmapRun.dtype(), offset=WalkMemmap.SIZE)
         if header.seq == 0:
-            self._header, self._parts, self._flags = body, [], 0
+            self._header, self._parts, self._have, self._flags = body, [], 0, 0
         if self._header != body or header.seq != len(self._parts) or not self._fits(body, runs):
             self._header, self._parts = None, []
             return False
         self._parts.append(runs)
+        self._have += runs.size
         self._flags |= header.flags
         if len(self._parts) == body.nr_buffers:
             self._complete(body)
         return True
 
     def _fits(self, body: WalkMemmap, runs: NDArray[Any]) -> bool:
-        have = sum(part.size for part in self._parts) + runs.size
+        if body.nr_buffers > BUFFERS_MAX or (not runs.size and body.nr_buffers != 1):
+            return False  # the set would grow by buffers, however few runs it has
+        have = self._have + runs.size
         more_due = len(self._parts) + 1 < body.nr_buffers
         return have <= min(body.nr_runs, RUNS_MAX) and (more_due or have == body.nr_runs)
 
