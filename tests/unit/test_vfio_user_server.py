@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.fakes.pci_device import Gadget
 from tests.fakes.vfio_client import QEMU_VERSION_DATA, Ram, message
 
 import fdsocket
-from vfio_user import DmaError, PciDevice, Server, server
+from vfio_user import DmaError, PciDevice, RequestError, Server, server
 from virtio_formats.vfio_user import (
     Capabilities,
     Command,
@@ -521,3 +522,81 @@ def test_intx_over_a_socket_is_unmasked_by_an_eventfd(gadget: Gadget, path: Path
     serve(gadget, path, client)
     os.close(raised)
     os.close(unmask)
+
+
+class TestQuiesce:
+    """A device that needs time before its memory or its state changes."""
+
+    def test_the_command_waits(self, gadget: Gadget, path: Path) -> None:
+        async def quiesce() -> None:
+            gadget.log.append(("quiesce",))
+            await asyncio.to_thread(may_end.wait)
+            gadget.log.append(("quiet",))
+
+        may_end = threading.Event()
+        gadget.quiesce = quiesce  # type: ignore[method-assign]
+
+        def client() -> None:
+            wire = Wire.connect(path)
+            ram = Ram(0x10000, 0x10000)
+            request = DmaMap(argsz=32, flags=3, offset=0, address=ram.address, size=ram.size)
+            read = RegionAccess(offset=0, region=0, count=4).build()
+            wire.send(message(Command.DMA_MAP, request.build(), msg_id=1), [ram.fd])
+            wire.send(message(Command.REGION_READ, read, msg_id=2))
+            may_end.set()
+            assert [wire.receive()[0].id for _ in range(2)] == [1, 2], "in order"
+            ram.close()
+            wire.close()
+
+        serve(gadget, path, client)
+        calls = [entry[0] for entry in gadget.log]
+        assert calls[:5] == ["attached", "quiesce", "quiet", "map", "read"]
+
+    def test_a_device_that_cannot(self, gadget: Gadget, path: Path) -> None:
+        async def quiesce() -> None:
+            await asyncio.sleep(0)
+            raise RequestError(errno.ENOTTY, "not now")
+
+        gadget.quiesce = quiesce  # type: ignore[method-assign]
+
+        def client() -> None:
+            wire = Wire.connect(path)
+            wire.send(message(Command.DEVICE_RESET, msg_id=7))
+            assert wire.receive()[0].error == errno.ENOTTY
+            wire.call(Command.DEVICE_GET_INFO, bytes([16]) + bytes(15))
+            wire.close()
+
+        serve(gadget, path, client)
+        assert ("reset",) not in gadget.log
+
+    def test_a_client_that_disconnects_meanwhile(self, gadget: Gadget, path: Path) -> None:
+        cancelled: list[bool] = []
+        began = threading.Event()
+
+        async def quiesce() -> None:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(True)
+                raise
+
+        gadget.quiesce = quiesce  # type: ignore[method-assign]
+        before = open_fds()
+
+        def client() -> None:
+            wire = Wire.connect(path)
+            fd = os.eventfd(0)
+            wire.send(message(Command.DMA_UNMAP, bytes(24)))
+            wire.send(message(Command.DEVICE_GET_INFO, bytes(16)), [fd])
+            os.close(fd)
+            began.wait(10)
+            wire.close()
+            gadget.quiesce = lambda: None  # type: ignore[method-assign]
+            again = Wire.connect(path)
+            again.call(Command.DEVICE_RESET)
+            again.close()
+
+        serve(gadget, path, client)
+        assert cancelled == [True]
+        assert open_fds() == before

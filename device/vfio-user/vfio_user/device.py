@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from vfio_user.config import ConfigSpace
 from vfio_user.descriptors import Descriptors
@@ -82,6 +82,16 @@ class PciDevice:
 
     def reset(self) -> None:
         """Reset the registers, as after power-on; configuration space has been reset already."""
+
+    def quiesce(self) -> Awaitable[None] | None:
+        """Finish what is under way, before DMA_MAP, DMA_UNMAP, a reset or a change of state.
+
+        The default has nothing to wait for.  A device that has may override this with ``async
+        def``: the command, and all that follow it, wait until it returns.  An exception refuses
+        the command (:class:`~vfio_user.errors.RequestError` with its errno).  Work that was
+        started elsewhere may go on when the command has been served.
+        """
+        return None
 
     def attached(self) -> None:
         """Prepare for a client, which has connected and negotiated."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vfio_user.regions import Region
     from vfio_user.stream import Message
 
-__all__ = ("handle", "is_exclusive")
+__all__ = ("handle", "is_exclusive", "needs_quiet")
 
 Reply = tuple[bytes, list[int]]
 
@@ -86,6 +86,11 @@ def handle(link: Link, device: PciDevice, message: Message) -> Reply:
     if len(message.fds) > max_fds or len(message.fds) > link.limits.max_msg_fds:
         raise RequestError(errno.EINVAL, f"{len(message.fds)} descriptors where none belong")
     return handler(link, device, message)
+
+
+def needs_quiet(message: Message) -> bool:
+    """Return whether the device must be quiesced before a command is served."""
+    return message.command in (Command.DMA_MAP, Command.DMA_UNMAP) or is_exclusive(message)
 
 
 def _split(kind: type[Head], payload: bytes) -> tuple[Head, bytes]:
@@ -298,7 +303,7 @@ def mig_data_read(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_MIG_DATA_READ``."""
     request = MigData.parse(message.payload)
     _check_argsz(request.argsz, MigData.SIZE + request.size)
-    if request.size > link.limits.max_data_xfer_size:
+    if request.size > link.transfer_limit:
         raise RequestError(errno.EINVAL, f"MIG_DATA_READ of {request.size} bytes")
     data = device.migration.read(request.size)
     return MigData(argsz=MigData.SIZE + len(data), size=len(data)).build() + data, []
@@ -307,7 +312,7 @@ def mig_data_read(link: Link, device: PciDevice, message: Message) -> Reply:
 def mig_data_write(link: Link, device: PciDevice, message: Message) -> Reply:
     """``VFIO_USER_MIG_DATA_WRITE``."""
     request, data = _split(MigData, message.payload)
-    if request.size != len(data) or request.size > link.limits.max_data_xfer_size:
+    if request.size != len(data) or request.size > link.transfer_limit:
         raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE of {request.size}, {len(data)} bytes")
     device.migration.write(data)
     return b"", []

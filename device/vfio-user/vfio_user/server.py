@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import fdsocket
 from vfio_user.busy import Refusal, hung_up
@@ -178,7 +178,11 @@ class Connection:
     def __init__(self, server: Server, sock: socket.socket) -> None:
         self._server = server
         self.session = Session(
-            server.device, limits=server.limits, wait=self._wait, open_twin=self._open_twin
+            server.device,
+            limits=server.limits,
+            wait=self._wait,
+            open_twin=self._open_twin,
+            spawn=_spawn,
         )
         self.stream = fdsocket.FdStream(sock, self)
         self._twin: fdsocket.FdStream | None = None
@@ -273,3 +277,20 @@ class _TwinReceiver:
         if self._connection.session.is_open:
             self._connection.session.close("the twin socket was closed")
             self._connection.flush()
+
+
+async def _await(waiting: Awaitable[None]) -> None:
+    await waiting
+
+
+def _spawn(
+    waiting: Awaitable[None], done: Callable[[BaseException | None], None]
+) -> Callable[[], object]:
+    """Run a device's coroutine as a task; see :class:`vfio_user.session.Session`."""
+    task = asyncio.ensure_future(_await(waiting))
+
+    def finished(task: asyncio.Task[None]) -> None:
+        done(asyncio.CancelledError() if task.cancelled() else task.exception())
+
+    task.add_done_callback(finished)
+    return task.cancel

@@ -21,11 +21,11 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from vfio_user import handlers
 from vfio_user.device import PciDevice
-from vfio_user.errors import DmaError, FatalError, RequestError
+from vfio_user.errors import DmaError, FatalError, RequestError, UsageError
 from vfio_user.faults import report_fault
 from vfio_user.link import Link, Output, SessionLimits
 from vfio_user.remote import DmaRequests
@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 _OF_GUEST = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
 
+Done = Callable[[BaseException | None], None]
+Spawn = Callable[[Awaitable[None], Done], Callable[[], object]]
+
 _EARLY_FDS_MAX = 253
 """Descriptors that may wait for the rest of their message: the limit of Linux for one message."""
 
@@ -52,7 +55,9 @@ class Session:
 
     *wait(done)* lets the driver exchange messages until *done()* is true; it raises
     :class:`TimeoutError` or :class:`ConnectionError`.  *open_twin()* makes a socket pair for
-    server commands, keeps the server's end and returns the client's.
+    server commands, keeps the server's end and returns the client's.  *spawn(coroutine, done)*
+    lets a device's ``async def quiesce`` run, calls *done(error or None)* at its end, and returns
+    a function that cancels it; without it, such a method must not really wait.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Session:
         limits: SessionLimits | None = None,
         wait: Callable[[Callable[[], bool]], None] | None = None,
         open_twin: Callable[[], int] | None = None,
+        spawn: Spawn | None = None,
     ) -> None:
         self.device = device
         self.limits = limits or SessionLimits()
@@ -74,6 +80,9 @@ class Session:
         self._twin_input = Splitter(self.limits.max_message)
         self._waiting: deque[Message] = deque()
         self._serving = False
+        self._spawn = spawn or _run_now
+        self._quiet = False  # for the first command that waits
+        self._cancel_quiesce: Callable[[], object] | None = None  # while the device quiesces
         self._ended = False
 
     @property
@@ -157,6 +166,8 @@ class Session:
         self._drop_input(errno.ECONNABORTED)
 
     def _drop_input(self, error: int) -> None:
+        if self._cancel_quiesce is not None:
+            self._cancel_quiesce()
         self.requests.abort(error)
         for message in self._waiting:
             message.close()
@@ -193,11 +204,50 @@ class Session:
                 if self._waiting[0].command == Command.DEVICE_RESET:
                     self.cancel_work()
                 return
-            self._serving = True
+            if not self._quiet and handlers.needs_quiet(self._waiting[0]):
+                self._quiesce()
+                continue
+            self._quiet, self._serving = False, True
             try:
                 self._serve(self._waiting.popleft())
             finally:
                 self._serving = False
+
+    def _quiesce(self) -> None:
+        """Quiesce the device for the first command that waits; others wait with it."""
+        self._serving = True
+        try:
+            waiting = self.device.quiesce()
+        except Exception as error:
+            self._quiesced(error)
+            return
+        if waiting is None:
+            self._quiesced(None)
+            return
+        self._cancel_quiesce = lambda: None
+        cancel = self._spawn(waiting, self._quiesced)
+        if self._cancel_quiesce is not None:  # it has not ended yet
+            self._cancel_quiesce = cancel
+
+    def _quiesced(self, error: BaseException | None) -> None:
+        """The device stands still for one command, or has failed to."""
+        resumed, self._cancel_quiesce = self._cancel_quiesce is not None, None
+        self._serving = False
+        if not self._waiting:  # the client has disconnected meanwhile
+            return
+        self._quiet = True
+        if error is not None:
+            message = self._waiting.popleft()
+            self._quiet = False
+            self._failed(message, error)
+            message.close()
+        if resumed:
+            self.device.wake()  # the driver drains, and sends
+
+    @property
+    def quiescing(self) -> bool:
+        """Return whether a command waits for the device to quiesce."""
+        return self._cancel_quiesce is not None
 
     @property
     def blocked(self) -> bool:
@@ -224,21 +274,25 @@ class Session:
             if handlers.is_exclusive(message) and message.command != Command.DEVICE_RESET:
                 self.device.finish_work()
             payload, fds = handlers.handle(self.link, self.device, message)
-        except RequestError as error:
-            self._refused(message, error)
-        except WireError as error:
-            self._refused(message, RequestError(errno.EINVAL, str(error)))
-        except DmaError as error:
-            self._refused(message, RequestError(error.errno, str(error)))
         except Exception as error:
-            # A device's own callback failed: report it to the client and continue to serve.
-            report_fault(_name(message), error)
-            self._refuse(message, errno.EIO)
+            self._failed(message, error)
         else:
             if message.wants_reply:
                 self.link.send(message.command, payload, fds, msg_id=message.id, flags=_REPLY)
         finally:
             message.close()
+
+    def _failed(self, message: Message, error: BaseException) -> None:
+        match error:
+            case RequestError():
+                self._refused(message, error)
+            case WireError():
+                self._refused(message, RequestError(errno.EINVAL, str(error)))
+            case DmaError():
+                self._refused(message, RequestError(error.errno, str(error)))
+            case _:  # a fault of the device: report it to the client and continue to serve
+                report_fault(_name(message), error)
+                self._refuse(message, errno.EIO)
 
     def _refused(self, message: Message, error: RequestError) -> None:
         # Register accesses come from the guest, which must not be able to fill the log.
@@ -261,6 +315,20 @@ class Session:
         log.warning("unsolicited reply, id %d", message.id)
         if not message.flags & _ERROR:  # two sides that answer errors with errors never stop
             self._refuse(message, errno.EINVAL)
+
+
+def _run_now(waiting: Awaitable[None], done: Done) -> Callable[[], object]:
+    """Run a coroutine that does not wait to its end."""
+    steps = waiting.__await__()
+    try:
+        next(steps)
+    except StopIteration:
+        done(None)
+    except Exception as error:
+        done(error)
+    else:
+        done(UsageError("quiesce() waits, but this session has no driver that lets it"))
+    return lambda: None
 
 
 def _name(message: Message) -> str:
