@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.fakes.descriptors import open_fds
-from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import QEMU_VERSION_DATA, Ram, message
+from gadget import Gadget
+from helpers import open_fds
 
 import fdsocket
 from vfio_user import DmaError, PciDevice, RequestError, Server, server
+from vfio_user.testing import QEMU_VERSION_DATA, Ram, message
 from virtio_formats.vfio_user import (
     Capabilities,
     Command,
@@ -366,17 +366,9 @@ def test_the_largest_transfers(gadget: Gadget, path: Path) -> None:
     assert sizes == [1 << 20]
 
 
-PROGRAM = """
-import sys
-from tests.fakes.pci_device import Gadget
-from vfio_user import run_program
-sys.exit(run_program(Gadget(), sys.argv[1:]))
-"""
-
-
 def run(*args: str, **options: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *args],
+        [sys.executable, str(Path(__file__).with_name("program.py")), *args],
         stderr=subprocess.PIPE,
         **options,  # type: ignore[call-overload]
     )

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gadget import Gadget
+from helpers import open_fds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fakes.descriptors import open_fds
-from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import FakeClient, Ram, message
 
 from vfio_user import DmaError, DmaRegion, RequestError, SessionLimits
 from vfio_user.errors import VfioUserError
 from vfio_user.remote import Layout
+from vfio_user.testing import LocalClient, Ram, message
 from virtio_formats.vfio_user import (
     Command,
     DeviceFeature,
@@ -49,8 +49,8 @@ def gadget() -> Iterator[Gadget]:
 
 
 @pytest.fixture
-def client(gadget: Gadget) -> Iterator[FakeClient]:
-    client = FakeClient(gadget)
+def client(gadget: Gadget) -> Iterator[LocalClient]:
+    client = LocalClient(gadget)
     client.negotiate()
     open_before = open_fds()
     yield client
@@ -60,13 +60,13 @@ def client(gadget: Gadget) -> Iterator[FakeClient]:
     assert open_fds() == open_before, "descriptors leaked"
 
 
-def dma_map(client: FakeClient, address: int, size: int, expect: int = 0, **fields: int) -> None:
+def dma_map(client: LocalClient, address: int, size: int, expect: int = 0, **fields: int) -> None:
     values = {"argsz": 32, "flags": 3, "offset": 0, "address": address, "size": size, **fields}
     client.call(Command.DMA_MAP, DmaMap(**values).build(), expect=expect)
 
 
 class TestMap:
-    def test_with_a_descriptor(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_with_a_descriptor(self, gadget: Gadget, client: LocalClient) -> None:
         ram = Ram(BASE, 4 * PAGE)
         client.map(ram)
         assert gadget.log[-1] == ("map", BASE, 4 * PAGE)
@@ -76,19 +76,19 @@ class TestMap:
         assert ram.read(BASE + PAGE, 4) == b"back"
         assert client.dma_sizes == []
 
-    def test_from_an_offset_of_the_file(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_from_an_offset_of_the_file(self, gadget: Gadget, client: LocalClient) -> None:
         ram = Ram(BASE, 4 * PAGE)
         ram.write(BASE + 2 * PAGE, b"third")
         client.map(ram, offset=2 * PAGE)
         assert gadget.dma.read(BASE, 5) == b"third"
 
     def test_nothing_is_mapped_before_it_is_touched(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         client.map(Ram(BASE, PAGE))
         assert gadget.dma.regions[0]._view is None
 
-    def test_over_an_existing_region(self, client: FakeClient) -> None:
+    def test_over_an_existing_region(self, client: LocalClient) -> None:
         dma_map(client, 4 * PAGE, 4 * PAGE)
         for address, size in ((4, 4), (3, 2), (7, 2), (5, 1), (3, 9)):
             dma_map(client, address * PAGE, size * PAGE, expect=errno.EEXIST)
@@ -106,7 +106,7 @@ class TestMap:
             {"address": BASE, "size": PAGE, "flags": 7},
         ],
     )
-    def test_malformed(self, client: FakeClient, fields: dict[str, int]) -> None:
+    def test_malformed(self, client: LocalClient, fields: dict[str, int]) -> None:
         dma_map(client, expect=errno.EINVAL, **fields)
 
     @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ class TestMap:
         ],
     )
     def test_past_the_end_of_the_address_space(
-        self, client: FakeClient, address: int, size: int
+        self, client: LocalClient, address: int, size: int
     ) -> None:
         expect = errno.ENOSPC if address + size > 2**64 - PAGE else 0
         dma_map(client, address, size, expect=expect)
 
     def test_too_many(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget, limits=SessionLimits(max_dma_maps=2))
+        client = LocalClient(gadget, limits=SessionLimits(max_dma_maps=2))
         client.negotiate()
         dma_map(client, 0, PAGE)
         dma_map(client, PAGE, PAGE)
@@ -133,7 +133,7 @@ class TestMap:
         client.close()
 
     @pytest.mark.parametrize(("offset", "size"), [(0, 5), (4, 1), (1, 4), (2**51, 1)])
-    def test_outside_of_the_file(self, client: FakeClient, offset: int, size: int) -> None:
+    def test_outside_of_the_file(self, client: LocalClient, offset: int, size: int) -> None:
         """A mapping past the end of its file would be a SIGBUS later."""
         ram = Ram(BASE, 4 * PAGE)
         before = open_fds()
@@ -142,20 +142,20 @@ class TestMap:
         assert open_fds() == before
         ram.close()
 
-    def test_an_unaligned_offset(self, client: FakeClient) -> None:
+    def test_an_unaligned_offset(self, client: LocalClient) -> None:
         ram = Ram(BASE, 4 * PAGE)
         request = DmaMap(argsz=32, flags=3, offset=100, address=BASE, size=PAGE)
         client.call(Command.DMA_MAP, request.build(), [ram.fd], expect=errno.EINVAL)
         ram.close()
 
-    def test_a_descriptor_that_is_no_file(self, client: FakeClient) -> None:
+    def test_a_descriptor_that_is_no_file(self, client: LocalClient) -> None:
         ours, theirs = os.pipe()
         request = DmaMap(argsz=32, flags=3, offset=0, address=BASE, size=PAGE)
         client.call(Command.DMA_MAP, request.build(), [ours], expect=errno.EINVAL)
         os.close(ours)
         os.close(theirs)
 
-    def test_a_device_that_refuses(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_a_device_that_refuses(self, gadget: Gadget, client: LocalClient) -> None:
         def refuse(what: str) -> None:
             raise RequestError(errno.EPERM, what)
 
@@ -167,7 +167,7 @@ class TestMap:
 
 
 class TestUnmap:
-    def test_exactly_one(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_exactly_one(self, gadget: Gadget, client: LocalClient) -> None:
         client.map(Ram(BASE, PAGE))
         dma_map(client, BASE + PAGE, PAGE)
         client.unmap(BASE, PAGE)
@@ -180,18 +180,18 @@ class TestUnmap:
         ("address", "size"),
         [(BASE + PAGE, 3 * PAGE), (BASE, PAGE), (BASE, 5 * PAGE), (0, PAGE), (2**64 - 1, 1)],
     )
-    def test_must_match_a_mapping(self, client: FakeClient, address: int, size: int) -> None:
+    def test_must_match_a_mapping(self, client: LocalClient, address: int, size: int) -> None:
         dma_map(client, BASE, 4 * PAGE)
         client.unmap(address, size, expect=errno.ENOENT)
         client.unmap(BASE, 4 * PAGE)
 
-    def test_all(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_all(self, gadget: Gadget, client: LocalClient) -> None:
         for number in range(5):
             dma_map(client, number * 2 * PAGE, PAGE)
         client.unmap(0, 0, flags=2)
         assert gadget.dma.regions == []
 
-    def test_bad_requests(self, client: FakeClient) -> None:
+    def test_bad_requests(self, client: LocalClient) -> None:
         dma_map(client, BASE, PAGE)
         client.unmap(BASE, PAGE, flags=2, expect=errno.EINVAL)
         client.unmap(BASE, PAGE, flags=1, expect=errno.EINVAL)
@@ -204,7 +204,7 @@ class TestUnmap:
         client.unmap(BASE, PAGE)
 
     def test_a_view_that_is_still_held_stays_readable(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         ram = Ram(BASE, PAGE)
         client.map(ram)
@@ -216,7 +216,7 @@ class TestUnmap:
 
 
 class TestLookup:
-    def test_vectorised(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_vectorised(self, gadget: Gadget, client: LocalClient) -> None:
         dma_map(client, 0, 2 * PAGE)
         dma_map(client, 2 * PAGE, PAGE)
         rows = [
@@ -234,7 +234,7 @@ class TestLookup:
         )
         assert found.tolist() == [r[2] for r in rows]
 
-    def test_adjacent_regions_are_joined(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_adjacent_regions_are_joined(self, gadget: Gadget, client: LocalClient) -> None:
         client.map(Ram(BASE, PAGE))
         client.map(Ram(BASE + PAGE, PAGE), mapped=False)
         gadget.dma.write(BASE + PAGE - 3, b"across")
@@ -242,7 +242,7 @@ class TestLookup:
         with pytest.raises(DmaError):
             gadget.dma.read(BASE + 2 * PAGE - 3, 6)
 
-    def test_permissions(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_permissions(self, gadget: Gadget, client: LocalClient) -> None:
         client.map(Ram(0, PAGE), flags=1)
         client.map(Ram(PAGE, PAGE), flags=2)
         assert gadget.dma.read(0, 4) == bytes(4)
@@ -284,26 +284,26 @@ class TestMessages:
     """Memory that came without a descriptor: DMA_READ and DMA_WRITE, in both layouts."""
 
     @pytest.fixture(params=[False, True], ids=["count64", "count32"])
-    def remote(self, request: pytest.FixtureRequest, gadget: Gadget) -> Iterator[FakeClient]:
-        client = FakeClient(gadget, narrow=request.param)
+    def remote(self, request: pytest.FixtureRequest, gadget: Gadget) -> Iterator[LocalClient]:
+        client = LocalClient(gadget, narrow=request.param)
         client.negotiate()
         client.map(Ram(BASE, 0x100000), mapped=False)
         yield client
         client.close()
         client.ram[0].close()
 
-    def test_read(self, gadget: Gadget, remote: FakeClient) -> None:
+    def test_read(self, gadget: Gadget, remote: LocalClient) -> None:
         remote.ram[0].write(BASE, bytes(range(1, 200)))
         assert gadget.dma.read(BASE, 199) == bytes(range(1, 200))
 
-    def test_write(self, gadget: Gadget, remote: FakeClient) -> None:
+    def test_write(self, gadget: Gadget, remote: LocalClient) -> None:
         gadget.dma.write(BASE + 3, b"from the device")
         assert remote.ram[0].read(BASE, 24) == b"\0\0\0from the device\0\0\0\0\0\0"
 
     @pytest.mark.parametrize("lead", range(10))
     @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9])
     def test_the_layout_shows_in_the_first_data(
-        self, gadget: Gadget, remote: FakeClient, lead: int, size: int
+        self, gadget: Gadget, remote: LocalClient, lead: int, size: int
     ) -> None:
         """Zeroes tell nothing; the first byte that is not zero settles it, wherever it is."""
         expected = bytes(lead) + b"\xa5" + bytes(9)
@@ -321,7 +321,7 @@ class TestMessages:
     def test_writes_and_reads_in_either_layout(self, steps: list[tuple[int, bytes]]) -> None:
         for narrow in (False, True):
             device = Gadget()
-            client = FakeClient(device, narrow=narrow)
+            client = LocalClient(device, narrow=narrow)
             client.negotiate()
             ram = Ram(0, PAGE)
             client.map(ram, mapped=False)
@@ -336,7 +336,7 @@ class TestMessages:
             device.close()
 
     def test_split_by_what_the_client_takes(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate(b'{"capabilities":{"max_data_xfer_size":4096}}' + b" " * 99 + b"\0")
         client.map(Ram(BASE, 4 * PAGE), mapped=False)
         data = os.urandom(2 * PAGE + 42)
@@ -348,21 +348,21 @@ class TestMessages:
         client.ram[0].close()
 
     def test_a_client_that_takes_nothing(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate(b'{"capabilities":{"max_data_xfer_size":0}}' + b" " * 99 + b"\0")
         dma_map(client, BASE, PAGE)
         with pytest.raises(DmaError):
             gadget.dma.read(BASE, 1)
         client.close()
 
-    def test_refused(self, gadget: Gadget, remote: FakeClient) -> None:
+    def test_refused(self, gadget: Gadget, remote: LocalClient) -> None:
         remote.dma_error = errno.EIO
         for access in (lambda: gadget.dma.read(BASE, 4), lambda: gadget.dma.write(BASE, b"x")):
             with pytest.raises(DmaError) as caught:
                 access()
             assert caught.value.errno == errno.EIO
 
-    def test_no_answer_and_a_late_one(self, gadget: Gadget, remote: FakeClient) -> None:
+    def test_no_answer_and_a_late_one(self, gadget: Gadget, remote: LocalClient) -> None:
         remote.silent = True
         with pytest.raises(DmaError) as caught:
             gadget.dma.read(BASE, 4)
@@ -384,7 +384,7 @@ class TestMessages:
         ],
     )
     def test_answers_that_do_not_fit(
-        self, gadget: Gadget, client: FakeClient, command: int, payload: bytes
+        self, gadget: Gadget, client: LocalClient, command: int, payload: bytes
     ) -> None:
         dma_map(client, BASE, PAGE)
         client.silent = True
@@ -395,13 +395,13 @@ class TestMessages:
             gadget.dma.read(BASE, 4)
         assert caught.value.errno == errno.EPROTO
 
-    def test_nobody_there(self, gadget: Gadget, remote: FakeClient) -> None:
+    def test_nobody_there(self, gadget: Gadget, remote: LocalClient) -> None:
         remote.close()
         with pytest.raises(DmaError):
             gadget.dma.read(BASE, 4)
 
     def test_over_the_twin_socket(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget, twin=True)
+        client = LocalClient(gadget, twin=True)
         wanted = b'{"capabilities":{"twin_socket":{"supported":true}}}' + b" " * 99 + b"\0"
         reply = client.call(Command.VERSION, bytes(4) + wanted)
         os.close(reply.fds[0])
@@ -419,8 +419,8 @@ class TestWhileTheDeviceWaits:
     """Commands that arrive in the middle of the device's own DMA."""
 
     @pytest.fixture
-    def waiting(self, gadget: Gadget) -> Iterator[FakeClient]:
-        client = FakeClient(gadget)
+    def waiting(self, gadget: Gadget) -> Iterator[LocalClient]:
+        client = LocalClient(gadget)
         client.negotiate()
         client.map(Ram(BASE, PAGE), mapped=False)
         client.ram[0].write(BASE, b"data")
@@ -428,13 +428,13 @@ class TestWhileTheDeviceWaits:
         client.close()
         client.ram[0].close()
 
-    def meanwhile(self, client: FakeClient, data: bytes) -> None:
+    def meanwhile(self, client: LocalClient, data: bytes) -> None:
         client.before_dma = lambda: (
             setattr(client, "before_dma", None),
             client.session.feed(data),
         )[0]
 
-    def test_register_accesses_are_served(self, gadget: Gadget, waiting: FakeClient) -> None:
+    def test_register_accesses_are_served(self, gadget: Gadget, waiting: LocalClient) -> None:
         request = RegionAccess(offset=8, region=0, count=4).build()
         self.meanwhile(
             waiting,
@@ -447,7 +447,9 @@ class TestWhileTheDeviceWaits:
         assert seen == [b"data"]
         assert [(r.id, r.payload[16:]) for r in waiting.inbox] == [(5, b""), (6, b"abcd")]
 
-    def test_not_while_a_command_is_being_served(self, gadget: Gadget, waiting: FakeClient) -> None:
+    def test_not_while_a_command_is_being_served(
+        self, gadget: Gadget, waiting: LocalClient
+    ) -> None:
         """The command's own effects come first; it is answered first, too."""
         order: list[str] = []
 
@@ -463,7 +465,7 @@ class TestWhileTheDeviceWaits:
         assert order == ["begin 1", "end 1", "begin 2", "end 2"]
         assert [r.id for r in waiting.inbox] == [1, 2]
 
-    def test_a_reset_ends_the_wait(self, gadget: Gadget, waiting: FakeClient) -> None:
+    def test_a_reset_ends_the_wait(self, gadget: Gadget, waiting: LocalClient) -> None:
         waiting.silent = True
         self.meanwhile(waiting, message(Command.DEVICE_RESET, msg_id=9))
         failed: list[int] = []
@@ -491,7 +493,7 @@ class TestWhileTheDeviceWaits:
         ],
     )
     def test_a_question_disturbs_nothing(
-        self, gadget: Gadget, waiting: FakeClient, flags: int, data: bytes
+        self, gadget: Gadget, waiting: LocalClient, flags: int, data: bytes
     ) -> None:
         """A client that only asks failed the device's DMA, which stopped a virtqueue for good."""
         gadget.dma.log.start(PAGE, ())
@@ -509,7 +511,7 @@ class TestWhileTheDeviceWaits:
         return message(Command.DEVICE_FEATURE, request.build() + state.build(), msg_id=9)
 
     def test_a_change_of_state_waits_for_the_work(
-        self, gadget: Gadget, waiting: FakeClient
+        self, gadget: Gadget, waiting: LocalClient
     ) -> None:
         """All of it: not only for the message that is under way."""
         self.meanwhile(waiting, self.stop())
@@ -527,7 +529,7 @@ class TestWhileTheDeviceWaits:
         assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
 
     def test_but_not_for_a_client_that_cannot_answer(
-        self, gadget: Gadget, waiting: FakeClient
+        self, gadget: Gadget, waiting: LocalClient
     ) -> None:
         waiting.silent = True
         self.meanwhile(waiting, self.stop())
@@ -544,7 +546,7 @@ class TestWhileTheDeviceWaits:
         assert failed == [errno.ECANCELED]
         assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
 
-    def test_the_client_goes(self, gadget: Gadget, waiting: FakeClient) -> None:
+    def test_the_client_goes(self, gadget: Gadget, waiting: LocalClient) -> None:
         waiting.silent = True
         waiting.before_dma = waiting.session.receive_eof
         with pytest.raises(DmaError) as caught:
@@ -552,7 +554,7 @@ class TestWhileTheDeviceWaits:
         assert caught.value.errno == errno.ENOTCONN
 
     def test_deferred_work_that_fails_harms_nobody(
-        self, gadget: Gadget, waiting: FakeClient
+        self, gadget: Gadget, waiting: LocalClient
     ) -> None:
         gadget.defer(lambda: print(1 // 0))
         gadget.defer(lambda: gadget.log.append(("next",)))
@@ -566,7 +568,7 @@ def test_every_error_of_this_package_is_one_family() -> None:
 
 
 class TestClientsOfOtherVersions:
-    def test_flags_of_newer_clients(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_flags_of_newer_clients(self, gadget: Gadget, client: LocalClient) -> None:
         """Bits 2 and 3 of memory that comes with a descriptor; they were refused."""
         client.map(Ram(BASE, PAGE), flags=0b1111)
         assert gadget.dma.regions[0].window().flags == 3
@@ -576,7 +578,7 @@ class TestClientsOfOtherVersions:
         client.map(ram, flags=0b10011, expect=errno.EINVAL)
         ram.close()
 
-    def test_a_character_device_is_mapped(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_a_character_device_is_mapped(self, gadget: Gadget, client: LocalClient) -> None:
         """As /dev/dax is, whose size fstat does not tell."""
         fd = os.open("/dev/zero", os.O_RDWR)
         request = DmaMap(argsz=32, flags=3, offset=0, address=BASE, size=PAGE).build()
@@ -587,7 +589,7 @@ class TestClientsOfOtherVersions:
         os.close(fd)
 
     def test_one_that_cannot_be_mapped_is_reached_by_messages(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         ram = Ram(BASE, PAGE)
         ram.write(BASE, b"data")
@@ -601,7 +603,7 @@ class TestClientsOfOtherVersions:
         assert open_fds() == before
 
     def test_memory_that_the_device_may_only_write(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         """Which of two layouts the client uses was asked by a read, which it refuses."""
         ram = Ram(BASE, PAGE)
@@ -611,7 +613,7 @@ class TestClientsOfOtherVersions:
         assert ram.read(BASE, 4) == b"data"
 
 
-def test_a_hook_that_fails_leaves_no_region(gadget: Gadget, client: FakeClient) -> None:
+def test_a_hook_that_fails_leaves_no_region(gadget: Gadget, client: LocalClient) -> None:
     for number in range(3):
         client.map(Ram(BASE + number * 0x10000, PAGE))
 

@@ -11,7 +11,7 @@ import socket
 import threading
 
 import pytest
-from tests.fakes.descriptors import open_fds
+from helpers import open_fds
 
 import fdsocket
 from fdsocket import FdStream

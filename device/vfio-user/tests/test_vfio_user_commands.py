@@ -13,13 +13,13 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from gadget import BAR0_SIZE, BAR2_SIZE, FAIL, Gadget
+from helpers import open_fds
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fakes.descriptors import open_fds
-from tests.fakes.pci_device import BAR0_SIZE, BAR2_SIZE, FAIL, Gadget
-from tests.fakes.vfio_client import FakeClient, events
 
 from vfio_user import ConfigSpace, IoEvent, PciDevice, Region, SessionLimits, UsageError
+from vfio_user.testing import LocalClient, events
 from virtio_formats.pci import BarFlags
 from virtio_formats.vfio_user import (
     Command,
@@ -49,8 +49,8 @@ def gadget() -> Iterator[Gadget]:
 
 
 @pytest.fixture
-def client(gadget: Gadget) -> Iterator[FakeClient]:
-    client = FakeClient(gadget)
+def client(gadget: Gadget) -> Iterator[LocalClient]:
+    client = LocalClient(gadget)
     client.negotiate()
     open_before = open_fds()
     yield client
@@ -63,12 +63,12 @@ class TestDeviceGetInfo:
         return DeviceInfo(argsz=argsz, flags=0, num_regions=0, num_irqs=0).build()
 
     @pytest.mark.parametrize("argsz", [16, 32])
-    def test_a_pci_device_that_can_be_reset(self, client: FakeClient, argsz: int) -> None:
+    def test_a_pci_device_that_can_be_reset(self, client: LocalClient, argsz: int) -> None:
         reply = client.call(Command.DEVICE_GET_INFO, self.info(argsz))
         info = DeviceInfo.parse(reply.payload)
         assert (info.argsz, info.flags, info.num_regions, info.num_irqs) == (16, 3, 9, 5)
 
-    def test_bad_sizes(self, client: FakeClient) -> None:
+    def test_bad_sizes(self, client: LocalClient) -> None:
         client.call(Command.DEVICE_GET_INFO, self.info(8), expect=errno.EINVAL)
         client.call(Command.DEVICE_GET_INFO, bytes(8), expect=errno.EINVAL)
         client.call(Command.DEVICE_GET_INFO, self.info(16) + b"\0", expect=errno.EINVAL)
@@ -76,7 +76,7 @@ class TestDeviceGetInfo:
 
 class TestDeviceGetRegionInfo:
     def ask(
-        self, client: FakeClient, index: int, argsz: int = 32, expect: int = 0
+        self, client: LocalClient, index: int, argsz: int = 32, expect: int = 0
     ) -> tuple[RegionInfo, bytes, list[int]]:
         request = RegionInfo(argsz=argsz, flags=0, index=index, cap_offset=0, size=0, offset=0)
         reply = client.call(Command.DEVICE_GET_REGION_INFO, request.build(), expect=expect)
@@ -85,24 +85,24 @@ class TestDeviceGetRegionInfo:
         assert len(reply.payload) <= argsz
         return RegionInfo.parse(reply.payload[:32]), reply.payload[32:], reply.fds
 
-    def test_a_region_of_functions(self, client: FakeClient) -> None:
+    def test_a_region_of_functions(self, client: LocalClient) -> None:
         info, caps, fds = self.ask(client, PciRegion.BAR0, argsz=64)
         assert (info.argsz, info.index, info.cap_offset, info.size) == (32, 0, 0, BAR0_SIZE)
         assert info.flags == RegionFlags.READ | RegionFlags.WRITE
         assert (caps, fds) == (b"", [])
 
-    def test_configuration_space(self, client: FakeClient) -> None:
+    def test_configuration_space(self, client: LocalClient) -> None:
         info, _, _ = self.ask(client, PciRegion.CONFIG)
         assert (info.size, info.flags) == (4096, RegionFlags.READ | RegionFlags.WRITE)
 
-    def test_a_region_that_is_not_there(self, client: FakeClient) -> None:
+    def test_a_region_that_is_not_there(self, client: LocalClient) -> None:
         info, _, _ = self.ask(client, PciRegion.ROM)
         assert (info.size, info.flags) == (0, 0)
 
-    def test_a_read_only_region(self, client: FakeClient) -> None:
+    def test_a_read_only_region(self, client: LocalClient) -> None:
         assert self.ask(client, PciRegion.BAR4)[0].flags == RegionFlags.READ
 
-    def test_capabilities_that_do_not_fit_are_announced_by_argsz(self, client: FakeClient) -> None:
+    def test_capabilities_that_do_not_fit_are_announced_by_argsz(self, client: LocalClient) -> None:
         """A CAPS flag without a capability makes QEMU refuse the region."""
         info, caps, fds = self.ask(client, PciRegion.BAR2)
         assert (info.argsz, info.cap_offset, caps) == (32 + 16 + 2 * 16, 0, b"")
@@ -110,7 +110,7 @@ class TestDeviceGetRegionInfo:
         assert len(fds) == 1
         os.close(fds[0])
 
-    def test_sparse_areas_and_the_file(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_sparse_areas_and_the_file(self, gadget: Gadget, client: LocalClient) -> None:
         info, caps, fds = self.ask(client, PciRegion.BAR2, argsz=80)
         assert (info.argsz, info.cap_offset, info.size, info.offset) == (80, 32, 0x8000, 0x8000)
         assert info.flags & RegionFlags.CAPS
@@ -125,7 +125,7 @@ class TestDeviceGetRegionInfo:
 
     def test_a_file_that_is_mapped_whole_has_no_capability(self) -> None:
         device = Gadget()
-        client = FakeClient(device)
+        client = LocalClient(device)
         client.negotiate()
         info, caps, fds = self.ask(client, PciRegion.BAR2, argsz=80)
         assert (info.argsz, caps, len(fds)) == (32, b"", 1)
@@ -133,7 +133,7 @@ class TestDeviceGetRegionInfo:
         client.close()
         device.close()
 
-    def test_bad_requests(self, client: FakeClient) -> None:
+    def test_bad_requests(self, client: LocalClient) -> None:
         self.ask(client, PciRegion.BAR0, argsz=8, expect=errno.EINVAL)
         self.ask(client, 9, expect=errno.EINVAL)
         self.ask(client, 0xFFFFFFFF, expect=errno.EINVAL)
@@ -141,11 +141,11 @@ class TestDeviceGetRegionInfo:
 
 
 class TestDeviceGetRegionIoFds:
-    def ask(self, client: FakeClient, index: int, argsz: int, **fields: int) -> bytes:
+    def ask(self, client: LocalClient, index: int, argsz: int, **fields: int) -> bytes:
         values = {"argsz": argsz, "flags": 0, "index": index, "count": 0, **fields}
         return RegionIoFds(**values).build()
 
-    def test_shared_descriptors_go_out_once(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_shared_descriptors_go_out_once(self, gadget: Gadget, client: LocalClient) -> None:
         request = self.ask(client, PciRegion.BAR0, 16 + 80)
         reply = client.call(Command.DEVICE_GET_REGION_IO_FDS, request)
         head = RegionIoFds.parse(reply.payload[:16])
@@ -161,18 +161,18 @@ class TestDeviceGetRegionIoFds:
         assert events(gadget.kick) == 10
         os.close(reply.fds[0])
 
-    def test_too_little_room_says_how_much(self, client: FakeClient) -> None:
+    def test_too_little_room_says_how_much(self, client: LocalClient) -> None:
         reply = client.call(Command.DEVICE_GET_REGION_IO_FDS, self.ask(client, PciRegion.BAR0, 16))
         head = RegionIoFds.parse(reply.payload)
         assert (head.argsz, head.count, reply.fds) == (96, 0, [])
 
     @pytest.mark.parametrize("index", [PciRegion.BAR2, PciRegion.CONFIG])
-    def test_a_region_without_any(self, client: FakeClient, index: int) -> None:
+    def test_a_region_without_any(self, client: LocalClient, index: int) -> None:
         reply = client.call(Command.DEVICE_GET_REGION_IO_FDS, self.ask(client, index, 512))
         head = RegionIoFds.parse(reply.payload)
         assert (head.argsz, head.count, head.index) == (16, 0, index)
 
-    def test_bad_requests(self, client: FakeClient) -> None:
+    def test_bad_requests(self, client: LocalClient) -> None:
         for request in (
             self.ask(client, 0, 96, flags=1),
             self.ask(client, 0, 96, count=1),
@@ -184,7 +184,7 @@ class TestDeviceGetRegionIoFds:
             client.call(Command.DEVICE_GET_REGION_IO_FDS, request, expect=errno.EINVAL)
 
     def test_more_descriptors_than_the_client_takes(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate(b'{"capabilities":{"max_msg_fds":0}}' + b" " * 99 + b"\0")
         request = self.ask(client, PciRegion.BAR0, 96)
         client.call(Command.DEVICE_GET_REGION_IO_FDS, request, expect=errno.ENOSPC)
@@ -199,16 +199,16 @@ class TestDeviceGetRegionIoFds:
 class TestRegionAccess:
     """``VFIO_USER_REGION_READ``, ``VFIO_USER_REGION_WRITE``"""
 
-    def test_write_and_read(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_write_and_read(self, gadget: Gadget, client: LocalClient) -> None:
         client.write(0, 0x10, b"hello")
         assert client.read(0, 0x10, 5) == b"hello"
         assert gadget.log[-2:] == [("write", 0x10, b"hello"), ("read", 0x10, 5)]
 
-    def test_at_the_end(self, client: FakeClient) -> None:
+    def test_at_the_end(self, client: LocalClient) -> None:
         client.write(0, BAR0_SIZE - 1, b"x")
         assert client.read(0, BAR0_SIZE - 1, 1) == b"x"
 
-    def test_nothing(self, client: FakeClient) -> None:
+    def test_nothing(self, client: LocalClient) -> None:
         assert client.read(0, 0, 0) == b""
         client.write(0, 0, b"")
 
@@ -225,28 +225,28 @@ class TestRegionAccess:
             (0xFFFFFFFF, 0, 1),
         ],
     )
-    def test_out_of_bounds(self, client: FakeClient, region: int, offset: int, count: int) -> None:
+    def test_out_of_bounds(self, client: LocalClient, region: int, offset: int, count: int) -> None:
         client.read(region, offset, count, expect=errno.EINVAL)
         client.write(region, offset, bytes(count), expect=errno.EINVAL)
 
-    def test_read_only(self, client: FakeClient) -> None:
+    def test_read_only(self, client: LocalClient) -> None:
         client.write(PciRegion.BAR4, 0, b"x", expect=errno.EPERM)
 
     def test_more_than_was_agreed(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget, limits=SessionLimits(max_data_xfer_size=8))
+        client = LocalClient(gadget, limits=SessionLimits(max_data_xfer_size=8))
         client.negotiate()
         client.read(0, 0, 9, expect=errno.EINVAL)
         client.write(0, 0, bytes(9), expect=errno.EINVAL)
         assert client.read(0, 0, 8) == bytes(8)
         client.close()
 
-    def test_count_must_match_the_data(self, client: FakeClient) -> None:
+    def test_count_must_match_the_data(self, client: LocalClient) -> None:
         head = RegionAccess(offset=0, region=0, count=4).build()
         client.call(Command.REGION_WRITE, head + b"abc", expect=errno.EINVAL)
         client.call(Command.REGION_WRITE, head + b"abcde", expect=errno.EINVAL)
         client.call(Command.REGION_READ, head + b"abcd", expect=errno.EINVAL)
 
-    def test_a_file_behind_a_region(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_a_file_behind_a_region(self, gadget: Gadget, client: LocalClient) -> None:
         client.write(PciRegion.BAR2, 0, b"file")
         assert os.pread(gadget.file, 4, 0x8000) == b"file"
         assert client.read(PciRegion.BAR2, BAR2_SIZE - 4, 4) == bytes(4)
@@ -260,23 +260,23 @@ class TestRegionWriteMulti:
         )
         return WriteMulti(wr_cnt=len(writes) if count is None else count).build() + body
 
-    def test_in_order(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_in_order(self, gadget: Gadget, client: LocalClient) -> None:
         request = self.payload((0, 0, 4, b"aaaa"), (2, 0, 2, b"bb"), (8, 0, 8, b"12345678"))
         reply = client.call(Command.REGION_WRITE_MULTI, request)
         assert WriteMulti.parse(reply.payload).wr_cnt == 3
         assert client.read(0, 0, 16) == b"aabb\0\0\0\x0012345678"
 
-    def test_none(self, client: FakeClient) -> None:
+    def test_none(self, client: LocalClient) -> None:
         reply = client.call(Command.REGION_WRITE_MULTI, self.payload())
         assert WriteMulti.parse(reply.payload).wr_cnt == 0
 
-    def test_up_to_the_first_that_is_refused(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_up_to_the_first_that_is_refused(self, gadget: Gadget, client: LocalClient) -> None:
         request = self.payload((0, 0, 1, b"x"), (FAIL, 0, 1, b"y"), (1, 0, 1, b"z"))
         reply = client.call(Command.REGION_WRITE_MULTI, request)
         assert WriteMulti.parse(reply.payload).wr_cnt == 1
         assert client.read(0, 0, 2) == b"x\0"
 
-    def test_bad_requests(self, client: FakeClient) -> None:
+    def test_bad_requests(self, client: LocalClient) -> None:
         for request in (
             self.payload((0, 0, 9, b"")),
             self.payload((0, 0, 1, b"x"), count=2),
@@ -292,7 +292,7 @@ class TestRegionWriteMulti:
 
 
 class TestDeviceReset:
-    def test_configuration_space_and_registers(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_configuration_space_and_registers(self, gadget: Gadget, client: LocalClient) -> None:
         client.set_config(0x04, 0x6, 2)
         client.set_config(0x10, 0xFEB00000, 4)
         gadget.irqs.trigger(2, 5)
@@ -302,7 +302,7 @@ class TestDeviceReset:
         assert not any(gadget.irqs.pending(2))
         assert gadget.log[-1] == ("reset",)
 
-    def test_with_a_payload(self, client: FakeClient) -> None:
+    def test_with_a_payload(self, client: LocalClient) -> None:
         client.call(Command.DEVICE_RESET, b"\0", expect=errno.EINVAL)
 
 
@@ -313,25 +313,25 @@ class TestConfigSpace:
         ("bar", "answer"),
         [(0, 0xFFFFF000), (1, 0), (2, 0xFFFF8004), (3, 0xFFFFFFFF), (4, 0xFFFFFFF1), (5, 0)],
     )
-    def test_sizing_bars(self, client: FakeClient, bar: int, answer: int) -> None:
+    def test_sizing_bars(self, client: LocalClient, bar: int, answer: int) -> None:
         client.set_config(0x10 + 4 * bar, 0xFFFFFFFF, 4)
         assert client.config(0x10 + 4 * bar, 4) == answer
 
-    def test_ids_cannot_be_written(self, client: FakeClient) -> None:
+    def test_ids_cannot_be_written(self, client: LocalClient) -> None:
         client.set_config(0, 0xFFFFFFFF, 4)
         assert client.config(0, 4) == 0x11E81234
         client.set_config(0x2C, 0xFFFFFFFF, 4)
         assert client.config(0x2C, 4) == 0x11E81234
 
-    def test_command_keeps_its_bits_only(self, client: FakeClient) -> None:
+    def test_command_keeps_its_bits_only(self, client: LocalClient) -> None:
         client.set_config(0x04, 0xFFFF, 2)
         assert client.config(0x04, 2) == 0x0547
 
-    def test_interrupt_line_and_pin(self, client: FakeClient) -> None:
+    def test_interrupt_line_and_pin(self, client: LocalClient) -> None:
         client.set_config(0x3C, 0xFFFF, 2)
         assert client.config(0x3C, 2) == 0x01FF
 
-    def test_bytewise_and_across_registers(self, client: FakeClient) -> None:
+    def test_bytewise_and_across_registers(self, client: LocalClient) -> None:
         client.set_config(0x05, 0xFF04, 2)
         assert client.config(0x04, 4) == 0x0400
 
@@ -438,7 +438,7 @@ class TestRegionDeclarations:
         device = PciDevice(
             ConfigSpace(vendor_id=1, device_id=2), {0: Region(16, read=lambda o, n: b"")}, {}
         )
-        client = FakeClient(device)
+        client = LocalClient(device)
         client.negotiate()
         client.read(0, 0, 4, expect=errno.EIO)
         client.close()
@@ -448,19 +448,19 @@ class TestClientsOfOtherVersions:
     """Linux appends fields to the structures of VFIO; their clients were refused."""
 
     @pytest.mark.parametrize("size", [20, 24, 64])
-    def test_get_info(self, client: FakeClient, size: int) -> None:
+    def test_get_info(self, client: LocalClient, size: int) -> None:
         request = struct.pack("=I", size).ljust(size, b"\0")
         reply = client.call(Command.DEVICE_GET_INFO, request).payload
         assert len(reply) == size
         assert DeviceInfo.parse(reply[:16]).num_regions == 9
         assert not any(reply[16:])
 
-    def test_get_irq_info(self, client: FakeClient) -> None:
+    def test_get_irq_info(self, client: LocalClient) -> None:
         request = struct.pack("=IIIII", 20, 0, PciIrq.MSIX, 0, 0)
         reply = client.call(Command.DEVICE_GET_IRQ_INFO, request).payload
         assert (len(reply), IrqInfo.parse(reply[:16]).count) == (20, 2048)
 
-    def test_but_not_any_size(self, client: FakeClient) -> None:
+    def test_but_not_any_size(self, client: LocalClient) -> None:
         for size in (17, 84):
             client.call(Command.DEVICE_GET_INFO, struct.pack("=I", size).ljust(size), expect=22)
 
@@ -472,7 +472,7 @@ class TestExpansionRom:
 
     def test_it_is_sized_and_enabled(self) -> None:
         """It could be read, but the register that shows it to a guest stayed zero."""
-        client = FakeClient(self.rom(0x10000))
+        client = LocalClient(self.rom(0x10000))
         client.negotiate()
         client.set_config(0x30, 0xFFFFF800, 4)
         assert client.config(0x30, 4) == 0xFFFF0000
@@ -498,7 +498,7 @@ def test_an_ioeventfd_in_an_io_bar_says_so() -> None:
         io_events=[IoEvent(kick, 0, 4, lambda: None), IoEvent(kick, 4, 4, lambda: None, 5)],
     )
     config = ConfigSpace(vendor_id=1, device_id=2)
-    client = FakeClient(PciDevice(config, {PciRegion.BAR0: bar}, {}))
+    client = LocalClient(PciDevice(config, {PciRegion.BAR0: bar}, {}))
     client.negotiate()
     request = RegionIoFds(argsz=4096, flags=0, index=0, count=0).build()
     reply = client.call(Command.DEVICE_GET_REGION_IO_FDS, request)

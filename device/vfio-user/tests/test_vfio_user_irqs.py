@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from tests.fakes.descriptors import open_fds
-from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import FakeClient, events
+from gadget import Gadget
+from helpers import open_fds
 
 from vfio_user import IrqTable, UsageError
+from vfio_user.testing import LocalClient, events
 from virtio_formats.vfio_user import Command, IrqInfo, IrqInfoFlags, IrqSet, IrqSetFlags, PciIrq
 
 NONE, BOOL, EVENTFD = IrqSetFlags.DATA_NONE, IrqSetFlags.DATA_BOOL, IrqSetFlags.DATA_EVENTFD
@@ -32,8 +32,8 @@ def gadget() -> Iterator[Gadget]:
 
 
 @pytest.fixture
-def client(gadget: Gadget) -> Iterator[FakeClient]:
-    client = FakeClient(gadget)
+def client(gadget: Gadget) -> Iterator[LocalClient]:
+    client = LocalClient(gadget)
     client.negotiate()
     open_before = open_fds()
     yield client
@@ -50,7 +50,7 @@ def fds() -> Iterator[list[int]]:
 
 
 class TestGetIrqInfo:
-    def ask(self, client: FakeClient, index: int, argsz: int = 16, expect: int = 0) -> IrqInfo:
+    def ask(self, client: LocalClient, index: int, argsz: int = 16, expect: int = 0) -> IrqInfo:
         request = IrqInfo(argsz=argsz, flags=0, index=index, count=0)
         reply = client.call(Command.DEVICE_GET_IRQ_INFO, request.build(), expect=expect)
         return request if expect else IrqInfo.parse(reply.payload)
@@ -66,13 +66,13 @@ class TestGetIrqInfo:
         ],
     )
     def test_each_index(
-        self, client: FakeClient, index: PciIrq, count: int, flags: IrqInfoFlags
+        self, client: LocalClient, index: PciIrq, count: int, flags: IrqInfoFlags
     ) -> None:
         for argsz in (16, 32):
             info = self.ask(client, index, argsz)
             assert (info.argsz, info.index, info.count, info.flags) == (16, index, count, flags)
 
-    def test_bad_requests(self, client: FakeClient) -> None:
+    def test_bad_requests(self, client: LocalClient) -> None:
         self.ask(client, INTX, argsz=8, expect=errno.EINVAL)
         self.ask(client, 5, expect=errno.EINVAL)
         client.call(Command.DEVICE_GET_IRQ_INFO, bytes(8), expect=errno.EINVAL)
@@ -109,14 +109,14 @@ class TestBadSetIrqs:
             {"index": MSI, "flags": TRIGGER | NONE, "count": 1},
         ],
     )
-    def test_refused(self, client: FakeClient, request_fields: dict[str, int]) -> None:
+    def test_refused(self, client: LocalClient, request_fields: dict[str, int]) -> None:
         client.set_irqs(expect=errno.EINVAL, **request_fields)  # type: ignore[arg-type]
 
-    def test_short(self, client: FakeClient) -> None:
+    def test_short(self, client: LocalClient) -> None:
         client.call(Command.DEVICE_SET_IRQS, b"", expect=errno.EINVAL)
         client.call(Command.DEVICE_SET_IRQS, bytes(8), expect=errno.EINVAL)
 
-    def test_descriptors_that_do_not_fit(self, client: FakeClient, fds: list[int]) -> None:
+    def test_descriptors_that_do_not_fit(self, client: LocalClient, fds: list[int]) -> None:
         before = open_fds()
         for flags, count, data in (
             (TRIGGER | BOOL, 1, b"\0"),
@@ -128,7 +128,7 @@ class TestBadSetIrqs:
         client.set_irqs(INTX, MASK | EVENTFD, count=1, fds=fds[:1], expect=errno.EINVAL)
         assert open_fds() == before
 
-    def test_something_else_than_an_eventfd(self, client: FakeClient, fds: list[int]) -> None:
+    def test_something_else_than_an_eventfd(self, client: LocalClient, fds: list[int]) -> None:
         """Eight bytes written to any other file would be damage."""
         file = os.memfd_create("precious")
         flags = TRIGGER | EVENTFD
@@ -140,12 +140,12 @@ class TestBadSetIrqs:
 
 
 class TestEdges:
-    def test_trigger(self, gadget: Gadget, client: FakeClient, fds: list[int]) -> None:
+    def test_trigger(self, gadget: Gadget, client: LocalClient, fds: list[int]) -> None:
         client.assign(MSIX, fds[:2], start=7)
         assert gadget.irqs.trigger(MSIX, 8)
         assert [events(fd) for fd in fds] == [0, 1, 0]
 
-    def test_the_client_can_trigger(self, client: FakeClient, fds: list[int]) -> None:
+    def test_the_client_can_trigger(self, client: LocalClient, fds: list[int]) -> None:
         client.assign(MSIX, fds[:2])
         client.set_irqs(MSIX, TRIGGER | NONE, start=1, count=1)
         assert [events(fd) for fd in fds[:2]] == [0, 1]
@@ -153,7 +153,7 @@ class TestEdges:
         assert [events(fd) for fd in fds[:2]] == [1, 0]
 
     def test_replacing_and_taking_away(
-        self, gadget: Gadget, client: FakeClient, fds: list[int]
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
     ) -> None:
         before = open_fds()
         client.assign(MSIX, fds[:1])
@@ -166,7 +166,7 @@ class TestEdges:
         assert not gadget.irqs.trigger(MSIX)
 
     def test_an_edge_without_an_eventfd_waits_for_one(
-        self, gadget: Gadget, client: FakeClient, fds: list[int]
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
     ) -> None:
         """QEMU takes all vectors away to enable one more."""
         client.assign(MSIX, fds[:1])
@@ -178,7 +178,7 @@ class TestEdges:
         assert not any(gadget.irqs.pending(MSIX))
 
     def test_masked_edges_are_pending_and_delivered_once(
-        self, gadget: Gadget, client: FakeClient, fds: list[int]
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
     ) -> None:
         client.assign(MSIX, fds[:2])
         client.set_irqs(MSIX, MASK | NONE, count=2)
@@ -189,12 +189,14 @@ class TestEdges:
         assert [events(fd) for fd in fds[:2]] == [0, 1]
         assert not gadget.irqs.trigger(MSIX, 0), "still masked"
 
-    def test_the_device_is_told(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_the_device_is_told(self, gadget: Gadget, client: LocalClient) -> None:
         client.set_irqs(MSIX, MASK | NONE, start=3, count=2)
         client.set_irqs(MSIX, UNMASK | NONE, start=3, count=2)
         assert gadget.log[-2:] == [("irq", MSIX, 3, 2, True), ("irq", MSIX, 3, 2, False)]
 
-    def test_eventfds_for_masking(self, gadget: Gadget, client: FakeClient, fds: list[int]) -> None:
+    def test_eventfds_for_masking(
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
+    ) -> None:
         """The given descriptors are signalled when the state changes, by either side."""
         client.set_irqs(MSIX, MASK | EVENTFD, count=1, fds=fds[:1])
         client.set_irqs(MSIX, UNMASK | EVENTFD, count=1, fds=fds[1:2])
@@ -205,7 +207,7 @@ class TestEdges:
         assert [events(fd) for fd in fds[:2]] == [0, 1]
 
     def test_holding_back_a_whole_index(
-        self, gadget: Gadget, client: FakeClient, fds: list[int]
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
     ) -> None:
         client.assign(MSIX, fds[:2])
         gadget.irqs.hold(MSIX, True)
@@ -216,7 +218,7 @@ class TestEdges:
 
     @pytest.mark.parametrize("flags", [0, os.EFD_NONBLOCK])
     def test_a_full_eventfd_does_not_block(
-        self, gadget: Gadget, client: FakeClient, flags: int
+        self, gadget: Gadget, client: LocalClient, flags: int
     ) -> None:
         fd = os.eventfd(0, flags)
         os.eventfd_write(fd, 2**64 - 2)
@@ -236,7 +238,7 @@ class TestIntx:
     """A level that masks itself when it is signalled."""
 
     def test_signalled_again_on_unmask_while_asserted(
-        self, gadget: Gadget, client: FakeClient, fds: list[int]
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
     ) -> None:
         client.assign(INTX, fds[:1])
         gadget.irqs.set_intx(True)
@@ -251,13 +253,15 @@ class TestIntx:
         assert events(fds[0]) == 1
 
     def test_asserted_before_there_is_an_eventfd(
-        self, gadget: Gadget, client: FakeClient, fds: list[int]
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
     ) -> None:
         gadget.irqs.set_intx(True)
         client.assign(INTX, fds[:1])
         assert events(fds[0]) == 1
 
-    def test_masked_by_the_client(self, gadget: Gadget, client: FakeClient, fds: list[int]) -> None:
+    def test_masked_by_the_client(
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
+    ) -> None:
         client.assign(INTX, fds[:1])
         client.set_irqs(INTX, MASK | NONE, count=1)
         gadget.irqs.set_intx(True)
@@ -266,7 +270,7 @@ class TestIntx:
         assert events(fds[0]) == 1
 
     def test_disabling_and_enabling_starts_unmasked(
-        self, gadget: Gadget, client: FakeClient, fds: list[int]
+        self, gadget: Gadget, client: LocalClient, fds: list[int]
     ) -> None:
         client.assign(INTX, fds[:1])
         gadget.irqs.set_intx(True)
@@ -292,7 +296,9 @@ class TestDeclaration:
             os.fstat(fd)
 
 
-def test_intx_is_unmasked_by_an_eventfd(client: FakeClient, gadget: Gadget, fds: list[int]) -> None:
+def test_intx_is_unmasked_by_an_eventfd(
+    client: LocalClient, gadget: Gadget, fds: list[int]
+) -> None:
     """QEMU under KVM gives one, which KVM signals at the end of the interrupt; it was refused."""
     watched: list[int | None] = []
     gadget.irqs.watch_unmask(watched.append)

@@ -16,20 +16,20 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from gadget import CRASH, FAIL, Gadget
+from helpers import open_fds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fakes.descriptors import open_fds
-from tests.fakes.pci_device import CRASH, FAIL, Gadget
-from tests.fakes.vfio_client import (
+
+import vfio_user
+from vfio_user import DmaError, Session, SessionLimits, faults
+from vfio_user.testing import (
     QEMU_VERSION_DATA,
-    FakeClient,
+    LocalClient,
     Ram,
     message,
     split,
 )
-
-import vfio_user
-from vfio_user import DmaError, Session, SessionLimits, faults
 from virtio_formats.vfio_user import (
     Capabilities,
     Command,
@@ -58,8 +58,8 @@ def gadget() -> Iterator[Gadget]:
 
 
 @pytest.fixture
-def client(gadget: Gadget) -> Iterator[FakeClient]:
-    client = FakeClient(gadget)
+def client(gadget: Gadget) -> Iterator[LocalClient]:
+    client = LocalClient(gadget)
     client.negotiate()
     open_before = open_fds()
     yield client
@@ -82,10 +82,10 @@ class TestNegotiation:
     """``VFIO_USER_VERSION``"""
 
     @pytest.fixture
-    def fresh(self, gadget: Gadget) -> FakeClient:
-        return FakeClient(gadget)
+    def fresh(self, gadget: Gadget) -> LocalClient:
+        return LocalClient(gadget)
 
-    def test_what_qemu_proposes(self, fresh: FakeClient) -> None:
+    def test_what_qemu_proposes(self, fresh: LocalClient) -> None:
         caps = fresh.negotiate()
         assert caps.names == {
             "max_msg_fds",
@@ -99,20 +99,20 @@ class TestNegotiation:
         assert (caps.pgsizes, caps.write_multiple, caps.migration_pgsize) == (4096, True, 4096)
         assert fresh.session.device.log == [("attached",)]  # type: ignore[attr-defined]
 
-    def test_a_subset_of_what_was_proposed(self, fresh: FakeClient) -> None:
+    def test_a_subset_of_what_was_proposed(self, fresh: LocalClient) -> None:
         caps = fresh.negotiate(b'{"capabilities":{"max_dma_maps":1}}' + b" " * 20 + b"\0")
         assert caps.names == {"max_dma_maps"}
 
-    def test_no_json_at_all(self, fresh: FakeClient) -> None:
+    def test_no_json_at_all(self, fresh: LocalClient) -> None:
         caps = fresh.negotiate(b"")
         assert caps.max_msg_fds == 16
         assert fresh.session.client == Capabilities()
 
-    def test_empty_json(self, fresh: FakeClient) -> None:
+    def test_empty_json(self, fresh: LocalClient) -> None:
         reply = fresh.call(Command.VERSION, version(b"{}\0"))
         assert json.loads(reply.payload[Version.SIZE : -1])["capabilities"]
 
-    def test_a_higher_minor_is_answered_with_ours(self, fresh: FakeClient) -> None:
+    def test_a_higher_minor_is_answered_with_ours(self, fresh: LocalClient) -> None:
         reply = fresh.call(Command.VERSION, version(minor=7))
         assert Version.parse(reply.payload[: Version.SIZE]) == Version(major=0, minor=0)
 
@@ -129,31 +129,31 @@ class TestNegotiation:
             version(b'{"capabilities": {"max_msg_fds": -1}}\0'),
         ],
     )
-    def test_malformed_ends_the_connection(self, fresh: FakeClient, payload: bytes) -> None:
+    def test_malformed_ends_the_connection(self, fresh: LocalClient, payload: bytes) -> None:
         fresh.call(Command.VERSION, payload, expect=errno.EINVAL)
         assert not fresh.session.is_open
         assert not fresh.session.device.log  # type: ignore[attr-defined]
 
     @pytest.mark.parametrize("command", [*(set(Command) - {Command.VERSION}), 0, 999])
-    def test_nothing_else_comes_first(self, fresh: FakeClient, command: int) -> None:
+    def test_nothing_else_comes_first(self, fresh: LocalClient, command: int) -> None:
         fresh.call(command, bytes(32), expect=errno.EINVAL)
         assert not fresh.session.is_open
 
-    def test_only_once(self, client: FakeClient) -> None:
+    def test_only_once(self, client: LocalClient) -> None:
         client.call(Command.VERSION, version(), expect=errno.EINVAL)
         assert client.session.is_open
 
     def test_twin_socket_only_if_both_want_it(self, gadget: Gadget) -> None:
         wanted = b'{"capabilities":{"twin_socket":{"supported":true}}}' + b" " * 20 + b"\0"
-        refused = FakeClient(gadget).negotiate(wanted)
+        refused = LocalClient(gadget).negotiate(wanted)
         assert not refused.twin_socket
-        both = FakeClient(gadget, twin=True)
+        both = LocalClient(gadget, twin=True)
         reply = both.call(Command.VERSION, version(wanted))
         caps = Capabilities.parse(reply.payload[Version.SIZE :])
         assert (caps.twin_socket, caps.twin_socket_fd_index, len(reply.fds)) == (True, 0, 1)
         os.close(reply.fds[0])
         both.close()
-        unasked = FakeClient(gadget, twin=True)
+        unasked = LocalClient(gadget, twin=True)
         assert not unasked.negotiate().twin_socket
         unasked.close()
 
@@ -162,48 +162,48 @@ class TestBadInput:
     """Headers and payloads that cannot be."""
 
     @pytest.mark.parametrize("size", [0, 15])
-    def test_too_small_ends_the_connection(self, client: FakeClient, size: int) -> None:
+    def test_too_small_ends_the_connection(self, client: LocalClient, size: int) -> None:
         head = Header(id=0xBAD1, command=8, size=size, flags=0, error=0)
         client.send(head.build())
         assert [(r.id, r.error) for r in client.inbox] == [(0xBAD1, errno.EINVAL)]
         assert not client.session.is_open
 
-    def test_too_large_ends_the_connection(self, client: FakeClient) -> None:
+    def test_too_large_ends_the_connection(self, client: LocalClient) -> None:
         limit = client.session.limits.max_message
         head = Header(id=1, command=8, size=limit + 1, flags=0, error=0)
         client.send(head.build())
         assert client.inbox[0].error == errno.EINVAL
         assert not client.session.is_open
 
-    def test_messages_before_a_bad_header_are_answered_first(self, client: FakeClient) -> None:
+    def test_messages_before_a_bad_header_are_answered_first(self, client: LocalClient) -> None:
         good = message(Command.DEVICE_RESET, msg_id=1)
         bad = Header(id=2, command=13, size=3, flags=0, error=0).build()
         client.send(good + bad + good)
         assert [(r.id, r.error) for r in client.inbox] == [(1, 0), (2, errno.EINVAL)]
 
-    def test_the_largest_message_is_fine(self, client: FakeClient) -> None:
+    def test_the_largest_message_is_fine(self, client: LocalClient) -> None:
         data = bytes(client.session.limits.max_data_xfer_size)
         client.write(2, 0, data, expect=errno.EINVAL)  # past the region, but well-formed
         assert client.session.is_open
 
     @pytest.mark.parametrize("command", [0, 14, 19, 999, 0xFFFF, Command.DMA_READ])
-    def test_unknown_commands(self, client: FakeClient, command: int) -> None:
+    def test_unknown_commands(self, client: LocalClient, command: int) -> None:
         client.call(command, b"\0", expect=errno.EINVAL)
         assert client.session.is_open
 
     @pytest.mark.parametrize(
         "command", sorted(set(Command) - {Command.DMA_READ, Command.DMA_WRITE, Command.VERSION})
     )
-    def test_truncated_payloads(self, client: FakeClient, command: Command) -> None:
+    def test_truncated_payloads(self, client: LocalClient, command: Command) -> None:
         payload = b"\0" * 3
         client.call(command, payload, expect=errno.EINVAL)
         assert client.session.is_open
 
-    def test_unsolicited_reply(self, client: FakeClient) -> None:
+    def test_unsolicited_reply(self, client: LocalClient) -> None:
         client.send(message(Command.DEVICE_SET_IRQS, flags=REPLY, msg_id=0xBAD2))
         assert [(r.id, r.error) for r in client.inbox] == [(0xBAD2, errno.EINVAL)]
 
-    def test_an_unsolicited_error_reply_is_not_answered(self, client: FakeClient) -> None:
+    def test_an_unsolicited_error_reply_is_not_answered(self, client: LocalClient) -> None:
         client.send(message(Command.DMA_READ, flags=REPLY | ERROR))
         assert client.inbox == []
 
@@ -211,19 +211,19 @@ class TestBadInput:
         "command", sorted(set(Command) - {Command.DMA_MAP, Command.DEVICE_SET_IRQS})
     )
     def test_descriptors_where_none_belong(
-        self, client: FakeClient, eventfd: int, command: Command
+        self, client: LocalClient, eventfd: int, command: Command
     ) -> None:
         before = open_fds()
         client.call(command, bytes(16), [eventfd, eventfd], expect=errno.EINVAL)
         assert open_fds() == before
 
-    def test_more_descriptors_than_negotiated(self, client: FakeClient, eventfd: int) -> None:
+    def test_more_descriptors_than_negotiated(self, client: LocalClient, eventfd: int) -> None:
         before = open_fds()
         request = IrqSet(argsz=20, flags=0x24, index=PciIrq.MSIX, start=0, count=17)
         client.call(Command.DEVICE_SET_IRQS, request.build(), [eventfd] * 17, expect=errno.EINVAL)
         assert open_fds() == before
 
-    def test_a_bad_request_closes_its_descriptors(self, client: FakeClient, eventfd: int) -> None:
+    def test_a_bad_request_closes_its_descriptors(self, client: LocalClient, eventfd: int) -> None:
         before = open_fds()
         request = IrqSet(argsz=20, flags=0x22, index=PciIrq.MSIX, start=0, count=1)
         client.call(
@@ -232,13 +232,13 @@ class TestBadInput:
         assert open_fds() == before
 
     def test_a_bad_size_closes_the_descriptors_of_its_message(
-        self, client: FakeClient, eventfd: int
+        self, client: LocalClient, eventfd: int
     ) -> None:
         before = open_fds()
         client.send(Header(id=1, command=2, size=1, flags=0, error=0).build(), [eventfd])
         assert open_fds() == before
 
-    def test_what_comes_after_the_end_is_dropped(self, client: FakeClient, eventfd: int) -> None:
+    def test_what_comes_after_the_end_is_dropped(self, client: LocalClient, eventfd: int) -> None:
         before = open_fds()
         client.send(Header(id=1, command=2, size=1, flags=0, error=0).build())
         client.inbox.clear()
@@ -246,19 +246,19 @@ class TestBadInput:
         assert client.inbox == []
         assert open_fds() == before
 
-    def test_message_ids_may_be_reused(self, client: FakeClient) -> None:
+    def test_message_ids_may_be_reused(self, client: LocalClient) -> None:
         one = message(Command.DEVICE_RESET, msg_id=7)
         client.send(one * 3)
         assert [r.id for r in client.inbox] == [7, 7, 7]
 
-    def test_a_callback_that_refuses(self, client: FakeClient) -> None:
+    def test_a_callback_that_refuses(self, client: LocalClient) -> None:
         client.write(0, FAIL, b"x", expect=errno.ENOSPC)
 
-    def test_a_callback_that_fails(self, client: FakeClient) -> None:
+    def test_a_callback_that_fails(self, client: LocalClient) -> None:
         client.write(0, CRASH, b"x", expect=errno.EIO)
         client.write(0, 0, b"x")
 
-    def test_no_reply_means_no_reply(self, client: FakeClient) -> None:
+    def test_no_reply_means_no_reply(self, client: LocalClient) -> None:
         request = RegionAccess(offset=8, region=0, count=4).build() + b"abcd"
         client.post(Command.REGION_WRITE, request)
         assert client.read(0, 8, 4) == b"abcd"
@@ -340,7 +340,7 @@ class TestEnd:
 
     def test_the_device_stays_and_the_clients_things_go(self, gadget: Gadget, eventfd: int) -> None:
         before = open_fds()
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         ram = Ram(0x10000, 0x10000)
         client.map(ram)
@@ -352,13 +352,13 @@ class TestEnd:
         assert gadget.log[-2:] == [("detached",), ("unmap", ram.address, ram.size)]
         ram.close()
         assert open_fds() == before
-        second = FakeClient(gadget)
+        second = LocalClient(gadget)
         second.negotiate()
         assert second.read(0, 0x20, 4) == b"kept"
         second.close()
 
     def test_in_the_middle_of_a_message(self, gadget: Gadget, eventfd: int) -> None:
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         before = open_fds()
         client.send(message(Command.DMA_MAP, bytes(32))[:20], [eventfd])
@@ -367,11 +367,11 @@ class TestEnd:
         assert open_fds() == before
 
     def test_before_negotiation(self, gadget: Gadget) -> None:
-        FakeClient(gadget).close()
+        LocalClient(gadget).close()
         assert gadget.log == []
 
     def test_output_that_was_never_sent_is_closed(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         before = open_fds()
         request = (32).to_bytes(4, "little") + bytes(4) + (2).to_bytes(4, "little") + bytes(20)
@@ -382,7 +382,7 @@ class TestEnd:
 
     def test_too_many_commands_waiting(self, gadget: Gadget) -> None:
         """The device waits for client memory, one command for the device, the others for that."""
-        client = FakeClient(gadget, limits=SessionLimits(max_queued=3))
+        client = LocalClient(gadget, limits=SessionLimits(max_queued=3))
         client.negotiate()
         client.map(Ram(0x10000, 0x1000), mapped=False)
         stop = DeviceFeature(argsz=16, flags=FeatureFlags.SET | Feature.MIG_DEVICE_STATE).build()
@@ -397,7 +397,7 @@ class TestEnd:
 
     def test_pipelined_writes_are_not_commands_that_wait(self, gadget: Gadget) -> None:
         """2000 posted writes in one piece were refused before one of them was looked at."""
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         write = RegionAccess(offset=8, region=0, count=1).build() + b"x"
         client.send(message(Command.REGION_WRITE, write, flags=HeaderFlags.NO_REPLY) * 2000)
@@ -406,7 +406,7 @@ class TestEnd:
         client.close()
 
     def test_a_message_that_is_neither_command_nor_reply(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         client.send(message(Command.DEVICE_GET_INFO, bytes(16), flags=2))
         assert client.inbox.pop().error == errno.EINVAL
@@ -419,7 +419,7 @@ class TestEnd:
     ) -> None:
         """There was no traceback; and the guest decides how often this happens."""
         monkeypatch.setattr(faults, "_reported", set())
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         for _ in range(100):
             client.write(0, CRASH, b"x", expect=errno.EIO)
@@ -446,7 +446,7 @@ def test_any_sequence_of_messages_is_answered_or_ends_the_connection(
     """Every command gets exactly one reply (or none, as asked); nothing escapes; nothing leaks."""
     before = open_fds()
     device = Gadget()
-    client = FakeClient(device)
+    client = LocalClient(device)
     client.negotiate()
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     for number, (command, payload, flags, fds) in enumerate(messages):
@@ -467,7 +467,7 @@ def test_any_sequence_of_messages_is_answered_or_ends_the_connection(
 
 def test_a_client_that_answers_no_dma_message_is_let_go(gadget: Gadget) -> None:
     """Message ids are 16 bits, and one that may still be answered is not used again."""
-    client = FakeClient(gadget)
+    client = LocalClient(gadget)
     client.negotiate()
     client.map(Ram(0x10000, 0x1000), mapped=False)
     client.silent = True
@@ -482,7 +482,7 @@ def test_a_client_that_answers_no_dma_message_is_let_go(gadget: Gadget) -> None:
 
 
 def test_descriptors_that_come_with_no_message_are_not_kept(gadget: Gadget) -> None:
-    client = FakeClient(gadget)
+    client = LocalClient(gadget)
     client.negotiate()
     fd, before = os.open("/dev/null", os.O_RDONLY), open_fds()
     head = message(Command.DMA_MAP, bytes(600))
@@ -495,7 +495,7 @@ def test_descriptors_that_come_with_no_message_are_not_kept(gadget: Gadget) -> N
 
 
 def test_the_guest_cannot_fill_the_log(gadget: Gadget, caplog: pytest.LogCaptureFixture) -> None:
-    client = FakeClient(gadget)
+    client = LocalClient(gadget)
     client.negotiate()
     with caplog.at_level("INFO"):
         client.read(PciRegion.BAR0, 1 << 40, 4, expect=errno.EINVAL)
@@ -507,7 +507,7 @@ def test_the_guest_cannot_fill_the_log(gadget: Gadget, caplog: pytest.LogCapture
 
 class TestWhyItEnded:
     def test_an_orderly_end_has_no_error(self, gadget: Gadget) -> None:
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         client.close()
         assert (client.session.is_open, client.session.error, gadget.client_error) == (
@@ -518,7 +518,7 @@ class TestWhyItEnded:
 
     def test_the_device_learns_the_first_error(self, gadget: Gadget) -> None:
         """Over vfio-user, FRONTEND_DISCONNECTED said that every end was orderly."""
-        client = FakeClient(gadget)
+        client = LocalClient(gadget)
         client.negotiate()
         client.send(bytes(16))
         client.session.close("another error")

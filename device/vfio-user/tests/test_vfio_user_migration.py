@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Iterator
 
 import pytest
-from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient
+from gadget import Gadget
 
 from vfio_user import MigrationMachine, PciDevice, RequestError, SessionLimits
 from vfio_user.migration import MAX_STATE_SIZE, NEXT_HOP
+from vfio_user.testing import QEMU_VERSION_DATA, LocalClient
 from virtio_formats.vfio_user import (
     MIG_ARCS,
     Command,
@@ -44,21 +44,21 @@ def gadget() -> Iterator[Gadget]:
 
 
 @pytest.fixture
-def client(gadget: Gadget) -> FakeClient:
-    client = FakeClient(gadget, limits=SessionLimits(max_data_xfer_size=64))
+def client(gadget: Gadget) -> LocalClient:
+    client = LocalClient(gadget, limits=SessionLimits(max_data_xfer_size=64))
     client.negotiate()
     return client
 
 
 def feature(
-    client: FakeClient, flags: int, data: bytes = b"", *, argsz: int = 64, expect: int = 0
+    client: LocalClient, flags: int, data: bytes = b"", *, argsz: int = 64, expect: int = 0
 ) -> bytes:
     request = DeviceFeature(argsz=argsz, flags=flags).build() + data
     reply = client.call(Command.DEVICE_FEATURE, request, expect=expect)
     return reply.payload[DeviceFeature.SIZE :]
 
 
-def go(client: FakeClient, state: int, *, expect: int = 0) -> None:
+def go(client: LocalClient, state: int, *, expect: int = 0) -> None:
     data = MigState(device_state=state, data_fd=0).build()
     answer = feature(client, Feature.MIG_DEVICE_STATE | SET, data, argsz=16, expect=expect)
     assert expect or answer == data
@@ -105,11 +105,11 @@ class TestStates:
         assert not [pair for pair in NEXT_HOP if S.ERROR in pair]
 
     @pytest.mark.parametrize("state", [S.ERROR, S.RUNNING_P2P, S.PRE_COPY_P2P, 8, 0xABCD])
-    def test_states_that_cannot_be_asked_for(self, client: FakeClient, state: int) -> None:
+    def test_states_that_cannot_be_asked_for(self, client: LocalClient, state: int) -> None:
         go(client, state, expect=errno.EINVAL)
         assert client.session.device.migration.state == S.RUNNING
 
-    def test_get_says_where_it_is(self, client: FakeClient) -> None:
+    def test_get_says_where_it_is(self, client: LocalClient) -> None:
         for state in (S.RUNNING, S.PRE_COPY, S.STOP_COPY, S.STOP, S.RESUMING):
             go(client, state)
             data = feature(client, Feature.MIG_DEVICE_STATE | GET)
@@ -119,25 +119,25 @@ class TestStates:
                 self.send(client, b"state")
                 go(client, S.RUNNING)
 
-    def send(self, client: FakeClient, data: bytes, expect: int = 0) -> None:
+    def send(self, client: LocalClient, data: bytes, expect: int = 0) -> None:
         head = MigData(argsz=8 + len(data), size=len(data)).build()
         client.call(Command.MIG_DATA_WRITE, head + data, expect=expect)
 
     def test_the_device_stands_still_where_it_should(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         gadget.log.clear()
         for state in (S.PRE_COPY, S.STOP_COPY, S.STOP, S.RUNNING):
             go(client, state)
         assert gadget.log == [("running", False), ("running", True)]
 
-    def test_a_device_that_refuses_stays(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_a_device_that_refuses_stays(self, gadget: Gadget, client: LocalClient) -> None:
         go(client, S.RESUMING)
         self.send(client, b"rubbish")
         go(client, S.RUNNING, expect=errno.EINVAL)
         assert gadget.migration.state == S.RESUMING
 
-    def test_reset_leads_back_from_anywhere(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_reset_leads_back_from_anywhere(self, gadget: Gadget, client: LocalClient) -> None:
         for state in (S.ERROR, S.STOP_COPY, S.RESUMING):
             gadget.migration.state = state
             client.call(Command.DEVICE_RESET)
@@ -145,7 +145,7 @@ class TestStates:
 
 
 class TestData:
-    def read(self, client: FakeClient, size: int, *, argsz: int = 0, expect: int = 0) -> bytes:
+    def read(self, client: LocalClient, size: int, *, argsz: int = 0, expect: int = 0) -> bytes:
         request = MigData(argsz=argsz or 8 + size, size=size).build()
         reply = client.call(Command.MIG_DATA_READ, request, expect=expect)
         if expect:
@@ -154,12 +154,12 @@ class TestData:
         assert (head.argsz, head.size) == (len(reply.payload), len(reply.payload) - 8)
         return reply.payload[8:]
 
-    def write(self, client: FakeClient, data: bytes, *, size: int = -1, expect: int = 0) -> None:
+    def write(self, client: LocalClient, data: bytes, *, size: int = -1, expect: int = 0) -> None:
         size = len(data) if size < 0 else size
         head = MigData(argsz=8 + size, size=size).build()
         client.call(Command.MIG_DATA_WRITE, head + data, expect=expect)
 
-    def test_a_state_moves_to_another_device(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_a_state_moves_to_another_device(self, gadget: Gadget, client: LocalClient) -> None:
         gadget.state = b"state" + bytes(range(100))
         go(client, S.PRE_COPY)
         assert self.read(client, 64) == b""
@@ -172,7 +172,7 @@ class TestData:
                 break
         assert self.read(client, 40) == b""
         other = Gadget()
-        second = FakeClient(other, limits=SessionLimits(max_data_xfer_size=64))
+        second = LocalClient(other, limits=SessionLimits(max_data_xfer_size=64))
         second.negotiate()
         go(second, S.RESUMING)
         for at in range(0, len(stream), 33):
@@ -181,7 +181,7 @@ class TestData:
         assert other.state == gadget.state == stream
         other.close()
 
-    def test_only_in_their_states(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_only_in_their_states(self, gadget: Gadget, client: LocalClient) -> None:
         for state in (S.RUNNING, S.STOP, S.RESUMING):
             gadget.migration.state = state
             self.read(client, 4, expect=errno.EINVAL)
@@ -189,7 +189,7 @@ class TestData:
             gadget.migration.state = state
             self.write(client, b"data", expect=errno.EINVAL)
 
-    def test_sizes(self, client: FakeClient) -> None:
+    def test_sizes(self, client: LocalClient) -> None:
         go(client, S.STOP_COPY)
         self.read(client, 65, expect=errno.EINVAL)
         self.read(client, 8, argsz=15, expect=errno.EINVAL)
@@ -206,7 +206,7 @@ class TestData:
             gadget.migration.write(b"x")
         assert caught.value.errno == errno.EFBIG
 
-    def test_a_device_that_fails_to_save(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_a_device_that_fails_to_save(self, gadget: Gadget, client: LocalClient) -> None:
         def refuse(what: str) -> None:
             raise RequestError(errno.EBUSY, what)
 
@@ -215,7 +215,7 @@ class TestData:
 
 
 class TestDeviceFeature:
-    def test_what_is_supported(self, client: FakeClient) -> None:
+    def test_what_is_supported(self, client: LocalClient) -> None:
         assert feature(client, Feature.MIGRATION | GET, argsz=16) == (5).to_bytes(8, "little")
 
     @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ class TestDeviceFeature:
             (Feature.DMA_LOGGING_REPORT, GET),
         ],
     )
-    def test_probing(self, client: FakeClient, index: Feature, methods: FeatureFlags) -> None:
+    def test_probing(self, client: LocalClient, index: Feature, methods: FeatureFlags) -> None:
         for asked in (FeatureFlags(0), GET, SET, GET | SET):
             request = DeviceFeature(argsz=8, flags=index | PROBE | asked).build()
             allowed = asked & methods == asked
@@ -257,14 +257,14 @@ class TestDeviceFeature:
             (Feature.MIG_DEVICE_STATE | SET, bytes(9), 64),
         ],
     )
-    def test_refused(self, client: FakeClient, flags: int, data: bytes, argsz: int) -> None:
+    def test_refused(self, client: LocalClient, flags: int, data: bytes, argsz: int) -> None:
         feature(client, flags, data, argsz=argsz, expect=errno.EINVAL)
         assert client.session.device.migration.state == S.RUNNING
 
-    def test_short(self, client: FakeClient) -> None:
+    def test_short(self, client: LocalClient) -> None:
         client.call(Command.DEVICE_FEATURE, bytes(7), expect=errno.EINVAL)
 
-    def test_a_device_that_does_not_migrate(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_a_device_that_does_not_migrate(self, gadget: Gadget, client: LocalClient) -> None:
         gadget.migratable = False  # type: ignore[misc]
         for flags in (Feature.MIGRATION | GET, Feature.MIG_DEVICE_STATE | GET | PROBE):
             feature(client, flags, expect=errno.EINVAL)
@@ -286,7 +286,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("start", [S.STOP, S.RUNNING, S.PRE_COPY])
     def test_a_save_that_failed_is_not_an_empty_state(
-        self, gadget: Gadget, client: FakeClient, start: DeviceState
+        self, gadget: Gadget, client: LocalClient, start: DeviceState
     ) -> None:
         """The second try found the device in STOP_COPY already, with nothing to read."""
         go(client, start)
@@ -300,7 +300,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("what", ["stop", "continue"])
     def test_a_device_that_can_neither_stop_nor_continue(
-        self, gadget: Gadget, client: FakeClient, what: str
+        self, gadget: Gadget, client: LocalClient, what: str
     ) -> None:
         if what == "continue":
             go(client, S.STOP)
@@ -320,21 +320,21 @@ class TestDeferredWork:
     def work(self, gadget: Gadget) -> None:
         gadget.log.append(("work",))
 
-    def test_it_is_dropped_by_a_reset(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_it_is_dropped_by_a_reset(self, gadget: Gadget, client: LocalClient) -> None:
         gadget.defer(lambda: self.work(gadget))
         client.call(Command.DEVICE_RESET)
         client.run()
         assert ("work",) not in gadget.log
 
     def test_it_is_finished_before_the_device_stops(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         gadget.defer(lambda: gadget.defer(lambda: self.work(gadget)))
         go(client, S.STOP_COPY)
         assert gadget.log[-2:] == [("work",), ("running", False)]
 
     def test_it_is_held_while_the_device_stands_still(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         go(client, S.STOP)
         gadget.defer(lambda: self.work(gadget))
@@ -346,7 +346,7 @@ class TestDeferredWork:
         assert gadget.log[-2:] == [("running", True), ("work",)]
 
     def test_work_without_end_does_not_keep_the_device_from_stopping(
-        self, gadget: Gadget, client: FakeClient
+        self, gadget: Gadget, client: LocalClient
     ) -> None:
         def again() -> None:
             gadget.defer(again)
@@ -359,12 +359,12 @@ class TestDeferredWork:
 class TestClientsThatDisconnect:
     @pytest.mark.parametrize("state", [S.STOP, S.STOP_COPY, S.RESUMING])
     def test_the_state_is_retained(
-        self, gadget: Gadget, client: FakeClient, state: DeviceState
+        self, gadget: Gadget, client: LocalClient, state: DeviceState
     ) -> None:
         """*Socket Disconnection Behavior*: it became RUNNING."""
         go(client, state)
         client.close()
-        again = FakeClient(gadget)
+        again = LocalClient(gadget)
         again.negotiate()
         data = feature(again, Feature.MIG_DEVICE_STATE | GET)
         assert MigState.parse(data).device_state == state
@@ -372,11 +372,11 @@ class TestClientsThatDisconnect:
 
     @pytest.mark.parametrize("how", ["reset", "run"])
     def test_the_next_client_revives_the_device(
-        self, gadget: Gadget, client: FakeClient, how: str
+        self, gadget: Gadget, client: LocalClient, how: str
     ) -> None:
         go(client, S.STOP_COPY)
         client.close()
-        again = FakeClient(gadget)
+        again = LocalClient(gadget)
         again.negotiate()
         gadget.defer(lambda: gadget.log.append(("work",)))
         again.run()
@@ -394,7 +394,7 @@ class TestClientsThatDisconnect:
 
 def test_max_data_xfer_size_does_not_limit_device_feature(gadget: Gadget) -> None:
     """A client that takes four bytes in an access could not even ask for the state."""
-    client = FakeClient(gadget)
+    client = LocalClient(gadget)
     client.negotiate(QEMU_VERSION_DATA.replace(b"1048576", b"4      "))
     client.read(0, 0, 8, expect=errno.EINVAL)
     go(client, S.STOP_COPY)

@@ -10,13 +10,13 @@ import errno
 from collections.abc import Iterator
 
 import pytest
+from gadget import Gadget
+from helpers import open_fds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fakes.descriptors import open_fds
-from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import FakeClient, Ram
 
 from vfio_user import DmaLog
+from vfio_user.testing import LocalClient, Ram
 from virtio_formats.vfio_user import (
     Command,
     DeviceFeature,
@@ -39,8 +39,8 @@ def gadget() -> Iterator[Gadget]:
 
 
 @pytest.fixture
-def client(gadget: Gadget) -> Iterator[FakeClient]:
-    client = FakeClient(gadget)
+def client(gadget: Gadget) -> Iterator[LocalClient]:
+    client = LocalClient(gadget)
     client.negotiate()
     open_before = open_fds()
     yield client
@@ -58,7 +58,7 @@ class TestLogging:
     REPORT = Feature.DMA_LOGGING_REPORT | FeatureFlags.GET
 
     def start(
-        self, client: FakeClient, page_size: int = PAGE, *ranges: tuple[int, int], expect: int = 0
+        self, client: LocalClient, page_size: int = PAGE, *ranges: tuple[int, int], expect: int = 0
     ) -> bytes:
         control = LoggingControl(page_size=page_size, num_ranges=len(ranges), reserved=0).build()
         control += b"".join(LoggingRange(iova=i, length=n).build() for i, n in ranges)
@@ -66,7 +66,7 @@ class TestLogging:
         return client.call(Command.DEVICE_FEATURE, head + control, expect=expect).payload
 
     def report(
-        self, client: FakeClient, iova: int, length: int, page_size: int = PAGE, expect: int = 0
+        self, client: LocalClient, iova: int, length: int, page_size: int = PAGE, expect: int = 0
     ) -> int:
         words = -(-(-(-length // page_size) if page_size else 1) // 64)
         report = LoggingReport(iova=iova, length=length, page_size=page_size).build()
@@ -78,14 +78,14 @@ class TestLogging:
         return int.from_bytes(reply.payload[32:], "little")
 
     @pytest.fixture
-    def logging(self, client: FakeClient) -> FakeClient:
+    def logging(self, client: LocalClient) -> LocalClient:
         client.map(Ram(BASE, 0x20 * PAGE))
         client.map(Ram(0x40 * PAGE, 0x10 * PAGE), mapped=False)
         self.start(client)
         return client
 
     def test_only_writes_and_only_since_the_last_report(
-        self, gadget: Gadget, logging: FakeClient
+        self, gadget: Gadget, logging: LocalClient
     ) -> None:
         assert self.report(logging, BASE, 0x20 * PAGE) == 0
         gadget.dma.write(BASE, b"x")
@@ -94,7 +94,7 @@ class TestLogging:
         assert self.report(logging, BASE, 0x20 * PAGE) == 0b111100001 | 0b100000000
         assert self.report(logging, BASE, 0x20 * PAGE) == 0
 
-    def test_other_page_sizes(self, gadget: Gadget, logging: FakeClient) -> None:
+    def test_other_page_sizes(self, gadget: Gadget, logging: LocalClient) -> None:
         def write() -> None:
             gadget.dma.write(BASE, b"x")
             gadget.dma.write(BASE + 6 * PAGE, bytes(4 * PAGE))
@@ -106,33 +106,35 @@ class TestLogging:
         write()
         assert self.report(logging, BASE, 0x10 * PAGE, PAGE * 16) == 1
 
-    def test_memory_reached_by_messages(self, gadget: Gadget, logging: FakeClient) -> None:
+    def test_memory_reached_by_messages(self, gadget: Gadget, logging: LocalClient) -> None:
         gadget.dma.write(0x41 * PAGE, b"x")
         assert self.report(logging, 0x40 * PAGE, 0x10 * PAGE) == 0b10
 
-    def test_ranges(self, gadget: Gadget, client: FakeClient) -> None:
+    def test_ranges(self, gadget: Gadget, client: LocalClient) -> None:
         client.map(Ram(BASE, 0x20 * PAGE))
         self.start(client, PAGE, (BASE + PAGE, PAGE), (BASE + 4 * PAGE, 2 * PAGE))
         gadget.dma.write(BASE, bytes(8 * PAGE))
         assert self.report(client, BASE, 0x20 * PAGE) == 0b110010
 
     def test_a_report_of_everything_costs_no_more_than_what_is_logged(
-        self, gadget: Gadget, logging: FakeClient
+        self, gadget: Gadget, logging: LocalClient
     ) -> None:
         gadget.dma.write(BASE, b"x")
         assert self.report(logging, 0, (1 << 64) - PAGE, 1 << 58) == 1
         assert self.report(logging, BASE, PAGE) == 0
 
-    def test_the_page_size_is_the_devices_choice(self, client: FakeClient) -> None:
+    def test_the_page_size_is_the_devices_choice(self, client: LocalClient) -> None:
         reply = self.start(client, 2 << 20)
         assert LoggingControl.parse(reply[8:24]).page_size == PAGE
 
-    def test_starting_twice_keeps_what_is_logged(self, gadget: Gadget, logging: FakeClient) -> None:
+    def test_starting_twice_keeps_what_is_logged(
+        self, gadget: Gadget, logging: LocalClient
+    ) -> None:
         gadget.dma.write(BASE, b"x")
         self.start(logging)
         assert self.report(logging, BASE, PAGE) == 1
 
-    def test_stopping(self, gadget: Gadget, logging: FakeClient) -> None:
+    def test_stopping(self, gadget: Gadget, logging: LocalClient) -> None:
         gadget.dma.write(BASE, b"x")
         for data in (b"", LoggingControl(page_size=PAGE, num_ranges=0, reserved=0).build()):
             head = DeviceFeature(argsz=8 + len(data), flags=self.STOP).build()
@@ -142,7 +144,7 @@ class TestLogging:
 
     def test_it_ends_with_the_client_and_with_a_reset(self, gadget: Gadget) -> None:
         for end in ("reset", "close"):
-            client = FakeClient(gadget)
+            client = LocalClient(gadget)
             client.negotiate()
             self.start(client)
             if end == "reset":
@@ -151,7 +153,7 @@ class TestLogging:
             client.close()
             assert not gadget.dma.log.active
 
-    def test_bad_requests(self, logging: FakeClient) -> None:
+    def test_bad_requests(self, logging: LocalClient) -> None:
         bad = errno.EINVAL
         self.start(logging, 0, expect=bad)
         self.start(logging, 3000, expect=bad)
@@ -169,7 +171,7 @@ class TestLogging:
         head = DeviceFeature(argsz=0xFFFFFFFF, flags=self.REPORT).build()
         logging.call(Command.DEVICE_FEATURE, head + huge, expect=bad)
 
-    def test_no_room_for_the_bitmap(self, logging: FakeClient) -> None:
+    def test_no_room_for_the_bitmap(self, logging: LocalClient) -> None:
         report = LoggingReport(iova=BASE, length=PAGE, page_size=PAGE).build()
         head = DeviceFeature(argsz=39, flags=self.REPORT).build()
         logging.call(Command.DEVICE_FEATURE, head + report, expect=errno.EINVAL)

@@ -10,20 +10,23 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from tests.fakes.vfio_client import FakeClient, events
 
 from vfio_user import PciDevice
+from vfio_user.testing import LocalClient, events
 from virtio_formats.vfio_user import PciIrq
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parents[1] / "docs/vfio-user.md").read_text()
+PAGE = (HERE.parents[2] / "docs/vfio-user.md").read_text()
 
 
 def test_every_test_that_the_table_names_exists() -> None:
     named = re.findall(r"`(test_\w+\.py)::(\w+)`", PAGE)
     assert len(named) > 30
     for file, name in named:
-        tree = ast.parse((HERE / file).read_text())
+        path = HERE / file
+        if not path.exists():  # of the balloon's transport
+            path = HERE.parents[2] / "tests/unit" / file
+        tree = ast.parse(path.read_text())
         assert name in {getattr(node, "name", None) for node in tree.body}, f"{file}::{name}"
 
 
@@ -47,7 +50,7 @@ def test_the_device_on_the_page_works() -> None:
     run = patch("vfio_user.run_program", lambda device: served.append(device) or 0)
     with run, pytest.raises(SystemExit, match="0"):
         exec(compile(text, "docs/vfio-user.md", "exec"), {"__name__": "page"})
-    client = FakeClient(served[0])
+    client = LocalClient(served[0])
     client.negotiate()
     assert [client.read(0, 0, 4)[0] for _ in range(3)] == [1, 2, 3]
     fd = os.eventfd(0, os.EFD_NONBLOCK)

@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from gadget import Gadget
+from helpers import open_fds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fakes.descriptors import open_fds
-from tests.fakes.pci_device import Gadget
-from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient, Ram, events, message
 
 from vfio_user import DmaError, RequestError
 from vfio_user.state import BaseState, DmaWindow, IrqState, SessionState
+from vfio_user.testing import QEMU_VERSION_DATA, LocalClient, Ram, events, message
 from virtio_formats.vfio_user import (
     Capabilities,
     Command,
@@ -55,7 +55,7 @@ class Setup:
 
     def __init__(self) -> None:
         self.device = Gadget()
-        self.client = FakeClient(self.device)
+        self.client = LocalClient(self.device)
         self.client.negotiate()
         self.files = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
         self.rams = [Ram(BASE + i * 0x100000, 0x4000) for i in range(3)]
@@ -132,9 +132,9 @@ def setup() -> Iterator[Setup]:
     made.close()
 
 
-def resume(state: SessionState, fds: dict[int, int]) -> tuple[Gadget, FakeClient]:
+def resume(state: SessionState, fds: dict[int, int]) -> tuple[Gadget, LocalClient]:
     device = Gadget()
-    client = FakeClient(device)
+    client = LocalClient(device)
     try:
         client.session.restore(state, fds)
     except BaseException:
@@ -211,7 +211,7 @@ class TestAfterwards:
 
     def test_before_the_negotiation(self) -> None:
         device = Gadget()
-        client = FakeClient(device)
+        client = LocalClient(device)
         state = client.session.state()
         assert SessionState.unpack(state.pack()) == state
         again, other = resume(state, {})
@@ -284,7 +284,7 @@ class TestCorruption:
         before = open_fds()
         for name, changed in corrupted(packed):
             device = Gadget()
-            client = FakeClient(device)
+            client = LocalClient(device)
             clean = device.base_state()
             try:
                 client.session.restore(SessionState.unpack(changed), fds)
@@ -326,7 +326,7 @@ class TestCorruption:
         gc.collect()  # a mapping holds a descriptor of its own
         before = open_fds()
         device = Gadget()
-        client = FakeClient(device)
+        client = LocalClient(device)
 
         def refuse(what: str) -> None:
             if what == "map":
@@ -390,11 +390,11 @@ def test_the_base_alone() -> None:
 def test_masks_of_the_function_survive_its_client() -> None:
     """The mask bits of the MSI-X table were forgotten when the client disconnected."""
     device = Gadget()
-    client = FakeClient(device)
+    client = LocalClient(device)
     client.negotiate()
     device.irqs.set_mask(PciIrq.MSIX, 0, True)
     client.close()
-    client = FakeClient(device)
+    client = LocalClient(device)
     client.negotiate()
     fd = os.eventfd(0, os.EFD_NONBLOCK)
     client.assign(PciIrq.MSIX, [fd])
