@@ -153,7 +153,7 @@ def test_the_store_keeps_an_open_file_once(fd):
 
 
 def test_two_eventfds_are_two_files(fd):
-    """All eventfds share one inode: only kcmp tells them apart."""
+    """All eventfds share one inode: only kcmp distinguishes them."""
     other = os.eventfd(0)
     assert os.fstat(fd).st_ino == os.fstat(other).st_ino
     assert not same_file(fd, other)

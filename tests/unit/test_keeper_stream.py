@@ -2,7 +2,7 @@
 """A server is killed at every step of a message: each is handled once, each answer sent once.
 
 A child process serves a counting protocol on one end of a socket pair and dies by SIGKILL where it
-was told to; the next child gets the same descriptors, as a restarted worker would.
+is asked to; the next child gets the same descriptors, as a restarted worker would.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _ID_MAX = 0xFFFF_FFFF
 
 
 class CommandState(Enum):
-    """Where a round stands."""
+    """The state of a round."""
 
     IDLE = "idle"
     PUBLISHED = "published"
@@ -41,8 +41,8 @@ class CommandState(Enum):
 class CommandRounds:
     """The rounds of one kind, one after the other.
 
-    *begin* is told of a round before its id is published; *publish* puts a command id into the
-    configuration space and notifies the driver; *ended* is told of every round that has ended,
+    *begin* is called with a round before its id is published; *publish* puts a command id into the
+    configuration space and notifies the driver; *ended* is called with every round that has ended,
     complete or void.
     """
 
@@ -86,7 +86,7 @@ class CommandRounds:
         self._publish(CMD_ID_DONE)
 
     def echoed(self, cmd_id: int) -> bool:
-        """The driver named *cmd_id*; returns whether records may follow."""
+        """Handle the driver's command id *cmd_id* and return whether records may follow."""
         current = self.round is not None and cmd_id == self.round.id
         if current and self.state is CommandState.PUBLISHED:
             self.state = CommandState.RUNNING
@@ -94,7 +94,7 @@ class CommandRounds:
         return current and self.state is CommandState.RUNNING
 
     def driver_stopped(self) -> None:
-        """The driver sent STOP (or END): ids may be used again, and a running round is over."""
+        """Handle STOP (or END) of the driver: ids may be reused, and a running round ends."""
         self._unanswered.clear()
         if self.state is CommandState.RUNNING and self.round is not None:
             self.state = CommandState.ENDED
@@ -104,7 +104,7 @@ class CommandRounds:
                 self._publish(CMD_ID_DONE)
 
     def void(self, reason: str) -> None:
-        """The round, if it has not ended, is worth nothing any more; nor are its bits."""
+        """Void the round and its bits unless it has ended."""
         if self.round is not None and self.state in (CommandState.PUBLISHED, CommandState.RUNNING):
             self.round.void(reason)
             self._ended(self.round)
@@ -123,7 +123,7 @@ class CommandRounds:
         return self.state is CommandState.RUNNING
 
     def _new_id(self) -> int:
-        """An id that is neither reserved nor still unanswered (a device must not reuse one)."""
+        """Return an id that is neither reserved nor unanswered; a device must not reuse those."""
         while self.next_id in self._unanswered or self.next_id in (CMD_ID_STOP, CMD_ID_DONE):
             self.next_id = self._after(self.next_id)
         chosen, self.next_id = self.next_id, self._after(self.next_id)

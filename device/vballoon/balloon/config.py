@@ -12,7 +12,7 @@ __all__ = ("ConfigSpace",)
 class ConfigSpace:
     """``struct virtio_balloon_config`` (*Memory Balloon Device / Device configuration layout*).
 
-    *walk* tells whether the two fields of the walk extension are there (24 bytes, else 16).
+    *walk*: the space includes the two fields of the walk extension (24 bytes, else 16).
     """
 
     def __init__(self, *, walk: bool) -> None:
@@ -21,7 +21,7 @@ class ConfigSpace:
         self._poison_locked = False
 
     def read(self) -> bytes:
-        """The whole space, little-endian."""
+        """Return the whole space, little-endian."""
         return self.fields.build()[: self.size]
 
     def write(self, offset: int, data: bytes) -> bool:
@@ -47,7 +47,7 @@ class ConfigSpace:
         self._poison_locked = True
 
     def unlock(self) -> None:
-        """The driver has stopped the device."""
+        """Allow writes to ``poison_val`` again after the driver has stopped the device."""
         self._poison_locked = False
 
     def reset(self, *, keep_poison: bool = False) -> None:

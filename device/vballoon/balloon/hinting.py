@@ -45,7 +45,7 @@ class HintQueue:
             for at in np.flatnonzero(batch.readable_size()).tolist():
                 self._pages(batch, done, at, skipmap)
                 self._command(batch, at)
-                done = at  # pages behind the id in the same buffer come under the new id
+                done = at  # pages after the id in the same buffer belong to the new id
             self._pages(batch, done, len(batch), skipmap)
         queue.give(batch.ids)
 

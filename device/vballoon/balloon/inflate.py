@@ -47,7 +47,7 @@ class InflateQueues:
     ) -> None:
         """Discard the pages, set their bits, give the buffers back.
 
-        *tells*: the driver asks before it uses a page again (MUST_TELL_HOST negotiated), so that
+        ``tells``: the driver waits before it uses a page again (MUST_TELL_HOST negotiated), so that
         the parts of a huge page may add up, and the page may be left out until it is deflated.
         Without that its deflation may come late: it is then as good as reported, left out while
         it is a hole.
@@ -105,7 +105,7 @@ class InflateQueues:
         return kept
 
     def _read_odd(self, batch: ChainBatch, i: int) -> NDArray[np.uint32]:
-        """A buffer with a page number across two descriptors, or with bytes to spare."""
+        """Read a buffer with a page number across two descriptors or with surplus bytes."""
         data = batch.readable(i, 4 * PFNS_PER_BUFFER_MAX)
         surplus = len(data) & 3
         self._counters.bad_inflate += bool(surplus)

@@ -45,7 +45,7 @@ _FIXED = (
 
 
 def numberings(features: int) -> tuple[dict[int, Role], dict[int, Role]]:
-    """The roles of the optional queues under negotiated *features*: dense, and fixed."""
+    """Return the roles of the optional queues for *features*, in dense and in fixed numbering."""
     wanted = [(index, role) for index, mask, role in _FIXED if features & mask]
     return dict(enumerate((role for _, role in wanted), start=2)), dict(wanted)
 

@@ -73,7 +73,7 @@ class StatsQueue:
                 queue.give(np.array([head], dtype=np.uint16))
 
     def reset(self) -> None:
-        """Forget everything: these were another boot's numbers."""
+        """Drop the statistics, which belong to the previous driver."""
         self._held = None
         self.latest = GuestStats()
         self.updated = False

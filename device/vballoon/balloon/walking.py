@@ -53,7 +53,7 @@ TRIES = 4
 
 
 def _headers(batch: ChainBatch) -> NDArray[Any] | None:
-    """A copy of the header of every buffer; None unless each is one readable piece of a mapping."""
+    """Return a copy of all headers, or None unless every buffer is one readable, mapped piece."""
     if batch.addr.size != len(batch) or batch.writable.any():
         return None
     size = np.maximum(batch.len, WalkHeader.SIZE).astype(np.uint64)
@@ -64,7 +64,7 @@ def _headers(batch: ChainBatch) -> NDArray[Any] | None:
 
 
 def _header(data: bytes) -> WalkHeader:
-    """The header of a buffer; a fifth of the time that its parser takes."""
+    """Return the header of a buffer, in a fifth of the time of its parser."""
     if len(data) < WalkHeader.SIZE:
         raise WireError(f"walk buffer of {len(data)} bytes")
     kind, flags, round_, seq, num = np.frombuffer(data, WalkHeader.dtype(), 1).item()
@@ -139,7 +139,7 @@ class WalkQueue:
             self._bad(str(error))
 
     def reset(self) -> None:
-        """Another driver, another boot: round and layout are forgotten."""
+        """Drop the round and the layout, which belong to the previous driver."""
         self.forget_round()
         self.memmap.reset()
 

@@ -55,7 +55,7 @@ class BitmapLog:
 
     @classmethod
     def map(cls, fd: int, size: int, offset: int) -> Self:
-        """Map *size* bytes of the log behind *fd* from *offset* on; takes *fd* over.
+        """Map *size* bytes of the log file *fd* from *offset* on; take over *fd*.
 
         Raises :class:`~vballoon.errors.ProtocolError` ``log-region`` when that is not possible.
         """

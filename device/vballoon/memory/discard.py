@@ -46,7 +46,7 @@ _fallocate.restype = ctypes.c_int
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Free *length* bytes of the file behind *fd* from *offset* on.  Raise OSError if refused."""
+    """Free *length* bytes of the file *fd* from *offset* on.  Raise OSError if refused."""
     while _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length) != 0:
         code = ctypes.get_errno()
         if code != errno.EINTR:
@@ -54,7 +54,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def punch_holes(fd: int, ranges: ByteRanges) -> tuple[int, int]:
-    """Free *ranges* of the file behind *fd* until one cannot be freed.
+    """Free *ranges* of the file *fd* until one cannot be freed.
 
     Return the number of ranges freed and the error number (0: none failed).
     """

@@ -42,7 +42,7 @@ _GLOBAL_EXPEDITED = 2  # MEMBARRIER_CMD_GLOBAL_EXPEDITED, <linux/membarrier.h>
 
 
 def by_lock() -> Callable[[], object]:
-    """A fence for x86-64 alone: an uncontended lock, taken and released."""
+    """Fence on x86-64 only: acquire and release an uncontended lock."""
     lock = threading.Lock()
     take, release = lock.acquire, lock.release
 
@@ -54,14 +54,14 @@ def by_lock() -> Callable[[], object]:
 
 
 def by_libatomic() -> Callable[[], object]:
-    """The C11 fence; raises :class:`OSError` or :class:`AttributeError` where it is not there."""
+    """Return the C11 fence.  Raise :class:`OSError` or :class:`AttributeError` if it is missing."""
     call = ctypes.CDLL("libatomic.so.1").atomic_thread_fence
     call.argtypes, call.restype = [ctypes.c_int], None
     return lambda: call(_SEQ_CST)
 
 
 def by_membarrier() -> Callable[[], object]:
-    """The kernel's fence; raises :class:`OSError` where this kernel has none."""
+    """Return the kernel's fence.  Raise :class:`OSError` if this kernel has none."""
     number = _SYS_MEMBARRIER.get(platform.machine())
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     if number is None or syscall(number, _GLOBAL_EXPEDITED, 0, 0) != 0:
@@ -70,7 +70,7 @@ def by_membarrier() -> Callable[[], object]:
 
 
 def choose(machine: str) -> tuple[str, Callable[[], object]]:
-    """The name and the call of the cheapest real fence on *machine* (:func:`platform.machine`)."""
+    """Return name and call of the fastest real fence on *machine* (:func:`platform.machine`)."""
     if machine in ("x86_64", "AMD64"):
         return "lock", by_lock()
     try:

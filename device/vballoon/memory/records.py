@@ -36,7 +36,7 @@ def reachable(
 def read_records(
     memory: GuestMemory, addr: NDArray[np.uint64], count: NDArray[np.intp]
 ) -> NDArray[np.uint64]:
-    """The *count* records at each *addr*, joined (uint64[sum, 2]); each byte is read once.
+    """Return the *count* records at each *addr*, joined (uint64[sum, 2]); read each byte once.
 
     Every table must be :func:`reachable`; any alignment will do.
     """

@@ -44,7 +44,7 @@ class _StatFs(ctypes.Structure):
 
 
 def backing_page_size(fd: int) -> int:
-    """Bytes of a page of the file behind *fd*: the huge page size on hugetlbfs, else 4096."""
+    """Return the page size of the file *fd*: the huge page size on hugetlbfs, else 4096."""
     # os.statvfs does not tell the file system's type, and its f_bsize may be an I/O hint.
     found = _StatFs()
     if ctypes.CDLL(None, use_errno=True).fstatfs(fd, ctypes.byref(found)) != 0:
@@ -57,7 +57,7 @@ def backing_page_size(fd: int) -> int:
 class MemoryRegion:
     """A contiguous range of guest-physical memory.  Immutable, until it is closed.
 
-    ``guest_phys_addr``, ``size`` and ``file_offset`` (where the region starts in the file behind
+    ``guest_phys_addr``, ``size`` and ``file_offset`` (where the region starts in the file
     ``fd``; None: no file) are bytes, multiples of 4096; ``userspace_addr`` is the front-end's
     virtual address of the same bytes (0: not known); ``view`` is the mapping (uint8[size]) or
     None; ``page_size`` is that of the backing file, bytes; ``remote`` reaches memory without a
@@ -103,7 +103,7 @@ class MemoryRegion:
         userspace_addr: int = 0,
         writable: bool = True,
     ) -> Self:
-        """Map *size* bytes of the file behind *fd* from *file_offset* on; takes *fd* over.
+        """Map *size* bytes of the file *fd* from *file_offset* on; take over *fd*.
 
         Raises :class:`~vballoon.errors.ProtocolError` (and closes *fd*) for a range that is not
         a whole number of pages, not within the file, or that cannot be mapped.

@@ -105,7 +105,7 @@ class GuestMemory:
         )
 
     def locate(self, addr: U64, length: U64) -> tuple[NDArray[np.intp], U64]:
-        """The region of each range (index into ``regions``) and the offset in it (bytes).
+        """Return the region of each range (index into ``regions``) and the offset in it (bytes).
 
         Raises :class:`~vballoon.errors.MemoryFault` unless each range lies within one region.
         """
@@ -121,7 +121,7 @@ class GuestMemory:
         return index, offset
 
     def window(self, addr: int, length: int) -> NDArray[np.uint8]:
-        """The mapped bytes themselves (uint8[length], no copy).
+        """Return the mapped bytes (uint8[length]) without a copy.
 
         Raises :class:`~vballoon.errors.MemoryFault` when the range is outside guest memory, in
         more than one region, or in memory without a mapping.
@@ -165,7 +165,7 @@ class GuestMemory:
             self.dirty_log.mark(addr, done)
 
     def from_userspace(self, addr: int) -> int:
-        """The guest-physical address of the front-end's virtual address *addr*.
+        """Return the guest-physical address of the front-end's virtual address *addr*.
 
         Raises :class:`~vballoon.errors.MemoryFault` when no region holds it.
         """
@@ -186,7 +186,7 @@ class GuestMemory:
         return self.regions[index]
 
     def _pieces(self, addr: int, length: int) -> list[tuple[MemoryRegion, int, int]]:
-        """The range cut at region borders: (region, offset in it, bytes)."""
+        """Return the range split at region borders: (region, offset in it, bytes)."""
         pieces: list[tuple[MemoryRegion, int, int]] = []
         while length > 0:
             region = self._region(addr)

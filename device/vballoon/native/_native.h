@@ -4,7 +4,7 @@
  *
  * A guest may be writing to the memory that is read here.  So every field is loaded once, and only
  * what was loaded is checked and used; and nothing here decides that a chain is wrong: what is not
- * in order beyond doubt is left alone, and the scalar engine has the word.
+ * certainly valid is left alone, and the scalar engine decides.
  *
  * Whatever is looked into is held by a buffer export of its own for as long as the call lasts, and
  * no address is kept from one call to the next: a region that is closed meanwhile stays mapped

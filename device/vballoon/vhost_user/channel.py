@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_OUTSTANDING = 64
 """Requests that wait for their answers, at most; while there are so many, configuration changes
-are told once the front-end has answered (it reads the newest state anyway)."""
+are sent once the front-end has answered (it reads the newest state in any case)."""
 
 _HEADER = VhostUserHeader.SIZE
 _REPLY = _HEADER + VhostUserU64.SIZE

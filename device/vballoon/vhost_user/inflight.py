@@ -7,7 +7,7 @@ gets it back and finds which buffers were taken and not given back.
 
 Every step below is a plain store, in program order; a process that is killed between two of them
 leaves exactly the stores before.  The order is what makes each state in between readable: a
-buffer is "in flight" before anybody has seen it, and stops being so only after the driver can see
+buffer is "in flight" before the device gets it, and stops being so only after the driver can see
 it used.  A crash in the middle of giving is settled by the ring itself: either its index (split)
 or its first flags (packed) were written, or they were not.
 """
@@ -65,7 +65,7 @@ class InflightArea:
 
     @classmethod
     def create(cls, num_queues: int, queue_size: int) -> InflightArea:
-        """A new, zeroed area, large enough for either kind of ring (GET_INFLIGHT_FD)."""
+        """Create a zeroed area, large enough for either kind of ring (GET_INFLIGHT_FD)."""
         largest = max(queue_region_size(queue_size, packed=p) for p in (False, True))
         size = num_queues * largest
         fd = os.memfd_create("vhost-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -78,7 +78,7 @@ class InflightArea:
         return cls(fd, size, 0, num_queues, queue_size)
 
     def describe(self) -> VhostUserInflight:
-        """The inflight description of this area."""
+        """Return the inflight description of this area."""
         return VhostUserInflight(
             mmap_size=self.size,
             mmap_offset=self.offset,
@@ -101,7 +101,7 @@ class InflightArea:
         return os.dup(self.fd)
 
     def region(self, index: int, *, packed: bool) -> NDArray[np.uint8] | None:
-        """The bytes of queue *index*'s region, or None when the area has none for it.
+        """Return the bytes of queue *index*'s region, or None if the area has none for it.
 
         Raises :class:`~vballoon.errors.ProtocolError` when the area is too small for its queues.
         """
@@ -136,7 +136,7 @@ class InflightRecord:
         self._size = count
 
     def end(self) -> None:
-        """The ring was stopped in good order: nothing is in flight, nothing to recover."""
+        """Record an orderly stop of the ring: nothing is in flight or to be recovered."""
         self._head["version"] = 0
 
     @property

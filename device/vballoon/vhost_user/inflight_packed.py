@@ -37,7 +37,7 @@ class PackedInflight(InflightRecord):
         self._entries: dict[int, list[int]] = {}  # buffer id -> its entries, in order
 
     def begin(self, used: int, wrap: bool) -> None:
-        """Start a record from nothing; *used* and *wrap* are where the ring's used side stands."""
+        """Start an empty record; *used* and *wrap* are the position of the ring's used side."""
         self._head["version"] = 0
         self._desc["inflight"] = 0
         self._desc["next"] = np.arange(1, self._size + 1)
@@ -60,7 +60,7 @@ class PackedInflight(InflightRecord):
     # -- recovery -----------------------------------------------------------------------------
 
     def recover(self, flags_at: Callable[[int], int]) -> tuple[RingState, Resubmit]:
-        """Where the ring stands, and what was in flight.
+        """Return the position of the ring, and what was in flight.
 
         *flags_at* reads the flags of a slot of the descriptor ring.  Raises
         :class:`~vballoon.errors.ProtocolError` ``inflight-region`` for a record that cannot be
@@ -120,7 +120,7 @@ class PackedInflight(InflightRecord):
         self._free = order[::-1]
 
     def _chain(self, head: int) -> list[int]:
-        """The entries of the buffer that begins at *head*."""
+        """Return the entries of the buffer that begins at *head*."""
         count = int(self._desc["num"][head])
         if not 0 < count <= self._size:
             raise ProtocolError("inflight-region", f"entry {head} has {count} descriptors")
@@ -191,7 +191,7 @@ class PackedInflight(InflightRecord):
         self._head["used_idx"] = used
 
     def after_give(self, ids: NDArray[np.uint16], state: RingState) -> None:
-        """The driver can see the batch: it is not in flight any more."""
+        """Remove the published batch from the record."""
         heads = [self._entries.pop(ident)[0] for ident in ids.tolist()]
         self._desc["inflight"][heads] = 0
         self._commit()

@@ -42,7 +42,7 @@ class SplitInflight(InflightRecord):
             self._head[name] = value
 
     def recover(self, used_idx: int) -> tuple[RingState, Resubmit]:
-        """Where the ring stands, and what was in flight; *used_idx* is the used ring's index.
+        """Return the ring's position and what was in flight; *used_idx* is the used ring's index.
 
         Raises :class:`~vballoon.errors.ProtocolError` ``inflight-region`` for a record that
         cannot be one of this ring.
@@ -60,7 +60,7 @@ class SplitInflight(InflightRecord):
         return state, Resubmit(ids)
 
     def _settle_last_batch(self, used_idx: int) -> None:
-        """A batch that reached the used ring is not in flight, whatever the record says."""
+        """Correct the record: a batch that reached the used ring is not in flight."""
         batch = (used_idx - int(self._head["used_idx"][0])) & _U16
         if batch > self._size:
             raise ProtocolError("inflight-region", f"{batch} buffers used since the last record")
@@ -94,6 +94,6 @@ class SplitInflight(InflightRecord):
         self._head["last_batch_head"] = ids[-1]
 
     def after_give(self, ids: NDArray[np.uint16], state: RingState) -> None:
-        """The driver can see the batch: it is not in flight any more."""
+        """Remove the published batch from the record."""
         self._desc["inflight"][ids] = 0
         self._head["used_idx"] = state.used

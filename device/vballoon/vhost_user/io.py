@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backend asks of the shell that runs it: events in, signals out, no policy."""
+"""The interface of the shell that runs the back-end: events in, signals out, no policy."""
 
 from __future__ import annotations
 
@@ -65,4 +65,4 @@ class Io(Protocol):
         """Read until the end of file, close *fd* (taken over), then report data and trouble."""
 
     def output(self) -> None:
-        """The session has output that no incoming message caused."""
+        """Handle output of the session that no incoming message caused."""

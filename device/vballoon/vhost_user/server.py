@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server: one front-end after the other, by listening, connecting or an inherited descriptor.
 
-"Communication" and "Backend program conventions" of vhost-user.rst (QEMU 11.1.3): the back-end may
+"Communication", ``Backend program conventions`` of vhost-user.rst (QEMU 11.1.3): the back-end may
 be either side of the socket; ``--socket-path`` and ``--fd`` exclude each other.
 """
 
@@ -74,7 +74,7 @@ class VhostUserServer:
 
     @property
     def backend(self) -> VhostUserBackend | None:
-        """The backend of the connected front-end."""
+        """The back-end of the connected front-end."""
         return self._connection.backend if self._connection else None
 
     def status(self) -> TransportStatus:

@@ -10,7 +10,7 @@ Three things can happen to a message, and nothing else:
 * it is carried out, and answered where an answer is due;
 * it is **refused**: nothing has changed; the answer says so where it can.  Where it cannot (no
   answer is due, or its form has no room for an error) the connection is closed, because the
-  front-end would go on believing that it was carried out;
+  front-end would continue to assume that it was carried out;
 * the stream itself is not vhost-user (wrong version, a reply where a request is due, an absurd
   size, too many descriptors): the connection is closed without an answer.
 
@@ -69,7 +69,7 @@ class Fds:
         return len(self._fds)
 
     def take(self) -> int:
-        """The next descriptor, now the caller's."""
+        """Return the next descriptor, which the caller then owns."""
         return self._fds.pop(0)
 
     def add(self, fds: Iterable[int]) -> None:
@@ -102,7 +102,7 @@ Handler = Callable[[Any, Fds], Reply | _Later | None]
 
 
 def u64(value: int) -> Reply:
-    """The reply that is a single 64-bit integer."""
+    """Return the reply with a single 64-bit integer."""
     return Reply(VhostUserU64(u64=value).build())
 
 
@@ -165,7 +165,7 @@ class Session:
             self._fail(ProtocolError("message-early", "more requests while an answer is due"))
 
     def receive_eof(self) -> None:
-        """The peer has closed its end; in the middle of a message, that is an error."""
+        """Handle the end of the peer's stream; it is an error in the middle of a message."""
         if self._open and (self._buffer or len(self._fds)):
             self._fail(ProtocolError("message-truncated", f"after {len(self._buffer)} bytes"))
         self.close()
@@ -244,7 +244,7 @@ class Session:
             self._answer(header, answer, wanted or self._ack_wanted(header))
 
     def _rule(self, header: VhostUserHeader) -> tuple[MessageRule, Handler]:
-        """The rule and the handler of a request that is known and negotiated."""
+        """Return the rule and the handler of a request that is known and negotiated."""
         try:
             request = Request(header.request)
             rule, handler = MESSAGES[request], self._handlers[request]
@@ -286,12 +286,12 @@ class Session:
     # -- output -------------------------------------------------------------------------------
 
     def take_output(self) -> list[tuple[bytes, list[int]]]:
-        """What is to be sent: messages with their descriptors, which are the caller's now."""
+        """Return the messages to send with their descriptors, which the caller then owns."""
         output, self._output = self._output, []
         return output
 
     def finish(self, reply: Reply) -> None:
-        """The answer that a handler promised by :data:`LATER`; later messages go on after it."""
+        """Send the reply that a handler deferred by :data:`LATER`, then continue with messages."""
         header, self._waiting = self._waiting, None
         if header is None:
             close_fds(reply.fds)
@@ -323,11 +323,11 @@ class Session:
             self._send(header, failure)
 
     def _failure(self, header: VhostUserHeader, wanted: bool) -> Reply | None:
-        """The answer that says "failed", or None where there is no way to say it."""
+        """Return the reply that reports failure, or None if the message has no such reply."""
         request = header.request
         if request == Request.GET_CONFIG:  # "zero length of payload to indicate an error"
             return Reply(b"")
-        if request == Request.GET_INFLIGHT_FD:  # no area: QEMU goes on without one
+        if request == Request.GET_INFLIGHT_FD:  # no area: QEMU continues without one
             none = VhostUserInflight(mmap_size=0, mmap_offset=0, num_queues=0, queue_size=0)
             return Reply(none.build())
         if request == Request.SET_DEVICE_STATE_FD:
@@ -353,7 +353,7 @@ class Session:
         self._output.append((head.build() + reply.payload, reply.fds))
 
     def _fail(self, error: ProtocolError) -> None:
-        """The stream can no longer be trusted: one line in the log, and the end."""
+        """Log one line and end the session, whose stream can no longer be trusted."""
         if self._open:
             self.error = error
             self._open = False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The asyncio shell of one front-end's connection: sockets, event descriptors, pipes, timers.
 
-Policy is the backend's; this file only does the I/O that :class:`~vballoon.vhost_user.io.Io` asks
+The back-end decides; this file only does the I/O that :class:`~vballoon.vhost_user.io.Io` asks
 for.  Everything a front-end hands over is used without blocking.
 """
 
@@ -30,7 +30,7 @@ _CHUNK = 1 << 16
 
 
 class Connection:
-    """A connected front-end.  *make_backend* gets this shell and makes the backend on it."""
+    """A connected front-end.  *make_backend* gets this shell and returns its back-end."""
 
     def __init__(
         self, sock: socket.socket, make_backend: Callable[[Connection], VhostUserBackend]
@@ -81,7 +81,7 @@ class Connection:
     def prepare(self, fd: int) -> None:
         """See :class:`~vballoon.vhost_user.io.Io`."""
         if stat.S_IFMT(os.fstat(fd).st_mode) not in (0, stat.S_IFIFO, stat.S_IFSOCK):
-            # An eventfd has no file type; a pipe may stand in for it.  Anything else would grow,
+            # An eventfd has no file type; a pipe may replace it.  Anything else would grow,
             # block or be always readable.
             raise OSError(errno.EINVAL, "not an eventfd or a pipe")
         os.set_blocking(fd, False)
@@ -105,7 +105,7 @@ class Connection:
         except BlockingIOError:
             return  # somebody else read it
         except OSError as error:
-            log.warning("a kick descriptor is of no use any more: %s", error.strerror)
+            log.warning("kick eventfd failed; no longer watched: %s", error.strerror)
             self.unwatch(fd)
             return
         callback()

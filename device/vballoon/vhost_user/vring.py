@@ -53,8 +53,8 @@ def decode_base(num: int, *, packed: bool) -> RingState:
         return RingState(avail=num)
     avail, used = num & 0xFFFF, num >> 16
     if not used and avail:
-        # DPDK's front-end tells the avail half only.  Nothing is in flight on a ring that begins
-        # without a record, so the used side stands where the avail side does.
+        # DPDK's front-end sends the avail half only.  Nothing is in flight on a ring that begins
+        # without a record, so the used position equals the avail position.
         used = avail
     return RingState(
         avail=avail & _INDEX15,
@@ -65,7 +65,7 @@ def decode_base(num: int, *, packed: bool) -> RingState:
 
 
 def encode_base(state: RingState, *, packed: bool) -> int:
-    """GET_VRING_BASE's number for a ring that stands at *state*."""
+    """Return GET_VRING_BASE's number for a ring with position *state*."""
     if not packed:
         return state.avail
     return state.avail | state.avail_wrap << 15 | state.used << 16 | state.used_wrap << 31
@@ -118,7 +118,7 @@ class Vring:
         return self.started and self.num > 0 and self.addr is not None
 
     def addresses(self, memory: GuestMemory) -> RingAddresses:
-        """The ring's guest-physical addresses; MemoryFault for one outside guest memory."""
+        """Return the ring's guest-physical addresses.  Raise MemoryFault outside guest memory."""
         assert self.addr is not None
         return RingAddresses(
             desc=memory.from_userspace(self.addr.descriptor),
@@ -172,7 +172,7 @@ class Vring:
     def _begin(
         self, memory: GuestMemory, at: RingAddresses, features: int, area: InflightArea | None
     ) -> tuple[RingState, Resubmit | None]:
-        """The state of a ring that starts, from its base or from the in-flight record."""
+        """Return the state of a ring that starts, from its base or the in-flight record."""
         packed = self._packed = f.has(features, f.VIRTIO_F_RING_PACKED)
         state = self.base_state(packed=packed)
         if not packed:
@@ -236,8 +236,8 @@ class Vring:
     def _hide_used(self, memory: GuestMemory, ring: int, state: RingState, held: int) -> None:
         """Make the slots of what is in flight look available to the driver.
 
-        A batch is seen by its first used descriptor, which is written last.  Where the backend
-        died before that, the others are there already, and the driver would find them behind
+        A batch is seen by its first used descriptor, which is written last.  If the back-end
+        died before that, the others are there already, and the driver would find them after
         whatever is given next.
         """
         both = packed_ring.VIRTQ_DESC_F_AVAIL | packed_ring.VIRTQ_DESC_F_USED
@@ -252,7 +252,7 @@ class Vring:
                 memory.write(at + _FLAGS, (flags & ~both | shown).to_bytes(2, "little"))
 
     def base_state(self, *, packed: bool) -> RingState:
-        """The state that SET_VRING_BASE told; a ring that was never told starts from nothing."""
+        """Return the state that SET_VRING_BASE set; without it, a ring starts at index 0."""
         if self.base is None:
             return RingState()
         return decode_base(self.base, packed=packed)

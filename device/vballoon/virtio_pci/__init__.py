@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Virtio over PCI, served over vfio-user.
 
-:class:`VirtioPciFunction` puts any :class:`~vballoon.virtio.VirtioDevice` behind a modern virtio
+:class:`VirtioPciFunction` gives any :class:`~vballoon.virtio.VirtioDevice` a modern virtio
 PCI function; the package ``vfio_user`` does the rest.
 """
 

@@ -37,11 +37,11 @@ class Interrupts:
         return self._config.word(self._control) if self._control else 0
 
     def queue(self, vector: int) -> None:
-        """A used buffer notification, on *vector*."""
+        """Send a used buffer notification on *vector*."""
         self._send(vector, IsrStatus.QUEUE)
 
     def config_change(self, vector: int) -> None:
-        """A configuration change notification, on *vector*."""
+        """Send a configuration change notification on *vector*."""
         self._isr |= IsrStatus.CONFIG  # with MSI-X, too
         self._send(vector, IsrStatus.CONFIG)
 
@@ -54,7 +54,7 @@ class Interrupts:
         self._update()
 
     def read_isr(self) -> int:
-        """The ISR status; reading it clears it and takes INTx back."""
+        """Return the ISR status; clear it and deassert INTx."""
         value, self._isr = int(self._isr), IsrStatus(0)
         self._update()
         return value
@@ -65,7 +65,7 @@ class Interrupts:
         return self._isr
 
     def restore(self, isr: IsrStatus) -> None:
-        """The ISR status of another life; configuration space has been restored before."""
+        """Restore the ISR status; configuration space has been restored before."""
         self._isr = isr
         self._changed(0, 0)
 

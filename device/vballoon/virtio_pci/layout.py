@@ -93,7 +93,7 @@ class Capabilities:
 def build_config(
     *, device_id: int, class_code: int, queues: int, config_size: int, msix: MsixLayout
 ) -> tuple[ConfigSpace, Capabilities]:
-    """The configuration space of a virtio function, without its BARs.
+    """Return the configuration space of a virtio function, without its BARs.
 
     *device_id* is the virtio device ID; *config_size* the bytes of device-specific configuration.
     """
@@ -148,7 +148,7 @@ def _add_structures(space: ConfigSpace, queues: int, config_size: int) -> None:
 
 
 def _express_mask() -> bytes:
-    """What can be written: the error reporting, payload and ordering bits of Device Control,
+    """Return the writable bits: error reporting, payload and ordering of Device Control,
     ASPM, common clock and read completion boundary of Link Control, completion timeout of
     Device Control 2.  FLR (bit 15 of Device Control) is acted on, not stored.
     """

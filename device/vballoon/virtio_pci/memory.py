@@ -111,7 +111,7 @@ class ClientMemory:
         return self._regions.pop(region.address)
 
     def check_shared(self, addresses: Iterable[int]) -> bool:
-        """Whether the files behind *addresses*, where a driver has written, are what it uses.
+        """Return whether the files of *addresses*, where a driver has written, are what it uses.
 
         False: one of them is not; its regions are reached by messages from now on, and
         :attr:`stale` is set.
@@ -124,7 +124,7 @@ class ClientMemory:
         return True
 
     def _suspect(self, addr: int) -> DmaRegion | None:
-        """The region of *addr*, if its file is empty there and was never seen to be used."""
+        """Return the region of *addr* if its file is empty there and was never in use."""
         try:
             region = self._dma.find(addr, _SAMPLE)
             if region.fd is not None:
@@ -175,7 +175,7 @@ class ClientMemory:
         self._private.clear()
 
     def refresh(self, log: DirtyLog | None) -> None:
-        """Make :attr:`table` what the client has mapped; *log* is told of writes."""
+        """Make :attr:`table` what the client has mapped; *log* records writes."""
         self.table = GuestMemory(self._regions.values(), dirty_log=log)
         self.stale = False
 

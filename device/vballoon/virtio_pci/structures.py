@@ -32,12 +32,12 @@ class DeviceConfig:
         self._shown = device.read_config()
 
     def read(self, offset: int, count: int) -> bytes:
-        """*count* bytes at *offset*; zeroes behind its end."""
+        """Return *count* bytes at *offset*, with zeroes after the end."""
         self._refresh()
         return self._shown[offset : offset + count].ljust(count, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
-        """The driver wrote; what is behind the end is dropped."""
+        """Handle a write of the driver; bytes after the end are dropped."""
         data = data[: max(len(self._shown) - offset, 0)]
         if data:
             self._device.write_config(offset, data)
@@ -48,7 +48,7 @@ class DeviceConfig:
         return self._generation
 
     def restore(self, generation: int) -> None:
-        """The driver saw it in another life: it is taken to be another one here."""
+        """Change the generation, because a restored driver may have read another configuration."""
         self._generation, self._shown = (generation + 1) & 0xFF, self._device.read_config()
 
     def _refresh(self) -> None:
@@ -59,7 +59,7 @@ class DeviceConfig:
 
 
 class Structures:
-    """Serves accesses to the BAR.  *kick(index)* is told of doorbells."""
+    """Serve accesses to the BAR.  *kick(index)* is called for doorbells."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Structures:
         if page == layout.COMMON_PAGE:
             return self._registers.read(within, count)
         if page == layout.ISR_PAGE:
-            # The status is one byte; what is read behind it is nothing, and clears nothing.
+            # The status is one byte; bytes after it read as zero and clear nothing.
             return (b"\0" if within else bytes([self._interrupts.read_isr()])).ljust(count, b"\0")
         if page == layout.DEVICE_PAGE:
             return self._config.read(within, count)

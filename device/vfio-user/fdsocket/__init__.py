@@ -19,12 +19,12 @@ the shell around it::
 Descriptors always have one owner.  Whatever is given to :meth:`FdStream.send` is closed once it
 was sent or can no longer be sent; whatever is given to ``received`` is the receiver's.
 
-``wanted`` exists because descriptors must be told which message they came with.  The kernel hands
+``wanted`` exists because each descriptor belongs to one message.  The kernel hands
 them over with the read that covers the first byte of the ``sendmsg`` they travelled with, but
 that read may begin with bytes of an earlier one.  A receiver that asks for a header, then for the
 rest of that message, never sees two messages in one read, so there is nothing to guess.
 
-:meth:`FdStream.receive` is for a server that has sent a request of its own and cannot go on
+:meth:`FdStream.receive` is for a server that has sent its own request and cannot continue
 without the answer: it flushes what is queued, waits, and returns at most *size* bytes with their
 descriptors; the receiver does not see those bytes.  The loop stands still meanwhile, so keep the
 timeout short.

@@ -14,7 +14,7 @@ class Acceptor:
     """Accepts connections on *listener*, which is taken over, between ``resume`` and ``pause``.
 
     Each is given to *accepted*.  Where one cannot be accepted (no descriptor left, most likely),
-    *failed* is told and it is tried again after :attr:`retry_seconds`: it is still waiting, so
+    *failed* is called and it is tried again after :attr:`retry_seconds`: it is still waiting, so
     looking at it again at once would be all that the loop does.
     """
 

@@ -17,9 +17,9 @@ class AddressInUse(OSError):
 
 
 def listen(path: str | os.PathLike[str], *, backlog: int = 4) -> socket.socket:
-    """A non-blocking listening socket at *path*.
+    """Return a non-blocking listening socket at *path*.
 
-    A socket file that a dead server left behind is removed first; one that somebody still
+    A socket file of a dead server is removed first; one that somebody still
     listens on, or a file that is no socket, raises :class:`AddressInUse`.
     """
     remove_stale(path)
@@ -49,7 +49,7 @@ def remove_stale(path: str | os.PathLike[str]) -> None:
 
 
 def connect(path: str | os.PathLike[str]) -> socket.socket:
-    """A non-blocking socket connected to the server at *path* (:class:`OSError` if none is).
+    """Return a non-blocking socket connected to *path*.  Raise :class:`OSError` without a server.
 
     Does not block either: a server that accepts nobody is :class:`BlockingIOError`.
     """
@@ -63,7 +63,7 @@ def connect(path: str | os.PathLike[str]) -> socket.socket:
 
 
 def adopt(fd: int) -> socket.socket:
-    """The Unix stream socket that this process inherited as descriptor *fd*, non-blocking.
+    """Return the Unix stream socket inherited as descriptor *fd*, set to non-blocking.
 
     The number is taken over.  Raises :class:`OSError` for anything that is not such a socket.
     """

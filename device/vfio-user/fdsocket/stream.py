@@ -62,7 +62,7 @@ class FdStream:
 
     @property
     def is_open(self) -> bool:
-        """Whether the connection still stands."""
+        """Whether the connection is still open."""
         return self._open
 
     @property
@@ -71,7 +71,7 @@ class FdStream:
         return self._queued
 
     def fileno(self) -> int:
-        """The socket's descriptor number, -1 after :meth:`close`."""
+        """Return the socket's descriptor number, -1 after :meth:`close`."""
         return self._sock.fileno()
 
     def start(self) -> None:

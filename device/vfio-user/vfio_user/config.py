@@ -215,7 +215,7 @@ class ConfigSpace:
         return int.from_bytes(self.data[offset : offset + 4], "little")
 
     def capabilities(self) -> list[tuple[int, int]]:
-        """The capability list as (id, offset), in order."""
+        """Return the capability list as (id, offset), in order."""
         found: list[tuple[int, int]] = []
         offset = self.data[_CAP_LIST]
         while offset and len(found) < CONFIG_SIZE // 4:
@@ -224,7 +224,7 @@ class ConfigSpace:
         return found
 
     def extended_capabilities(self) -> list[tuple[int, int]]:
-        """The list of extended capabilities as (id, offset), in order."""
+        """Return the list of extended capabilities as (id, offset), in order."""
         found: list[tuple[int, int]] = []
         offset = CONFIG_SIZE if self.size > CONFIG_SIZE else 0
         while offset and self.long(offset) and len(found) < self.size // 4:
@@ -253,7 +253,7 @@ class ConfigSpace:
                 hook(offset, len(data))
 
     def seal(self) -> None:
-        """What is here now is what :meth:`reset` goes back to."""
+        """Make the current contents the values that :meth:`reset` restores."""
         self._reset_values = bytes(self.data)
 
     def reset(self) -> None:

@@ -5,7 +5,7 @@
 
     VfioUserError
     ├── RequestError     the client asked for something that cannot be done; becomes an error reply
-    │   └── FatalError   and the connection cannot go on behind it
+    │   └── FatalError   and the connection cannot continue after it
     ├── DmaError         client memory could not be reached
     └── UsageError       the device was declared in a way that cannot work
 

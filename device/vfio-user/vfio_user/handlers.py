@@ -94,7 +94,7 @@ def needs_quiet(message: Message) -> bool:
 
 
 def _split(kind: type[Head], payload: bytes) -> tuple[Head, bytes]:
-    """The fixed part of a payload, and what follows it."""
+    """Return the fixed part of a payload and the bytes that follow it."""
     return kind.parse(payload[: kind.SIZE]), payload[kind.SIZE :]
 
 

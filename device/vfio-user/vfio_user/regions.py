@@ -163,7 +163,7 @@ class Region:
         return self.fd
 
     def describe(self, index: int, argsz: int) -> bytes:
-        """The reply to DEVICE_GET_REGION_INFO, capabilities included where *argsz* has room.
+        """Return the reply to DEVICE_GET_REGION_INFO, with capabilities if *argsz* allows.
 
         Capabilities that do not fit are left out and not flagged; the reply's argsz says how much
         room they want (the client asks again).

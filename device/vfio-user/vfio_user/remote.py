@@ -6,7 +6,7 @@ vfio-user specification (QEMU 11.1), ``VFIO_USER_DMA_READ`` and ``VFIO_USER_DMA_
 **Two layouts.**  The specification gives *count* 64 bits, so that data begins at offset 16 of the
 payload; QEMU 11.1.3 follows it.  QEMU's sources of 10.1 declare it with 32 bits, so that data
 begins at offset 12, in a message that still has the size of the other form.  Nothing in the
-negotiation tells them apart, but the first data that is not zero does: with the 64-bit form, bytes
+negotiation separates them, but the first data that is not zero does: with the 64-bit form, bytes
 12 to 15 are the upper half of a count below 4 GiB, so they are zero; with the 32-bit form, the
 last four bytes are padding, so they are zero.  Until a reply has shown which it is, both are tried.
 """
@@ -132,7 +132,7 @@ class DmaRequests:
         return body[start : start + size]
 
     def _read_body(self, addr: int, size: int) -> bytes:
-        """The reply's bytes from offset 12 on: *size* bytes of data, with four zeros around."""
+        """Return the reply's bytes from offset 12 on: *size* bytes, with four zeros around."""
         request = DmaAccess(address=addr, count=size).build()
         reply = self._transact(Command.DMA_READ, request)
         if len(reply.payload) != _WIDE + size:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a device as a program of its own.
 
-*Backend Program Conventions* of the vfio-user specification (QEMU 11.1): stay in the foreground,
+``Backend Program Conventions`` of the vfio-user specification (QEMU 11.1): stay in the foreground,
 end on SIGTERM, take ``--socket-path`` or ``--fd``.
 """
 

@@ -34,7 +34,7 @@ BLOCKED_TIMEOUT = 1.0
 
 _READ_SIZE = 1 << 16
 _REFUSALS_MAX = 16
-"""Clients that are told at a time that the device is in use; further ones are just closed."""
+"""Maximum number of clients that get an error because the device is in use; others are closed."""
 
 
 class Server:

@@ -33,7 +33,7 @@ __all__ = (
 )
 
 HEADER_SIZE = 64
-"""Bytes of the predefined header; capabilities lie behind it."""
+"""Bytes of the predefined header; capabilities follow it."""
 CONFIG_SIZE = 256
 EXPRESS_CONFIG_SIZE = 4096
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device tells about itself: device, regions, sub-region descriptors, interrupts.
+"""The description of a device: device, regions, sub-region descriptors, interrupts.
 
 vfio-user specification (QEMU 11.1), sections ``VFIO_USER_DEVICE_GET_INFO`` to
 ``VFIO_USER_DEVICE_SET_IRQS``; names and numbers as in ``<linux/vfio.h>`` (Linux 6.12).

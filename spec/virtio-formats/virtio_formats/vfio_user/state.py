@@ -59,7 +59,7 @@ class StateFrame(WireStruct):
 
 
 def seal(magic: int, body: bytes) -> bytes:
-    """Return *body* behind its frame."""
+    """Return *body* after its frame."""
     return StateFrame(magic=magic, size=len(body), crc32=zlib.crc32(body)).build() + body
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VFIO_USER_VERSION: the version numbers and the JSON capabilities behind them.
+"""VFIO_USER_VERSION: the version numbers and the JSON capabilities after them.
 
 vfio-user specification (QEMU 11.1), section ``VFIO_USER_VERSION``.  The ``migration`` object is
 not in that text any more, but QEMU 11.1 and libvfio-user both still send it, so it is read and
@@ -89,7 +89,7 @@ class Capabilities:
         return cls(**_known(found), names=frozenset(found))
 
     def build(self, only: frozenset[str] | None = None) -> bytes:
-        """The version data as JSON with its NUL, restricted to the top-level names *only*.
+        """Return the version data as JSON with its NUL, restricted to the top-level names *only*.
 
         Without spaces, because a client may read the reply into a buffer of the size of its
         request (QEMU 11.1 does).

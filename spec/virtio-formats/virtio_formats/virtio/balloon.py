@@ -148,5 +148,5 @@ _STAT_NAMES = {
 
 
 def stat_name(tag: StatTag) -> str:
-    """The name under which QEMU's ``guest-stats`` property shows the statistic."""
+    """Return the name of the statistic in QEMU's ``guest-stats`` property."""
     return _STAT_NAMES[tag]

@@ -48,7 +48,7 @@ VIRTIO_F_RING_RESET = 40
 
 
 def mask(*bits: int) -> int:
-    """The feature word in which exactly *bits* (bit numbers) are set."""
+    """Return the feature word in which exactly *bits* (bit numbers) are set."""
     return sum(1 << bit for bit in set(bits))
 
 

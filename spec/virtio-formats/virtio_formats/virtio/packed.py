@@ -38,7 +38,7 @@ RING_ALIGN, EVENT_ALIGN = 16, 4
 """Alignment in bytes (label: Packed Virtqueues / Structure Size and Alignment)."""
 
 VIRTQ_DESC_F_NEXT = 1
-"""The list goes on in the next slot (label: Packed Virtqueues / Next Flag: Descriptor Chaining)."""
+"""The list continues in the next slot (Packed Virtqueues / Next Flag: Descriptor Chaining)."""
 VIRTQ_DESC_F_WRITE = 2
 """Device-writable; in a used descriptor: data was written (label: … / Write Flag)."""
 VIRTQ_DESC_F_INDIRECT = 4

@@ -43,7 +43,7 @@ DESC_ALIGN, AVAIL_ALIGN, USED_ALIGN = 16, 2, 4
 """Alignment in bytes of the three areas (label: … / Virtqueues, the table of parts)."""
 
 VIRTQ_DESC_F_NEXT = 1
-"""The buffer goes on at ``next``."""
+"""The buffer continues at ``next``."""
 VIRTQ_DESC_F_WRITE = 2
 """Device-writable; otherwise device-readable."""
 VIRTQ_DESC_F_INDIRECT = 4
