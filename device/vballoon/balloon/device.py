@@ -95,7 +95,7 @@ class Balloon(VirtioDevice):
         self.roles: dict[int, Role] = {}
         self._passed_over: set[int] = set()  # queues without a role yet
         self._settled_for: int | None = None  # the features for which all roles are known
-        self._loaded: persist.BalloonState | None = None  # until its guest goes on
+        self._loaded: persist.BalloonState | None = None  # until its guest continues
 
     # What the transport asks.
 
@@ -105,7 +105,7 @@ class Balloon(VirtioDevice):
         return self._features
 
     def read_config(self) -> bytes:
-        """The configuration space as the driver sees it now."""
+        """Return the current configuration space."""
         return self.config.read()
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -114,7 +114,7 @@ class Balloon(VirtioDevice):
             self.events("BALLOON_CHANGE", {"actual": self.actual_bytes})
 
     def attach(self, transport: Transport) -> None:
-        """A transport is there, and with it guest memory."""
+        """Connect the device to *transport* and its guest memory."""
         super().attach(transport)
         self.memory_changed()
 
@@ -186,12 +186,12 @@ class Balloon(VirtioDevice):
         self.config.unlock()
 
     def reset(self) -> None:
-        """Device reset: the driver is another one, and nothing it said holds any more."""
+        """Reset the device: drop all state of the previous driver."""
         self._forget()
         self.config.reset()
 
     def restart(self) -> None:
-        """A reset found out late: the new driver's ``poison_val`` may be there already."""
+        """Reset at the next driver's start, whose ``poison_val`` may already be written."""
         self._forget()
         self.config.reset(keep_poison=True)
 
@@ -215,7 +215,7 @@ class Balloon(VirtioDevice):
         self.walk_queue.memmap.reset()  # it described another memory map [WALK-D14]
 
     def _release_pages(self) -> None:
-        """The driver may hold free pages for a round that is void now: it can have them back."""
+        """Let the driver free the pages that it holds for a round that is void now."""
         fields = self.config.fields
         if fields.free_page_hint_cmd_id >= CMD_ID_FIRST:
             self._publish_hint(CMD_ID_DONE)
@@ -223,7 +223,7 @@ class Balloon(VirtioDevice):
             self._publish_walk(CMD_ID_DONE)
 
     def detach(self) -> None:
-        """The front-end has gone; rounds belong to its connection."""
+        """Disconnect from the front-end and void the rounds, which belong to its connection."""
         self._void(VoidReason.FRONTEND_LOST)
         self.skipmap.set_driver_running(False)
         self._forget_driver()
@@ -271,7 +271,7 @@ class Balloon(VirtioDevice):
         self._config_changed()
 
     def stats(self) -> GuestStats:
-        """The latest memory statistics."""
+        """Return the latest memory statistics."""
         return self.stats_queue.latest
 
     def request_stats(self) -> bool:
@@ -361,7 +361,7 @@ class Balloon(VirtioDevice):
             raise UsageError(f"the guest's driver has not negotiated {what}")
 
     def _void(self, reason: VoidReason) -> None:
-        """Rounds end, and the bits that do not survive *reason* go."""
+        """End the rounds and clear the bits that do not survive *reason*."""
         self._end_rounds(reason)
         self.skipmap.void(reason)
 

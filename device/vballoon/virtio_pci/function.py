@@ -193,7 +193,7 @@ class VirtioPciFunction(PciDevice):
             self._schedule()
 
     def queue_reset(self, index: int) -> None:
-        """A queue is to be reset; ``resetting`` is cleared when that is done."""
+        """Reset a queue in deferred work, which clears ``resetting`` when it is done."""
         self._schedule()
 
     # -- deferred work ----------------------------------------------------------------------------
@@ -378,7 +378,7 @@ class VirtioPciFunction(PciDevice):
         gone.close()
 
     def dma_logging(self, active: bool) -> None:
-        """The client wants to know, or no longer, which pages are written."""
+        """Start or stop logging the pages that the device writes."""
         self.memory.dirty_log = self.dma.log if active else None
 
     def _change_memory(self, *, quiet: bool = False) -> None:

@@ -2,7 +2,7 @@
 """The common configuration structure: what the driver reads and writes to set the device up.
 
 Virtio 1.4, *Common configuration structure layout*, *Device Initialization*, *Device Reset*,
-*Virtqueue Reset*.  The registers know no queue and no device: what a write starts is told to a
+*Virtqueue Reset*.  The registers know no queue and no device: what a write starts is reported to a
 :class:`Listener`, which answers later by changing the registers.
 """
 
@@ -86,7 +86,7 @@ class Listener(Protocol):
         """queue_enable was written for a queue."""
 
     def queue_reset(self, index: int) -> None:
-        """queue_reset was written for a queue; to be told when done by clearing ``resetting``."""
+        """Handle queue_reset of a queue; clear ``resetting`` when it is done."""
 
     def generation(self) -> int:
         """config_generation as it is now."""
@@ -346,7 +346,7 @@ _WRITERS = frozenset(
 
 
 def _field(offset: int, count: int) -> tuple[str, int, int]:
-    """The field of an access, the bits to shift it by, and the bytes."""
+    """Return the field of an access, the bits to shift it by, and the bytes."""
     for start, shift in ((offset, 0), (offset - _HALF, 8 * _HALF)):
         name = _AT.get(start)
         size = _FIELDS[name][1] if name is not None else 0
