@@ -33,7 +33,7 @@ T = TypeVar("T")
 _READ_SIZE = 1 << 16
 _MESSAGE_MAX = 1 << 21
 CAPABILITIES = Capabilities(max_msg_fds=16, write_multiple=True, migration_pgsize=4096)
-"""What a client proposes unless it is told otherwise."""
+"""The default proposal of a client."""
 
 
 class CommandError(VfioUserError):

@@ -89,7 +89,7 @@ class PciDevice:
         The default has nothing to wait for.  A device that has may override this with ``async
         def``: the command, and all that follow it, wait until it returns.  An exception refuses
         the command (:class:`~vfio_user.errors.RequestError` with its errno).  Work that was
-        started elsewhere may go on when the command has been served.
+        started elsewhere may continue when the command has been served.
         """
         return None
 

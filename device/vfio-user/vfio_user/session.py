@@ -230,7 +230,7 @@ class Session:
             self._cancel_quiesce = cancel
 
     def _quiesced(self, error: BaseException | None) -> None:
-        """The device stands still for one command, or has failed to."""
+        """Continue after the device has come to rest for one command, or failed to."""
         resumed, self._cancel_quiesce = self._cancel_quiesce is not None, None
         self._serving = False
         if not self._waiting:  # the client has disconnected meanwhile
