@@ -16,11 +16,11 @@ from tests.fakes.frontend import Frontend
 from tests.fakes.memory import make_memory
 
 from vballoon.cli import vhost_user_main
-from vballoon.cli.serving import _OneLine
 from vballoon.control import ControlClient
 from vballoon.errors import UsageError
 from vballoon.keeper.config import read_config
 from vballoon.keeper.features import parse_features
+from vballoon.keeper.logs import _OneLine
 from virtio_formats.virtio.balloon import BalloonFeature as F
 
 

@@ -20,6 +20,7 @@ from vballoon.balloon.walking import WalkQueue
 from vballoon.errors import QueueError, UsageError
 from vballoon.memory import PAGE_SHIFT, Discarder, GuestMemory
 from vballoon.skipmap import Round, RoundKind, SkipMap, VoidReason
+from vballoon.skipmap.map import SkipMapState
 from vballoon.virtio import VirtioDevice
 from virtio_formats.virtio.balloon import (
     CMD_ID_DONE,
@@ -304,10 +305,14 @@ class Balloon(VirtioDevice):
 
     # State that outlives the process or travels with the guest.
 
-    def state(self) -> persist.BalloonState:
-        """Return what a balloon needs to continue elsewhere."""
-        fields, bits = self.config.fields, self.skipmap.state()
-        if self._loaded is not None:  # not all of its memory may be there yet
+    def state(self, *, pages: bool = True) -> persist.BalloonState:
+        """Return what a balloon needs to continue elsewhere.
+
+        Without *pages* no bit of the skip map is in it, so that it is small and made quickly.
+        """
+        fields = self.config.fields
+        bits = self.skipmap.state() if pages else SkipMapState()
+        if pages and self._loaded is not None:  # not all of its memory may be there yet
             kept = self._loaded.skipmap
             bits = replace(
                 bits,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from vballoon.cli.common import Subparsers, add_command, size_text
 from vballoon.errors import UsageError
-from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +75,8 @@ def _open(directory: str) -> SkipExport:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from vballoon.memory import PAGE_SIZE
+
     export = _open(options.directory)
     for region in export.layout.regions:
         print(
@@ -119,6 +120,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _and(options: argparse.Namespace) -> int:
+    from vballoon.memory import PAGE_SIZE
     from vballoon.skipmap import bits
 
     first, *others = (_raw(name) for name in options.files)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from vballoon.cli.common import Subparsers, add_command, size_text
 from vballoon.errors import UsageError
-from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     from vballoon.skipmap import SkipExport
@@ -58,6 +57,7 @@ def add(commands: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Have the server write the export, then add the other formats."""
     from vballoon.control.client import ControlClient
+    from vballoon.memory import PAGE_SIZE
 
     directory = Path(os.path.abspath(options.directory))
     with ControlClient(options.socket, timeout=600) as client:

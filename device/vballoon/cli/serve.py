@@ -103,6 +103,17 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="serve rings in batches with NumPy, or one buffer at a time (default: batch)",
     )
     command.add_argument(
+        "--sandbox",
+        choices=("on", "off", "log"),
+        default="on",
+        help="what a worker may do: on refuses what serving does not need, log only reports it",
+    )
+    command.add_argument(
+        "--no-keeper",
+        action="store_true",
+        help="serve in this process, for debuggers: it has no sandbox, and its end is the device's",
+    )
+    command.add_argument(
         "--log-level", choices=LOG_LEVELS, default="info", help="default: %(default)s"
     )
 
@@ -121,10 +132,17 @@ def run(options: argparse.Namespace) -> int:
     try:
         for machine in machines:
             _listen(listening, machine)
-        from vballoon.cli import serving
+        from vballoon.keeper.logs import set_up_logging
 
-        serving.set_up_logging(options.log_level)
-        return serving.serve(machines, listening)
+        set_up_logging(options.log_level)
+        if options.no_keeper:
+            from vballoon.cli import serving
+
+            return serving.serve(machines, listening)
+        from vballoon.keeper import supervisor
+
+        start = {"log_level": options.log_level, "sandbox": options.sandbox}
+        return supervisor.serve(machines, listening, **start)
     finally:
         listening.close()
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 import fdsocket
@@ -27,23 +26,9 @@ if TYPE_CHECKING:
     from vballoon.keeper.transports import ServedTransport
     from vballoon.virtio import TransportStatus
 
-__all__ = ("serve", "set_up_logging")
+__all__ = ("serve",)
 
 log = logging.getLogger("vballoon.serve")
-
-
-class _OneLine(logging.Formatter):
-    """Format a record as one line: escape what a peer sent, and join tracebacks."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace("\r", "\\r").replace("\n", " | ")
-
-
-def set_up_logging(level: str) -> None:
-    """Log to standard error: time, level, room, message."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def serve(machines: list[dict[str, Any]], listening: Listening) -> int:

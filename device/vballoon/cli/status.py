@@ -9,7 +9,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vballoon.cli.common import Subparsers, add_command, size_text
-from vballoon.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -129,6 +128,8 @@ def _queues(status: dict[str, Any]) -> Any:
 
 
 def _bitmap(shown: dict[str, Any]) -> Any:
+    from vballoon.memory import PAGE_SIZE
+
     table = _table("skip bitmap", "", "pages", "memory", "of the guest")
     for name, pages in shown["pages"].items():
         share = 100 * pages * shown["page-size"] / shown["guest-size"]

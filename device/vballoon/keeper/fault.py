@@ -2,7 +2,9 @@
 """Named steps at which a test lets this process die.
 
 ``VBALLOON_KILL_AT=STEP:N`` makes the N-th passage of STEP raise SIGKILL, which is what the tests of
-recovery need: a real death at a known place.  Without the variable a step costs one comparison.
+recovery need: a real death at a known place.  Of several plans, divided by commas, the first is
+for the first worker, the second for the one after it.  Without the variable a step costs one
+comparison.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 import signal
 from collections import Counter
 
-__all__ = ("arm", "step")
+__all__ = ("advance", "arm", "step")
 
 VARIABLE = "VBALLOON_KILL_AT"
 
@@ -23,13 +25,20 @@ class _Plan:
         self.passed: Counter[str] = Counter()
 
 
-_plan: _Plan | None = _Plan(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
+_plan: _Plan | None = None
+_later: list[str] = []
 
 
 def arm(text: str) -> None:
-    """Plan the death of this process at ``STEP:N``; an empty text plans none."""
+    """Plan deaths as in ``VBALLOON_KILL_AT``; an empty text plans none."""
     global _plan
-    _plan = _Plan(text) if text else None
+    first, *_later[:] = text.split(",")
+    _plan = _Plan(first) if first else None
+
+
+def advance() -> None:
+    """Turn to the plan of the next worker, in the process that forks them."""
+    arm(",".join(_later))
 
 
 def step(name: str) -> None:
@@ -39,3 +48,6 @@ def step(name: str) -> None:
     _plan.passed[name] += 1
     if _plan.name == name and _plan.passed[name] == _plan.count:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+arm(os.environ.get(VARIABLE, ""))

@@ -28,7 +28,7 @@ class Notifier:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
         sock.settimeout(BARRIER_SECONDS)
-        self._sock = sock
+        self.sock = sock
         self.alive = True
         """False once the supervisor did not take a datagram or answer a barrier."""
 
@@ -48,14 +48,14 @@ class Notifier:
 
     def fileno(self) -> int:
         """Return the socket's number."""
-        return self._sock.fileno()
+        return self.sock.fileno()
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one datagram; a supervisor that is gone only clears :attr:`alive`."""
         if not self.alive:
             return
         try:
-            send_some(self._sock, data, fds)
+            send_some(self.sock, data, fds)
         except OSError:
             self.alive = False
 
@@ -96,7 +96,7 @@ class Notifier:
 
     def close(self) -> None:
         """Close the socket."""
-        self._sock.close()
+        self.sock.close()
 
 
 def inherited(environment: dict[str, str] | None = None) -> list[tuple[str, int]]:

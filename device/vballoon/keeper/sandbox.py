@@ -168,8 +168,8 @@ _ALLOWED = {
         copy_file_range""",
     "sockets that are open": """sendmsg sendto recvmsg recvfrom accept accept4 shutdown getsockopt
         setsockopt getsockname getpeername socketpair""",
-    "descriptors": """close close_range dup dup2 dup3 fstat newfstatat stat lstat statx fstatfs
-        kcmp memfd_create eventfd2""",
+    "descriptors": """close close_range dup dup2 dup3 pipe2 fstat newfstatat stat lstat statx
+        fstatfs kcmp memfd_create eventfd2""",
     "files, which Landlock restricts": """openat mkdirat unlinkat renameat renameat2 linkat
         readlinkat readlink faccessat faccessat2 mkdir rename unlink rmdir access getdents64 getcwd
         umask fchmod fchmodat fsync fdatasync ftruncate fallocate""",

@@ -86,7 +86,8 @@ class MessageStream:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._edges: select.epoll | None = None
         self._output: list[tuple[bytes, list[int]]] = []
-        self._handling = False
+        self.handling = False
+        """Whether the receiver has a message at hand."""
         self._held: int | None = None  # size of a message whose answer is not known yet
         self._blocked = False  # the socket takes no more of an answer now
         self._open, self._closing = True, False
@@ -139,11 +140,11 @@ class MessageStream:
             return False
         fault.step("message-peeked")
         data, fds = message
-        self._handling = True
+        self.handling = True
         try:
             self._receiver.received(data, fds)
         finally:
-            self._handling = False
+            self.handling = False
         fault.step("message-handled")
         if self._closing:
             self._close_when_sent()
@@ -199,7 +200,7 @@ class MessageStream:
             return
         if data:
             self._receiver.received(data, fds)
-        self._end("")
+        self._end(None)
 
     # -- one message --------------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ class MessageStream:
             close_fds(fds)
             return
         self._output.append((data, list(fds)))
-        if not self._handling and self._held is not None:
+        if not self.handling and self._held is not None:
             size, self._held = self._held, None
             self._conclude(size)
             if self._loop is not None:
@@ -302,7 +303,7 @@ class MessageStream:
     def close_when_sent(self) -> None:
         """Read no more, and close once the output is written."""
         self._closing = True
-        if not self._handling:
+        if not self.handling:
             self._close_when_sent()
 
     def _close_when_sent(self) -> None:
@@ -317,9 +318,9 @@ class MessageStream:
 
     def close(self) -> None:
         """Close the socket; safe to call again."""
-        self._end("")
+        self._end(None)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str | None) -> None:
         if not self._open:
             return
         self._open = False

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Emit = Callable[[str, dict[str, Any]], None]
 
-__all__ = ("ServedTransport", "VfioUser", "VhostUser")
+__all__ = ("Events", "ServedTransport", "VfioUser", "VhostUser")
 
 
 class ServedTransport(Protocol):
@@ -36,19 +36,22 @@ class ServedTransport(Protocol):
         """Let the front-end go and stop serving; safe to call again."""
 
 
-class _Events(TransportEvents):
+class Events(TransportEvents):
     """Emits what happens on a transport as events of the control socket."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
 
     def frontend_connected(self) -> None:
+        """Emit FRONTEND_CONNECTED."""
         self._emit("FRONTEND_CONNECTED", {})
 
     def frontend_disconnected(self, reason: str) -> None:
+        """Emit FRONTEND_DISCONNECTED."""
         self._emit("FRONTEND_DISCONNECTED", {"reason": reason})
 
     def queue_broken(self, index: int, rule: str, detail: str) -> None:
+        """Emit QUEUE_BROKEN."""
         self._emit("QUEUE_BROKEN", {"queue": index, "rule": rule, "detail": detail})
 
 
@@ -72,7 +75,7 @@ class VhostUser(VhostUserServer):
             fd=sock.detach() if sock is not None else None,
             client=sock is None,
             ring_features=features.ring,
-            events=_Events(emit),
+            events=Events(emit),
             device_names=names,
             engine=engine,
         )
@@ -102,7 +105,7 @@ class VfioUser:
             ring_features=features.pci_ring,
             engine=engine,
             msix=msix,
-            events=_Events(emit),
+            events=Events(emit),
         )
         self._server = Server(self._function, sock)
         self._names = names

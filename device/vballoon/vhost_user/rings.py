@@ -81,6 +81,8 @@ class FrontendRings:
         self.set = RingSet(device, self, events=events)
         self.standstill = True
         """Whether no ring has run since the device was last reset or all rings were stopped."""
+        self.held = False
+        """Whether no ring is served, whatever the messages say."""
         self._poll: Handle | None = None
 
     @property
@@ -116,7 +118,7 @@ class FrontendRings:
 
     def settle(self) -> None:
         """Run the rings that the messages so far want, and no other."""
-        served = self.ready and self.memory.regions
+        served = self.ready and self.memory.regions and not self.held
         wanted = [v.index for v in self.vrings if served and v.complete and v.enabled]
         due = self.set.settle(wanted)
         if due:

@@ -13,32 +13,52 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import fdsocket
-from fdsocket import FdStream, close_fds
+from fdsocket import FdStream, Receiver, close_fds
 from vballoon.errors import ProtocolError
 from vballoon.native import guard
 from vballoon.vhost_user.backend import VhostUserBackend
 from vballoon.vhost_user.channel import BackendChannel
 
-__all__ = ("Connection",)
+__all__ = ("Connection", "Stream")
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16
 
 
+class Stream(Protocol):
+    """The connection's socket: :class:`fdsocket.FdStream`, or one that survives this process."""
+
+    def start(self) -> None:
+        """Read for the receiver from now on."""
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send *data*; takes *fds* over."""
+
+    def close_when_sent(self) -> None:
+        """Read no more, and close once the output is written."""
+
+    def close(self) -> None:
+        """Close the socket."""
+
+
 class Connection:
     """A connected front-end.  *make_backend* gets this shell and returns its back-end."""
 
     def __init__(
-        self, sock: socket.socket, make_backend: Callable[[Connection], VhostUserBackend]
+        self,
+        sock: socket.socket,
+        make_backend: Callable[[Connection], VhostUserBackend],
+        make_stream: Callable[[socket.socket, Receiver], Stream] = FdStream,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._watched: set[int] = set()
         self.ended: asyncio.Future[str] = self._loop.create_future()
-        self.stream = FdStream(sock, self)
+        self.stream = make_stream(sock, self)
         self.backend = make_backend(self)
         self.stream.start()
 
@@ -52,6 +72,10 @@ class Connection:
         """See :class:`fdsocket.Receiver`."""
         self.backend.session.feed(data, fds)
         self.output()
+
+    def waiting(self) -> bool:
+        """Return whether an answer is due that is not known yet."""
+        return self.backend.session.waiting
 
     def output(self) -> None:
         """Send what the session has to send, and end the connection if the session has ended."""
