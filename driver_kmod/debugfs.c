@@ -82,7 +82,6 @@ static void show_walk(struct seq_file *m, const struct free_walk *walk)
 	seq_printf(m, "longest_hold_ns %u\n", walk->longest_hold_ns);
 	seq_printf(m, "overlong %u\n", walk->overlong);
 	seq_printf(m, "zones %u\n", walk->zones);
-	seq_printf(m, "cut %d\n", walk->cut);
 }
 
 static int dry_run_show(struct seq_file *m, void *unused)

@@ -7,6 +7,7 @@
 #include <linux/module.h>
 #include <linux/time64.h>
 
+#include "hotplug.h"
 #include "vbw.h"
 
 /* Above a second a slice would be no bound at all. */
@@ -45,9 +46,12 @@ static int __init vbw_init(void)
 {
 	int err;
 
-	err = vbw_memmap_init();
+	err = vbw_hotplug_init();
 	if (err)
 		return err;
+	err = vbw_memmap_init();
+	if (err)
+		goto err_hotplug;
 	vbw_debugfs_init();
 	err = register_virtio_driver(&vbw_driver);
 	if (err)
@@ -57,6 +61,8 @@ static int __init vbw_init(void)
 err_debugfs:
 	vbw_debugfs_exit();
 	vbw_memmap_exit();
+err_hotplug:
+	vbw_hotplug_exit();
 	return err;
 }
 module_init(vbw_init);
@@ -66,6 +72,7 @@ static void __exit vbw_exit(void)
 	unregister_virtio_driver(&vbw_driver);
 	vbw_debugfs_exit();
 	vbw_memmap_exit();
+	vbw_hotplug_exit();
 }
 module_exit(vbw_exit);
 

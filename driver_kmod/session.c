@@ -108,9 +108,7 @@ static int send_end(struct vbw_session *session, u64 started, int result)
 	};
 
 	session->duration_ns = now - started;
-	return vbw_push_message(push, VBALLOON_WALK_END,
-				walk->cut ? BIT(VBALLOON_WALK_END_F_CUT) : 0,
-				&end, sizeof(end), NULL, 0, 0);
+	return vbw_push_message(push, VBALLOON_WALK_END, 0, &end, sizeof(end), NULL, 0, 0);
 }
 
 static int relax(void *opaque)

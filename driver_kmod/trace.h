@@ -25,7 +25,6 @@ TRACE_EVENT(vbw_walk,
 			     __field(u32, longest_hold_ns)
 			     __field(u32, slices)
 			     __field(u32, buffers)
-			     __field(bool, cut)
 	    ),
 	    TP_fast_assign(__entry->round = round;
 			   __entry->min_order = min_order;
@@ -37,12 +36,11 @@ TRACE_EVENT(vbw_walk,
 			   __entry->longest_hold_ns = walk->longest_hold_ns;
 			   __entry->slices = walk->slices;
 			   __entry->buffers = push->sent_buffers;
-			   __entry->cut = walk->cut;
 	    ),
-	    TP_printk("round=%u min_order=%u result=%d blocks=%llu ranges=%llu pages=%llu duration_ns=%llu longest_hold_ns=%u slices=%u buffers=%u cut=%d",
+	    TP_printk("round=%u min_order=%u result=%d blocks=%llu ranges=%llu pages=%llu duration_ns=%llu longest_hold_ns=%u slices=%u buffers=%u",
 		      __entry->round, __entry->min_order, __entry->result, __entry->blocks,
 		      __entry->ranges, __entry->pages, __entry->duration_ns,
-		      __entry->longest_hold_ns, __entry->slices, __entry->buffers, __entry->cut)
+		      __entry->longest_hold_ns, __entry->slices, __entry->buffers)
 );
 
 #endif /* VBW_TRACE_H */

@@ -17,7 +17,6 @@
  * @longest_hold_ns: out: longest time for which a zone's lock was held
  * @zones: out: populated zones visited
  * @overlong: out: of @slices, held for more than twice @slice_ns
- * @cut: out: a list was left before its end because it kept changing
  */
 struct free_walk {
 	unsigned int slice_ns;
@@ -29,7 +28,6 @@ struct free_walk {
 	u32 longest_hold_ns;
 	u32 zones;
 	u32 overlong;
-	bool cut;
 };
 
 int walk_free_mem_block(void *opaque, int min_order,

@@ -7,6 +7,7 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/bitmap.h>
 #include <linux/irqflags.h>
 #include <linux/kernel.h>
 #include <linux/mm.h>
@@ -14,6 +15,7 @@
 #include <linux/sched.h>
 #include <linux/sched/clock.h>
 #include <linux/spinlock.h>
+#include <linux/vmalloc.h>
 
 #include "walk.h"
 
@@ -32,7 +34,9 @@ struct seen {
 	struct zone *zone;	/* of the last block */
 	unsigned long num;	/* of the last block */
 	unsigned long blocks;
-	unsigned long pages;
+	unsigned long pages;	/* each counted once */
+	unsigned long again;	/* blocks reported before */
+	unsigned long *bits;	/* one for each page frame number */
 	unsigned long least;
 	unsigned long zones;
 	unsigned long rises;	/* a larger block after a smaller one of the zone */
@@ -52,7 +56,11 @@ static int see(void *opaque, unsigned long pfn, unsigned long num)
 	seen->used += !PageBuddy(page);
 	seen->zone = zone;
 	seen->num = num;
-	seen->pages += num;
+	if (test_bit(pfn, seen->bits))
+		seen->again++;
+	else
+		seen->pages += num;
+	bitmap_set(seen->bits, pfn, num);
 	seen->least = min(seen->least, num);
 	return ++seen->blocks == stop_after ? stop_with : 0;
 }
@@ -81,16 +89,23 @@ static void control(void)
 static int __init caller_init(void)
 {
 	struct seen seen = { .least = ULONG_MAX };
-	int ret;
+	unsigned long end = 0;
+	int nid, ret;
 
 	if (holds) {
 		control();
 		return 0;
 	}
+	for_each_online_node(nid)
+		end = max(end, node_end_pfn(nid));
+	seen.bits = vzalloc(BITS_TO_LONGS(end) * sizeof(long));
+	if (!seen.bits)
+		return -ENOMEM;
 	ret = walk_free_mem_block(&seen, min_order, see);
-	pr_info("walk ret=%d blocks=%lu pages=%lu least=%lu zones=%lu rises=%lu unlocked=%lu used=%lu\n",
+	pr_info("walk ret=%d blocks=%lu pages=%lu least=%lu zones=%lu rises=%lu unlocked=%lu used=%lu again=%lu\n",
 		ret, seen.blocks, seen.pages, seen.least, seen.zones, seen.rises, seen.unlocked,
-		seen.used);
+		seen.used, seen.again);
+	vfree(seen.bits);
 	return 0;
 }
 module_init(caller_init);
