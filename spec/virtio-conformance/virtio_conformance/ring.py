@@ -100,6 +100,10 @@ class DriverRing(ABC):
     def interrupts(self, mode: str, after: int = 0) -> None:
         """Ask for notifications: ``on``, ``off``, or ``event``: after *after* more buffers."""
 
+    @abstractmethod
+    def used_count(self) -> int:
+        """Return how many buffers are back that :meth:`poll` has not seen (packed: at least)."""
+
     @property
     @abstractmethod
     def base(self) -> int:

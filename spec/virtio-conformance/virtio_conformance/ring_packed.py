@@ -153,6 +153,11 @@ class PackedRing(DriverRing):
                 self.used_wrap ^= 1
         return found
 
+    def used_count(self) -> int:
+        """Return 1 if the next descriptor is used, else 0."""
+        flags = int(self.desc["flags"][self.used_slot])
+        return int(bool(flags & AVAIL) == bool(flags & USED) == bool(self.used_wrap))
+
     def state(self) -> list[str]:
         """Return where the driver stands and the descriptors around there, in words."""
         slots = [(self.used_slot + i) % self.size for i in range(min(6, self.size))]

@@ -150,6 +150,10 @@ class SplitRing(DriverRing):
             self.free += reversed(self.chains.pop(head, []))
         return found
 
+    def used_count(self) -> int:
+        """Return how far the used index is ahead of the driver."""
+        return (self.used_idx - self.last_used) & 0xFFFF
+
     def state(self) -> list[str]:
         """Return the indices, flags and used elements, in words."""
         now = self.used_idx
