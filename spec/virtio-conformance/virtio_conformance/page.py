@@ -125,12 +125,13 @@ def _card(verdict: Verdict) -> str:
     where = e(row.label)
     if verdict.link:
         where = f'<a href="{e(verdict.link)}">{where}</a>'
+    source = f"; <span class=soft>{e(row.source)}</span>" if row.source else ""
     found = "".join(_failure(alike) for alike in _alike(verdict.failures))
     return (
         f'<div class=card id="broken-{e(row.id)}" data-status="{verdict.status}">'
         f"<h3>{_chip(verdict.status)} <code>{e(row.id)}</code></h3>"
         f"<dl><dt>expected</dt><dd>{e(row.text)} <span class=soft>({row.strength})</span></dd>"
-        f"<dt>source</dt><dd>{where}; <span class=soft>{e(row.source)}</span></dd></dl>"
+        f"<dt>source</dt><dd>{where}{source}</dd></dl>"
         f"{found}</div>"
     )
 
@@ -145,7 +146,7 @@ def _alike(failed: list[Record]) -> list[list[Record]]:
 
 
 def _first_line(record: Record) -> str:
-    return record.observed.partition("\n")[0]
+    return record.observed.partition("\n")[0].removeprefix("Finding: ")
 
 
 def _failure(alike: list[Record]) -> str:
@@ -161,7 +162,10 @@ def _failure(alike: list[Record]) -> str:
         names = ", ".join(f"<code>{e(other.name)}</code>" for other in alike[1:])
         parts.append(f"<p>In the same way: {names}</p>")
     parts += _evidence(record)
-    return f'<details id="{e(record.name)}"><summary>{title}</summary>{"".join(parts)}</details>'
+    output = record.backend.strip().splitlines()[-1:]
+    last = f"<p class=soft>last output: <code>{e(_narrow(output))}</code></p>" if output else ""
+    body = "".join(parts)
+    return f'<details id="{e(record.name)}"><summary>{title}</summary>{body}</details>{last}'
 
 
 def _evidence(record: Record) -> list[str]:

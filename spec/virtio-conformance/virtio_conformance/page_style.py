@@ -30,6 +30,7 @@ details{margin:.3rem 0} summary{cursor:pointer;overflow-wrap:anywhere}
 position:sticky;top:0;background:#fff;padding:.5rem 0;border-bottom:1px solid var(--line)}
 .filter input[type=search]{flex:1 1 14rem;padding:.3rem .5rem;font:inherit;min-width:0}
 @media (max-width:640px){
+.filter{position:static}
 table,tbody,tr,td{display:block;width:100%} thead{display:none}
 tr{padding:.4rem 0} td{padding:.1rem 0} td:nth-child(-n+2){display:inline;width:auto;
 margin-right:.5rem}
