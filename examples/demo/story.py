@@ -74,7 +74,7 @@ class Story:
             with self.console.status(f"[bold]{title}[/]…"):
                 step()
             self.console.print(f"[green]•[/] {title}: {self.rows[-1].measured}")
-        self.export(folder)
+        self.export(socket, folder)
         self.picture(socket, folder / "memory-map.png")
         self.row("data kept by the guest", "intact" if self.guest.intact() else "DAMAGED",
                  "intact", self.guest.intact())  # fmt: skip
@@ -130,10 +130,13 @@ class Story:
         self.row("statistics", f"{len(stats)} figures, {mib(stats['stat-free-memory'])} free",
                  "at least 10", len(stats) >= 10)  # fmt: skip
 
-    def export(self, folder: Path) -> None:
+    def export(self, socket: Path, folder: Path) -> None:
         """Export the bitmap."""
+        from vballoon.control import ControlClient
+
         target = folder / "skip-bitmap"
-        self.ctl("export-skip-bitmap", directory=str(target))
+        with ControlClient(socket, timeout=60) as client:
+            client.export(target)
         pages = json.loads((target / "manifest.json").read_text())["pages"]
         live = self.ctl("query-skip-bitmap")["pages"]
         said = ", ".join(f"{count} {name}" for name, count in pages.items())

@@ -17,6 +17,8 @@ from typing import Any
 from tests.lab.machine import Machine, _die_with_parent
 from tests.lab.qmp import Qmp
 
+from vballoon.control import ControlClient
+
 TRANSPORTS = ("vhost-user", "vfio-user")
 ROLES = 6
 """Number of queues of the front-end: five of the standard, and the walk queue."""
@@ -96,6 +98,11 @@ class Backend:
     def ctl(self, command: str, **arguments: Any) -> Any:
         """Run a command on the control socket."""
         return self.events.command(command, **arguments)
+
+    def export(self, folder: Path) -> dict[str, int]:
+        """Write the skip bitmap to the new *folder*; return its pages by provenance."""
+        with ControlClient(self.control_socket, timeout=60) as client:
+            return client.export(folder)
 
     def words(self) -> str:
         """Return the log of the server."""

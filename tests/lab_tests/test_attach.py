@@ -96,7 +96,7 @@ def statistics_arrive(vm: Machine, backend: Backend) -> None:
 
 def bitmap_is_exported(backend: Backend, folder: Path) -> None:
     """Check that the exported counts equal the live ones."""
-    backend.ctl("export-skip-bitmap", directory=str(folder))
+    backend.export(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     live = backend.ctl("query-skip-bitmap")["pages"]
     assert manifest["pages"] == live

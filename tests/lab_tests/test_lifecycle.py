@@ -94,7 +94,7 @@ def test_reboot_into_a_guest_without_a_driver(transport: str, tmp_path: Path) ->
         assert backend.ctl("query-balloon")["driver-running"] is False
         vm.qmp("stop")
         folder = tmp_path / "export"
-        backend.ctl("export-skip-bitmap", directory=str(folder))
+        backend.export(folder)
         export = SkipExport(folder)
         skipped = export.skippable(None)
         (ram,) = vm.ram

@@ -123,7 +123,7 @@ def walked(backend: Backend, folder: Path) -> FreeMemory:
     backend.ctl("start-walk")
     done = backend.events.wait_event("ROUND_COMPLETED", timeout=60)["data"]
     assert done["complete"], done
-    backend.ctl("export-skip-bitmap", directory=str(folder))
+    backend.export(folder)
     bitmap = SkipExport(folder).bitmap(Provenance.WALKED)
     return FreeMemory(bitmap.extents(), 0, bitmap.count(), 0)
 

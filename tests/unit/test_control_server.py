@@ -22,7 +22,7 @@ from tests.unit.test_skipmap_map import put
 import fdsocket
 from vballoon.control import ControlClient
 from vballoon.errors import UsageError
-from vballoon.skipmap import Provenance, SkipExport
+from vballoon.skipmap import FrozenExport, Provenance, SkipExport
 
 B, R, H, W = Provenance
 MIB = 1 << 20
@@ -100,7 +100,7 @@ def test_every_command_is_listed_with_help(client):
     assert {c["name"] for c in listed} == {
         "qmp_capabilities", "balloon", "query-balloon", "query-guest-stats",
         "set-guest-stats-interval", "start-hinting", "stop-hinting", "start-walk", "stop-walk",
-        "query-round", "query-skip-bitmap", "export-skip-bitmap", "get-skip-bitmap-fd",
+        "query-round", "query-skip-bitmap", "get-skip-export-fd", "get-skip-bitmap-fd",
         "query-memory-map", "query-status", "query-commands", "quit",
         "query-guest-memory", "get-guest-memory-fd", "get-memmap-layout",
     }  # fmt: skip
@@ -124,8 +124,6 @@ def test_every_command_is_listed_with_help(client):
         ("query-round", {"kind": "x"}, "one of hint, walk"),
         ("query-round", {}, "no round yet"),
         ("query-round", {"kind": "walk"}, "no walk round yet"),
-        ("export-skip-bitmap", {"directory": "relative"}, "absolute path"),
-        ("export-skip-bitmap", {"directory": "/proc/nothing/here"}, "cannot export to"),
         ("query-memory-map", {"cells": 0}, "'cells' expects"),
         ("query-memory-map", {"cells": 1 << 20}, "'cells' expects"),
     ],
@@ -145,7 +143,7 @@ def test_wrong_arguments_get_one_sentence(client, command, arguments, says):
         ("query-skip-bitmap", {}),
         ("get-skip-bitmap-fd", {}),
         ("query-memory-map", {"cells": 10}),
-        ("export-skip-bitmap", {"directory": "/tmp/never-made"}),
+        ("get-skip-export-fd", {}),
     ],
 )
 def test_before_a_guest_is_there(path, command, arguments):
@@ -214,9 +212,44 @@ def test_query_skip_bitmap(client, balloon):
 
 def test_export(client, balloon, tmp_path):
     put(balloon.skipmap, B, (0, 10))
-    answer = client.execute("export-skip-bitmap", {"directory": str(tmp_path / "out")})
-    assert answer["pages"] == {"ballooned": 10, "reported": 0, "hinted": 0, "walked": 0}
+    pages = client.export(tmp_path / "out")
+    assert pages == {"ballooned": 10, "reported": 0, "hinted": 0, "walked": 0}
     assert SkipExport(tmp_path / "out").bitmap(B).count() == 10
+    with pytest.raises(UsageError, match="cannot export to"):
+        client.export("/proc/nothing/here")
+
+
+def test_the_received_export_is_the_written_one(client, balloon, tmp_path):
+    put(balloon.skipmap, B, (0, 10))
+    put(balloon.skipmap, W, (64, 66))
+    client.export(tmp_path / "received")
+    FrozenExport(balloon.skipmap).write(tmp_path / "written")
+    for path in sorted((tmp_path / "written").glob("*.bitmap")):
+        assert path.read_bytes() == (tmp_path / "received" / path.name).read_bytes()
+    assert SkipExport(tmp_path / "received").verify() == SkipExport(tmp_path / "written").verify()
+
+
+def test_the_export_and_the_live_bitmaps_cannot_be_written(client):
+    for command in ("get-skip-export-fd", "get-skip-bitmap-fd"):
+        _, fd = client.execute_fd(command)
+        os.fchmod(fd, 0o600)
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        with pytest.raises(PermissionError):
+            mmap.mmap(again, 4096, prot=mmap.PROT_WRITE)
+        with pytest.raises(PermissionError):
+            os.write(again, b"x")
+        os.close(again)
+        os.close(fd)
+
+
+def test_bits_change_and_go_after_the_live_descriptor_was_handed_out(client, balloon):
+    layout, fd = client.execute_fd("get-skip-bitmap-fd")
+    put(balloon.skipmap, W, (64, 66))
+    with mmap.mmap(fd, layout["size"], prot=mmap.PROT_READ) as view:
+        assert any(view[4096:])
+        balloon.skipmap.close()
+        assert not any(view[4096:])
+    os.close(fd)
 
 
 def test_the_descriptor_comes_with_the_reply(client, balloon):
@@ -384,3 +417,36 @@ def test_a_client_that_finds_no_server_says_what_to_do(tmp_path):
         with pytest.raises(UsageError, match="is it the socket that"):
             ControlClient(tmp_path / "device", timeout=0.05)
         silent.close()
+
+
+OTHER_USER = """
+import json, os, socket, sys
+os.fchdir(int(sys.argv[1]))
+os.setresuid(65534, 65534, 65534)
+sock = socket.socket(socket.AF_UNIX)
+sock.connect("control.sock")
+file = sock.makefile("rw")
+file.readline()
+for command in ("qmp_capabilities", "get-guest-memory-fd", "query-balloon"):
+    arguments = {"arguments": {"file": 0}} if "fd" in command else {}
+    file.write(json.dumps({"execute": command} | arguments) + "\\n")
+    file.flush()
+    print(file.readline(), end="")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_gets_no_descriptor_of_guest_memory(client, tmp_path):
+    (socket_path,) = [p for p in tmp_path.rglob("*") if p.is_socket()]
+    socket_path.chmod(0o777)
+    socket_path.parent.chmod(0o755)
+    folder = os.open(socket_path.parent, os.O_RDONLY)
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_USER, str(folder)], pass_fds=[folder],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    os.close(folder)
+    assert done.returncode == 0, done.stderr
+    _, refused, answered = map(json.loads, done.stdout.splitlines())
+    assert "serves only root and the user that runs the server" in refused["error"]["desc"]
+    assert "return" in answered

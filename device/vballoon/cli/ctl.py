@@ -22,7 +22,7 @@ EXAMPLES = """\
   vballoon ctl control.sock balloon value=2G
   vballoon ctl control.sock query-guest-stats
   vballoon ctl control.sock start-hinting --wait ROUND_COMPLETED
-  vballoon ctl control.sock export-skip-bitmap directory=/var/tmp/skip
+  vballoon ctl control.sock query-skip-bitmap
 """
 
 

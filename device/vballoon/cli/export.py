@@ -36,10 +36,7 @@ def add(commands: Subparsers) -> None:
         "export",
         run,
         summary="write the skip bitmap to a directory",
-        description=(
-            "Write the current skip bitmap to a new DIRECTORY, complete or not at all. The server\n"
-            "writes the files, so it needs write access to the parent directory."
-        ),
+        description=("Write the current skip bitmap to a new DIRECTORY, complete or not at all."),
         examples=EXAMPLES,
     )
     command.add_argument("socket", metavar="SOCKET", help="path of the control socket")
@@ -55,14 +52,14 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Have the server write the export, then add the other formats."""
+    """Fetch the export and write it, then add the other formats."""
     from vballoon.control.client import ControlClient
     from vballoon.memory import PAGE_SIZE
 
     directory = Path(os.path.abspath(options.directory))
     with ControlClient(options.socket, timeout=600) as client:
-        answer = client.execute("export-skip-bitmap", {"directory": str(directory)})
-    for name, pages in answer["pages"].items():
+        written_pages = client.export(directory)
+    for name, pages in written_pages.items():
         print(f"{name:<10} {pages:>12,} pages  {size_text(pages * PAGE_SIZE):>10}")
     formats = set(options.format or ()) - {"raw"}
     if formats:

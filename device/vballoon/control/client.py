@@ -69,6 +69,19 @@ class ControlClient:
             raise UsageError(f"{self._path}: {command} returned no descriptor")
         return result, self.fds.pop()
 
+    def export(self, directory: str | os.PathLike[str]) -> dict[str, int]:
+        """Write the current skip bitmap to a new *directory*; return its pages by provenance.
+
+        Raise UsageError with the server's error text, or where the directory cannot be written.
+        """
+        from vballoon.skipmap.export import receive_export  # imports NumPy
+
+        answer, fd = self.execute_fd("get-skip-export-fd")
+        try:
+            return receive_export(fd, int(answer["manifest-offset"]), directory).pages
+        finally:
+            os.close(fd)
+
     def wait_event(self, name: str, timeout: float) -> dict[str, Any]:
         """Return the next event *name*.  Raise TimeoutError after *timeout* seconds."""
         deadline = time.monotonic() + timeout

@@ -175,17 +175,17 @@ def query_skip_bitmap(operator: Operator) -> dict[str, Any]:
     }
 
 
-@COMMANDS.command(
-    "export-skip-bitmap",
-    {"directory": Argument(str, "absolute path of a directory that does not exist yet")},
-)
-async def export_skip_bitmap(operator: Operator, directory: str) -> dict[str, Any]:
-    """Write the current skip bitmap: a manifest and raw bitmaps with checksums."""
-    if not os.path.isabs(directory) or "\0" in directory:
-        raise CommandError("Parameter 'directory' expects an absolute path")
+@COMMANDS.command("get-skip-export-fd")
+async def get_skip_export_fd(operator: Operator) -> Reply:
+    """Return the current skip bitmap as a memory file; a descriptor comes with the reply.
+
+    The bitmaps come first, in the manifest's order, each from a multiple of 4096 bytes on; the
+    manifest begins at manifest-offset. "vballoon export" writes them to files: the server writes
+    none, so that whoever reaches this socket can write only where they could anyway.
+    """
     frozen = FrozenExport(operator.require_memory())
-    manifest = await asyncio.to_thread(frozen.write, directory)
-    return {"directory": directory, "pages": manifest.pages}
+    fd, manifest_at, manifest = await asyncio.to_thread(frozen.to_descriptor)
+    return Reply({"manifest-offset": manifest_at, "pages": manifest.pages}, (fd,))
 
 
 @COMMANDS.command("get-skip-bitmap-fd")

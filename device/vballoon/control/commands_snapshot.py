@@ -7,6 +7,7 @@ QEMU's process nor root, and it keeps the files when the device is unplugged.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ("COMMANDS",)
 
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 FILES_MAX = 4096
 """Maximum number of guest memory files; QEMU has one for each memory backend."""
 
@@ -68,9 +70,15 @@ def query_guest_memory(operator: Operator) -> dict[str, Any]:
 @COMMANDS.command(
     "get-guest-memory-fd",
     {"file": Argument(int, "number of the file in query-guest-memory", maximum=FILES_MAX)},
+    same_user=True,
 )
 def get_guest_memory_fd(operator: Operator, file: int) -> Reply:
-    """Hand out a file of guest memory: the reply carries a read-only descriptor (SCM_RIGHTS)."""
+    """Hand out a file of guest memory: the reply carries a read-only descriptor (SCM_RIGHTS).
+
+    A memfd has mode 0777, so whoever has any descriptor of it can open it again for writing. The
+    file belongs to the front-end and its mode cannot be changed here: only root and the server's
+    own user get one.
+    """
     files = list(_files(operator).items())
     if file >= len(files):
         raise CommandError(f"there are {len(files)} files of guest memory")
@@ -80,11 +88,13 @@ def get_guest_memory_fd(operator: Operator, file: int) -> Reply:
 
 
 def _read_only(fd: int) -> int:
-    """Return a new, read-only open of the same file, with its own position, where possible."""
+    """Return a new, read-only open of the same file, with its own position."""
     try:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return os.dup(fd)
+    except OSError as error:  # a duplicate would be writable, and share its position
+        raise CommandError(
+            f"the memory file cannot be opened read-only: {error.strerror}"
+        ) from None
 
 
 @COMMANDS.command("get-memmap-layout")
@@ -100,11 +110,12 @@ def get_memmap_layout(operator: Operator) -> Reply:
         raise CommandError(
             "the guest has reported no memmap layout; load vballoon_walk in the guest"
         )
-    fd = os.memfd_create("vballoon-memmap", os.MFD_CLOEXEC)
+    fd = os.memfd_create("vballoon-memmap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(layout.header.build())
         file.write(layout.runs.tobytes())
     os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     value = {
         "runs": int(layout.runs.size),
         "partial": layout.partial,

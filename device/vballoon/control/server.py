@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import logging
 import socket
+import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,7 @@ class Client:
         self._session = QmpSession((major, minor, micro), f"vballoon {vballoon.__version__}")
         self._requests: deque[Request] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._user = _user_of(connection)
         self._stream = fdsocket.FdStream(connection, self)
         self._stream.start()
         self._flush()
@@ -158,6 +160,7 @@ class Client:
     async def _answer(self, request: Request) -> None:
         try:
             command = COMMANDS.find(request.name)
+            command.authorize(self._user)
             result = command.run(self._server.operator, **command.bind(request.arguments))
             if inspect.isawaitable(result):
                 result = await result
@@ -171,3 +174,12 @@ class Client:
         else:
             reply = result if isinstance(result, Reply) else Reply(result)
             self._session.reply(request, reply.value, reply.fds)
+
+
+def _user_of(connection: socket.socket) -> int:
+    """Return the user id that the client had when it connected."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(credentials)[1])
+
+
+_UCRED = struct.Struct("iII")  # struct ucred: process, user, group

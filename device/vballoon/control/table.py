@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -65,11 +66,20 @@ class Command:
     name: str
     run: Run
     arguments: Mapping[str, Argument] = field(default_factory=dict)
+    same_user: bool = False
+    """Refuse clients of other users than the server's and root."""
 
     @property
     def help(self) -> str:
         """The help text: the first paragraph of the docstring."""
         return " ".join((inspect.getdoc(self.run) or "").split("\n\n")[0].split())
+
+    def authorize(self, user: int) -> None:
+        """Raise CommandError unless a client of user id *user* may run the command."""
+        if self.same_user and user not in (0, os.geteuid()):
+            raise CommandError(
+                f"{self.name} serves only root and the user that runs the server, not user {user}"
+            )
 
     def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Check *given* and return it as keyword arguments.  Raise CommandError if invalid."""
@@ -107,12 +117,16 @@ class Table:
         self.commands: dict[str, Command] = {}
 
     def command(
-        self, name: str, arguments: Mapping[str, Argument] | None = None
+        self,
+        name: str,
+        arguments: Mapping[str, Argument] | None = None,
+        *,
+        same_user: bool = False,
     ) -> Callable[[F], F]:
         """Declare the decorated function as command *name*."""
 
         def declare(run: F) -> F:
-            self.commands[name] = Command(name, run, arguments or {})
+            self.commands[name] = Command(name, run, arguments or {}, same_user)
             return run
 
         return declare

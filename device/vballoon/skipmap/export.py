@@ -8,6 +8,8 @@ safety rule forbids unless the caller accepts them.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import UsageError
+from vballoon.memory import PAGE_SIZE
 from vballoon.skipmap import bits
 from vballoon.skipmap.bitmap import PageBitmap, combine
 from vballoon.skipmap.layout import BitmapLayout
@@ -33,15 +36,17 @@ from vballoon_spec.skipmap import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from typing import IO
 
     from numpy.typing import NDArray
 
     from vballoon.skipmap.map import SkipMap
     from vballoon.skipmap.rounds import Round
 
-__all__ = ("FrozenExport", "SkipExport", "read_bitmap", "write_export")
+__all__ = ("FrozenExport", "SkipExport", "read_bitmap", "receive_export", "write_export")
 
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 WRITE_WORDS = 1 << 17
 """Number of words written and hashed at a time (1 MiB); all-zero pieces become holes."""
 MANIFEST_MAX = 64 << 20
@@ -69,35 +74,66 @@ class FrozenExport:
         Raise :class:`~vballoon.errors.UsageError` if the directory exists and is not empty, or
         cannot be written; no files remain then.
         """
-        target = Path(os.path.abspath(directory))
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            try:
-                manifest = self._write_files(draft)
-                draft.chmod(0o755)
-                draft.rename(target)  # onto an empty directory at most
-            except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
-        except OSError as error:
-            raise UsageError(f"cannot export to {target}: {error.strerror or error}") from None
-        return manifest
+        return _new_directory(directory, self._write_files)
 
     def _write_files(self, directory: Path) -> Manifest:
+        def write(name: str, bitmap: PageBitmap, index: int) -> BitmapFile:
+            with (directory / name).open("wb") as file:
+                entry = _write_bitmap(file, 0, name, bitmap, index)
+                file.flush()
+                os.fsync(file.fileno())
+            return entry
+
+        manifest = self._manifest(write)
+        with (directory / MANIFEST_FILE).open("w") as file:
+            file.write(manifest.dumps())
+            file.flush()
+            os.fsync(file.fileno())
+        return manifest
+
+    def to_descriptor(self) -> tuple[int, int, Manifest]:
+        """Write the export into a sealed memory file.
+
+        Return its descriptor (the caller closes it), the manifest's offset, and the manifest.
+        The bitmaps come first, in the manifest's order, each from a multiple of 4096 bytes on; the
+        manifest is the rest of the file. :func:`receive_export` reads it.
+        """
+        fd = os.memfd_create("vballoon-export", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        end = 0
+        try:
+            with os.fdopen(fd, "wb", closefd=False) as file:
+
+                def write(name: str, bitmap: PageBitmap, index: int) -> BitmapFile:
+                    nonlocal end
+                    entry = _write_bitmap(file, end, name, bitmap, index)
+                    end += entry.bytes + -entry.bytes % PAGE_SIZE
+                    return entry
+
+                manifest = self._manifest(write)
+                file.seek(end)
+                file.write(manifest.dumps().encode())
+            os.fchmod(fd, 0o400)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, end, manifest
+
+    def _manifest(self, write: Callable[[str, PageBitmap, int], BitmapFile]) -> Manifest:
+        """Return the manifest of the bitmaps, each of which *write* has written."""
         regions = tuple(
             ManifestRegion(
                 region.guest_phys_addr,
                 region.size,
                 region.file_offset,
                 {
-                    p.value: _write_bitmap(directory / f"{p}-{i}.bitmap", bitmap, i)
+                    p.value: write(f"{p}-{i}.bitmap", bitmap, i)
                     for p, bitmap in self._bitmaps.items()
                 },
             )
             for i, region in enumerate(self._layout.regions)
         )
-        manifest = Manifest(
+        return Manifest(
             created=self._created,
             host_boot_id=_boot_id(),
             regions=regions,
@@ -105,11 +141,6 @@ class FrozenExport:
             poison=self._poison,
             pages=page_sums(regions),
         )
-        with (directory / MANIFEST_FILE).open("w") as file:
-            file.write(manifest.dumps())
-            file.flush()
-            os.fsync(file.fileno())
-        return manifest
 
 
 def write_export(skipmap: SkipMap, directory: str | os.PathLike[str]) -> Manifest:
@@ -117,28 +148,101 @@ def write_export(skipmap: SkipMap, directory: str | os.PathLike[str]) -> Manifes
     return FrozenExport(skipmap).write(directory)
 
 
-def _write_bitmap(path: Path, bitmap: PageBitmap, index: int) -> BitmapFile:
-    """Write region *index*; parts without bits are neither read nor written."""
+def receive_export(fd: int, manifest_at: int, directory: str | os.PathLike[str]) -> Manifest:
+    """Write the export in the memory file *fd* to a new *directory*, complete or not at all.
+
+    *fd* and *manifest_at* come from :meth:`FrozenExport.to_descriptor`, through the control socket.
+    Raise :class:`~vballoon.errors.UsageError` where the file is not such an export or the directory
+    cannot be written.
+    """
+    size = os.fstat(fd).st_size
+    if not 0 <= size - manifest_at <= MANIFEST_MAX:
+        raise UsageError("the export that was received has no manifest")
+    text = os.pread(fd, size - manifest_at, manifest_at)
+    try:
+        manifest = Manifest.loads(text)
+    except (ManifestError, UnicodeDecodeError) as error:
+        raise UsageError(f"the export that was received: {error}") from None
+
+    def write(draft: Path) -> Manifest:
+        at = 0
+        for region in manifest.regions:
+            for entry in region.bitmaps.values():
+                _copy_range(fd, at, entry.bytes, draft / entry.file)
+                at += entry.bytes + -entry.bytes % PAGE_SIZE
+        (draft / MANIFEST_FILE).write_bytes(text)
+        return manifest
+
+    return _new_directory(directory, write)
+
+
+def _copy_range(fd: int, at: int, size: int, path: Path) -> None:
+    """Copy *size* bytes from offset *at* of *fd* to a new file, with its holes."""
+    end = at + size
+    with path.open("xb") as file:
+        file.truncate(size)
+        low = at
+        while low < end:
+            try:
+                low = os.lseek(fd, low, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break
+            if low >= end:
+                break
+            high = min(os.lseek(fd, low, os.SEEK_HOLE), end)
+            file.seek(low - at)
+            while low < high:
+                piece = os.pread(fd, min(high - low, 8 * WRITE_WORDS), low)
+                if not piece:
+                    raise UsageError("the export that was received is too short")
+                file.write(piece)
+                low += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _new_directory(
+    directory: str | os.PathLike[str], write: Callable[[Path], Manifest]
+) -> Manifest:
+    """Have *write* fill a new *directory*, which appears complete or not at all."""
+    target = Path(os.path.abspath(directory))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            manifest = write(draft)
+            draft.rename(target)  # onto an empty directory at most
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise UsageError(f"cannot export to {target}: {error.strerror or error}") from None
+    return manifest
+
+
+def _write_bitmap(
+    file: IO[bytes], base: int, name: str, bitmap: PageBitmap, index: int
+) -> BitmapFile:
+    """Write region *index* at offset *base*; parts without bits are neither read nor written."""
     region = bitmap.layout.regions[index]
     words = bitmap.region(index)
     spans = [(a - region.first_word, b - region.first_word) for a, b in bitmap.spans()]
     digest, pages = hashlib.sha256(), 0
     zeroes = bytes(8 * WRITE_WORDS)
-    with path.open("wb") as file:
-        for at in range(0, words.size, WRITE_WORDS):
-            end = min(at + WRITE_WORDS, words.size)
-            if any(a < end and b > at for a, b in spans):
-                piece = words[at:end]
-                pages += bits.count(piece)
-                digest.update(piece.data)
-                file.seek(8 * at)
-                file.write(piece.data)
-            else:
-                digest.update(memoryview(zeroes)[: 8 * (end - at)])
-        file.truncate(8 * words.size)
-        file.flush()
-        os.fsync(file.fileno())
-    return BitmapFile(path.name, 8 * words.size, digest.hexdigest(), pages)
+    for at in range(0, words.size, WRITE_WORDS):
+        end = min(at + WRITE_WORDS, words.size)
+        if any(a < end and b > at for a, b in spans):
+            piece = words[at:end]
+            pages += bits.count(piece)
+            digest.update(piece.data)
+            file.seek(base + 8 * at)
+            file.write(piece.data)
+        else:
+            digest.update(memoryview(zeroes)[: 8 * (end - at)])
+    file.truncate(base + 8 * words.size)
+    return BitmapFile(name, 8 * words.size, digest.hexdigest(), pages)
 
 
 def _round_entry(round_: Round) -> ManifestRound:

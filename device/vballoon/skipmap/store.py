@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ("BitmapStore",)
 
 HEADER_BYTES = 4096
+_F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h, since Linux 5.1; not in Python 3.11
 
 
 class BitmapStore:
@@ -39,6 +40,8 @@ class BitmapStore:
 
     def __init__(self, sections: int, words: int) -> None:
         self.section_bytes = 8 * words
+        self._sections = sections
+        self._sealed = False
         self.size = HEADER_BYTES + sections * self.section_bytes
         self._fd = os.memfd_create("vballoon-skipmap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -92,8 +95,12 @@ class BitmapStore:
         return found
 
     def erase(self, index: int) -> None:
-        """Set all bits of bitmap *index* to zero and free its memory."""
-        if self.section_bytes:
+        """Clear all bits of bitmap *index*; free its memory unless a descriptor was handed out."""
+        if self._sealed:
+            words = self.section(index)
+            for low, high in self.spans(index):
+                words[low:high] = 0
+        elif self.section_bytes:
             self._map.madvise(mmap.MADV_REMOVE, self.offset(index), self.section_bytes)
 
     def note(self, **fields: int) -> None:
@@ -106,9 +113,17 @@ class BitmapStore:
         return LiveHeader.parse(self._header.tobytes())
 
     def open_fd(self) -> int:
-        """Return a new read-only descriptor of the whole memfd, which the caller closes."""
+        """Return a new read-only descriptor of the whole; the caller closes it.
+
+        From the first one on, nobody can open or map the memory for writing, not even a process of
+        this user that opens the descriptor again: a bit that is set here may lose a page. The seal
+        also forbids hole punching, so the memory is freed only with the last descriptor.
+        """
         if self._fd < 0:
             raise UsageError("the skip bitmap is closed: no guest memory is attached")
+        if not self._sealed:
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+            self._sealed = True
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -116,8 +131,8 @@ class BitmapStore:
         if self._fd < 0:
             return
         self.note(live=0, generation=int(self._header["generation"][0]) + 1)
-        if self.size > HEADER_BYTES:
-            self._map.madvise(mmap.MADV_REMOVE, HEADER_BYTES, self.size - HEADER_BYTES)
+        for index in range(self._sections):
+            self.erase(index)
         os.close(self._fd)
         self._fd = -1
 

@@ -103,7 +103,7 @@ def export(control: ControlClient, provenance: Provenance) -> PageRanges:
     """Return the page ranges of *provenance* in the back-end's skip bitmap."""
     with tempfile.TemporaryDirectory(prefix="vballoon-") as folder:
         place = str(Path(folder) / "bits")
-        control.execute("export-skip-bitmap", {"directory": place})
+        control.export(place)
         return SkipExport(place).bitmap(provenance).extents()
 
 
