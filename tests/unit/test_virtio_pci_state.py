@@ -215,7 +215,7 @@ def test_a_restored_function_is_equal() -> None:
     value = guest.function.state()
     function = VirtioPciFunction(Echo())
     function.restore(value)
-    # The driver has seen the configuration of another process: it gets a configuration change.
+    # The driver has seen the configuration of another process, so it is notified.
     assert function.state() == replace(value, generation=value.generation + 1)
     function.close()
     end(guest)
