@@ -47,6 +47,7 @@ IO = {"socket", "selectors", "asyncio"}
 IO_ROOMS = {"control", "snapshot", "keeper", "cli"}
 MAPPING = {"mmap", "fcntl"}
 MAPPING_MODULES = {
+    "vballoon.skipmap.export": "seals the memory file that carries an export",
     "vballoon.native.guard": "names the type of a mapping, to find it under an array",
     "vballoon.memory": "maps guest memory",
     "vballoon.skipmap.store": "maps its own bitmap",
