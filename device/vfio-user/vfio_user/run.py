@@ -36,13 +36,23 @@ async def serve(
     """
     if (path is None) == (fd is None):
         raise ValueError("either a path or a descriptor")
-    sock = fdsocket.listen(path) if path is not None else fdsocket.adopt(fd or 0)
-    server = Server(device, sock, limits=limits)
-    loop = asyncio.get_running_loop()
+    loop, task, signalled = asyncio.get_running_loop(), asyncio.current_task(), False
+
+    def stop() -> None:
+        nonlocal signalled
+        signalled = True
+        if task is not None:
+            task.cancel()
+
+    # Before the socket exists: whoever sees it may send a signal at once.
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.close)
+        loop.add_signal_handler(number, stop)
+    sock = fdsocket.listen(path) if path is not None else fdsocket.adopt(fd or 0)
     try:
-        await server.serve()
+        await Server(device, sock, limits=limits).serve()
+    except asyncio.CancelledError:
+        if not signalled:
+            raise
     finally:
         if path is not None:
             os.unlink(path)
