@@ -86,6 +86,7 @@ class ConfigSpace:
         self._next = HEADER_SIZE
         self._last = _CAP_LIST
         self._next_extended = CONFIG_SIZE
+        self._claimed: list[tuple[int, int]] = []  # by capabilities
         self._last_extended = 0
         self._before_read: list[tuple[int, int, Hook]] = []
         self._after_write: list[tuple[int, int, Hook]] = []
@@ -127,16 +128,18 @@ class ConfigSpace:
             raise UsageError(f"an expansion ROM of {size} bytes")
         self._allow(_ROM, (0xFFFFFFFF & ~(size - 1)) | 1, 4)
 
-    def add_capability(self, body: bytes, writable: bytes = b"") -> int:
-        """Append a capability, header included; returns its offset.
+    def add_capability(self, body: bytes, writable: bytes = b"", *, at: int | None = None) -> int:
+        """Append a capability, header included; return its offset.
 
-        *writable* is the mask of bits that can be written, from the capability's start.  Raises
-        :class:`~vfio_user.errors.UsageError` when the space is full.
+        *writable* is the mask of bits that can be written, from the capability's start.  *at* is
+        an offset of one's own choice.  Raise :class:`~vfio_user.errors.UsageError` when the space
+        is full, or used at that offset.
         """
-        offset = self._next
+        offset = self._next if at is None else at
         end = offset + len(body)
         if len(body) < 2 or end > CONFIG_SIZE or len(writable) > len(body):
             raise UsageError(f"no room for a capability of {len(body)} bytes")
+        self._claim(offset, end, HEADER_SIZE)
         self.data[offset:end] = body
         self.data[offset + 1] = 0
         self._mask[offset : offset + len(writable)] = writable
@@ -144,23 +147,33 @@ class ConfigSpace:
         self.data[self._last] = offset
         self._last = offset + 1
         self.data[_STATUS] |= Status.CAP_LIST
-        self._next = end + -end % 4
+        self._next = max(self._next, end + -end % 4)
         return offset
 
     def add_extended_capability(
-        self, cap_id: int, body: bytes, *, version: int = 1, writable: bytes = b""
+        self,
+        cap_id: int,
+        body: bytes,
+        *,
+        version: int = 1,
+        writable: bytes = b"",
+        at: int | None = None,
     ) -> int:
-        """Append an extended capability (*body* follows its header); returns its offset.
+        """Append an extended capability (*body* follows its header); return its offset.
 
-        *writable* is the mask of the body's bits that can be written.  Raises
-        :class:`~vfio_user.errors.UsageError` in conventional configuration space, or when it is
-        full.
+        *writable* is the mask of the body's bits that can be written.  *at* is an offset of
+        one's own choice; the first one must be at 256.  Raise
+        :class:`~vfio_user.errors.UsageError` in conventional configuration space, and when it is
+        full or used at that offset.
         """
-        offset = self._next_extended
+        offset = self._next_extended if at is None else at
         start = offset + ExtendedCapabilityHeader.SIZE
         end = start + len(body)
+        if not self._last_extended and offset != CONFIG_SIZE:
+            raise UsageError(f"the first extended capability at {offset:#x}")
         if end > self.size or len(writable) > len(body):
             raise UsageError(f"no room for an extended capability of {len(body)} bytes")
+        self._claim(offset, end, CONFIG_SIZE)
         self._set_extended(offset, cap_id, version, 0)
         self.data[start:end] = body
         self._mask[start : start + len(writable)] = writable
@@ -168,8 +181,13 @@ class ConfigSpace:
             last, word = self._last_extended, self.long(self._last_extended)
             self._set_extended(last, word & 0xFFFF, word >> 16 & 0xF, offset)
         self._last_extended = offset
-        self._next_extended = end + -end % 4
+        self._next_extended = max(self._next_extended, end + -end % 4)
         return offset
+
+    def _claim(self, start: int, end: int, least: int) -> None:
+        if start < least or start % 4 or any(start < b and a < end for a, b in self._claimed):
+            raise UsageError(f"no room for a capability at {start:#x}")
+        self._claimed.append((start, end))
 
     def _set_extended(self, offset: int, cap_id: int, version: int, following: int) -> None:
         word = cap_id | version << 16 | following << 20

@@ -26,7 +26,7 @@ from vfio_user.faults import guarded
 from vfio_user.intx import IntxPin
 from vfio_user.irqs import IrqTable
 from vfio_user.migration import MigrationMachine
-from vfio_user.regions import Region
+from vfio_user.regions import IoEvent, Region
 from vfio_user.state import BaseState
 from virtio_formats.vfio_user import PCI_NUM_REGIONS, DeviceFlags, PciRegion
 
@@ -74,6 +74,9 @@ class PciDevice:
         self.client_error: str | None = None
         """Why the last client disconnected, for :meth:`detached`; None for an orderly end."""
         self._deferred: deque[Callable[[], None]] = deque()
+        self._working = self._reset_due = False
+        self._at_reset: list[Callable[[], None]] = []
+        self._watch: Callable[[IoEvent, bool], None] | None = None
         self._wake: Callable[[], None] | None = None
 
     device_flags = DeviceFlags.PCI | DeviceFlags.RESET
@@ -139,6 +142,42 @@ class PciDevice:
         self._deferred.append(work)
         self.wake()
 
+    def add_region(self, index: int, region: Region) -> None:
+        """Declare a BAR after the others, before the device is served."""
+        if self.regions[index].size or not 0 <= index < 6:
+            raise UsageError(f"region {index} cannot be added")
+        self.config.add_bar(index, region)
+        self.regions[index] = region
+
+    def add_io_event(self, index: int, event: IoEvent) -> None:
+        """Offer an ioeventfd in region *index*, also while a client is connected.
+
+        A client learns of it when it asks for the region's descriptors the next time.
+        """
+        region = self.regions[index]
+        if event.offset < 0 or event.offset + max(1, event.size) > region.size:
+            raise UsageError(f"an ioeventfd at {event.offset:#x} outside its region")
+        region.io_events.append(event)
+        if self._watch is not None:
+            self._watch(event, True)
+
+    def remove_io_event(self, index: int, event: IoEvent) -> None:
+        """Take an ioeventfd back; its descriptor can be closed then."""
+        self.regions[index].io_events.remove(event)
+        if self._watch is not None:
+            self._watch(event, False)
+
+    def at_reset(self, hook: Callable[[], None]) -> None:
+        """Call *hook* at every reset, before :meth:`reset`."""
+        self._at_reset.append(hook)
+
+    def request_reset(self) -> None:
+        """Reset the function (the guest asked for it), after deferred work that is under way."""
+        if self._working:
+            self._reset_due = True
+        else:
+            self.full_reset()
+
     def base_state(self) -> BaseState:
         """Return configuration space, INTx, and pending and masked vectors: the base's own state.
 
@@ -169,6 +208,10 @@ class PciDevice:
 
     # -- for sessions and servers -----------------------------------------------------------------
 
+    def on_io_event(self, watch: Callable[[IoEvent, bool], None] | None) -> None:
+        """Call *watch(event, added)* for every ioeventfd that comes or goes later."""
+        self._watch = watch
+
     def on_deferred(self, wake: Callable[[], None] | None) -> None:
         """Call *wake* whenever :meth:`run_deferred` should be called soon."""
         self._wake = wake
@@ -183,11 +226,17 @@ class PciDevice:
 
         Nothing while the device stands still for a migration: its memory must not change.
         """
-        if not self.migration.is_running:
+        if self._working or not self.migration.is_running:
             return
         for _ in range(len(self._deferred)):
             work = self._deferred.popleft()
+            self._working = True
             guarded("deferred work", work)
+            self._working = False
+            if self._reset_due:
+                self._reset_due = False
+                guarded("a reset", self.full_reset)
+                return
 
     def finish_work(self) -> None:
         """Do deferred work until there is none, or for a bounded number of rounds.
@@ -207,6 +256,8 @@ class PciDevice:
         self.intx.reset()
         self.stop_logging()
         self.migration.reset()
+        for hook in self._at_reset:
+            hook()
         self.reset()
 
     def stop_logging(self) -> None:

@@ -81,6 +81,15 @@ class IrqTable:
         """Adds 1 to an eventfd of the client.  The default can block where the client clears
         ``O_NONBLOCK`` and fills the counter at the same instant; replace it where that matters."""
 
+    def add(self, index: int, count: int) -> None:
+        """Give *index* the vectors that it did not have so far.
+
+        Raise :class:`~vfio_user.errors.UsageError` if it has some, or for an impossible number.
+        """
+        if self._vectors[index] or not 0 < count <= MAX_VECTORS:
+            raise UsageError(f"{count} vectors of interrupt index {index}")
+        self._vectors[index] += [_Vector() for _ in range(count)]
+
     def count(self, index: int) -> int:
         """Return how many vectors *index* has."""
         return len(self._vectors[index])

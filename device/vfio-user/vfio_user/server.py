@@ -19,6 +19,7 @@ from vfio_user.busy import Refusal, hung_up
 from vfio_user.device import PciDevice
 from vfio_user.faults import guarded
 from vfio_user.link import SessionLimits
+from vfio_user.regions import IoEvent
 from vfio_user.session import Session
 
 __all__ = ("DMA_TIMEOUT", "Server")
@@ -76,9 +77,10 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self.device.on_deferred(self._wake)
         self.device.irqs.watch_unmask(self._watch_unmask)
+        self.device.on_io_event(self._watch_io)
         for region in self.device.regions:
             for event in region.io_events:
-                self._loop.add_reader(event.fd, self._signalled, event.fd, event.callback)
+                self._watch_io(event, True)
         if self._acceptor is not None:
             self._acceptor.resume()
         elif self._only is not None:
@@ -94,6 +96,14 @@ class Server:
         if self.connection is not None:
             self.connection.session.drain()
             self.connection.flush()
+
+    def _watch_io(self, event: IoEvent, added: bool) -> None:
+        if self._loop is None:
+            return
+        if added:
+            self._loop.add_reader(event.fd, self._signalled, event.fd, event.callback)
+        else:
+            self._loop.remove_reader(event.fd)
 
     def _signalled(self, fd: int, callback: Callable[[], None]) -> None:
         try:
@@ -152,10 +162,10 @@ class Server:
 
     def close(self) -> None:
         """Close the socket and the connection; the device stays.  Safe to call again."""
-        if self._loop is not None:
-            for region in self.device.regions:
-                for event in region.io_events:
-                    self._loop.remove_reader(event.fd)
+        for region in self.device.regions:
+            for event in region.io_events:
+                self._watch_io(event, False)
+        self.device.on_io_event(None)
         self.device.irqs.watch_unmask(None)
         self._watch_unmask(None)
         self._loop = None

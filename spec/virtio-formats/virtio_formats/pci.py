@@ -24,6 +24,8 @@ __all__ = (
     "Command",
     "ExpressCapability",
     "ExtendedCapabilityHeader",
+    "MsiCapability",
+    "MsiControl",
     "MsixCapability",
     "MsixControl",
     "MsixTableEntry",
@@ -170,6 +172,32 @@ class PowerManagementCapability(WireStruct):
         "pmcsr" / c.Int16ul,
         "bridge" / c.Int8ul,
         "data" / c.Int8ul,
+    )
+
+
+class MsiControl(enum.IntFlag):
+    """Message Control of MSI; bits 1 to 3 are the binary logarithm of the vectors offered."""
+
+    ENABLE = 1 << 0
+    MULTIPLE_ENABLE = 7 << 4
+    ADDRESS_64 = 1 << 7
+
+
+class MsiCapability(WireStruct):
+    """MSI with 64-bit addresses and without mask bits, 14 bytes."""
+
+    id: int = CapId.MSI
+    next: int = 0
+    control: int = MsiControl.ADDRESS_64
+    address: int = 0
+    data: int = 0
+
+    SUBCON = c.Struct(
+        "id" / c.Int8ul,
+        "next" / c.Int8ul,
+        "control" / c.Int16ul,
+        "address" / c.Int64ul,
+        "data" / c.Int16ul,
     )
 
 
