@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.roots import SUITE
 
 from virtio_conformance import run as command
 from virtio_conformance.baseline import Baseline, failures
@@ -19,7 +18,7 @@ from virtio_conformance.numbering import SCHEMES, Numbering
 from virtio_conformance.plugin import broken_row
 from virtio_conformance.record import Record, Run
 from virtio_conformance.requirements import by_id, chapters, retired
-from virtio_conformance.requirements.marks import marked_tests, named_rows
+from virtio_conformance.requirements.marks import SUITE, marked_tests, named_rows
 from virtio_conformance.target import fill
 from virtio_conformance.verdict import exit_status, verdicts
 

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from tests.roots import SUITE
 
 from virtio_conformance.junit import render_junit
 from virtio_conformance.page import render
 from virtio_conformance.plugin import OPTIONS, _requirements
 from virtio_conformance.record import Record, Run
+from virtio_conformance.requirements.marks import SUITE
 from virtio_conformance.target import Options, Target
 from virtio_conformance.transcript import Transcript, shortened
 from virtio_conformance.verdict import verdicts

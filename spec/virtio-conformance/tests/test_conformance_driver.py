@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 
 import pytest
-from tests.roots import SUITE
 
 from virtio_conformance.findings import Finding
 from virtio_conformance.memory import PAGE, GuestRam
@@ -15,6 +14,7 @@ from virtio_conformance.page import render
 from virtio_conformance.plugin import repeat_command
 from virtio_conformance.profiles import Profile
 from virtio_conformance.record import Record, Run
+from virtio_conformance.requirements.marks import SUITE
 from virtio_conformance.rig_vhost_user import VhostUserRig
 from virtio_conformance.ring import DriverRing, Segment
 from virtio_conformance.ring_packed import PackedRing
