@@ -57,7 +57,7 @@ class Backend:
         return [
             sys.executable, "-m", "vballoon", "serve",
             f"--{self.transport}", str(self.socket),
-            "--control", str(self.control_socket),
+            "--control", str(self.control_socket), "--folder", tempfile.gettempdir(),
             *self.options,
         ]  # fmt: skip
 

@@ -209,6 +209,23 @@ def test_pipelined_equal_messages(server):
     assert server.silent()
 
 
+@pytest.mark.parametrize("step", ["message-peeked", "message-taken", "message-settled"])
+def test_descriptors_of_the_next_message_are_not_those_of_this_one(server, step):
+    """The kernel's peek hands them out: a message that waits in front must not get them."""
+    event = os.eventfd(0)
+    for _ in range(3):
+        server.send(QUIET, b"\x01")
+        server.send(QUIET, b"\x01", [event])
+        server.send(COUNT, b"\x01")
+        server.send(COUNT, b"", [event, event])
+    server.start(f"{step}:4")
+    server.died()
+    got = [struct.unpack("<Q", server.answer())[0] for _ in range(6)]
+    sums = [n * 3003 + extra for n in range(3) for extra in (1003, 3003)]
+    assert got == sums
+    os.close(event)
+
+
 def test_a_peer_that_reads_late_gets_the_whole_answer(server):
     server.start("answer-sent-part:1")
     server.send(BIG, b"\x01")

@@ -109,6 +109,24 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="what a worker may do: on refuses what serving does not need, log only reports it",
     )
     command.add_argument(
+        "--folder",
+        action="append",
+        dest="folders",
+        metavar="DIR",
+        default=[],
+        help="let the worker write below this folder (exports); may be given several times",
+    )
+    command.add_argument(
+        "--user", metavar="NAME", help="user to run the worker as; only root can change it"
+    )
+    command.add_argument(
+        "--restart-limit",
+        metavar="N",
+        type=int,
+        default=5,
+        help="deaths of a worker in a minute after which no ring is served (default: 5)",
+    )
+    command.add_argument(
         "--no-keeper",
         action="store_true",
         help="serve in this process, for debuggers: it has no sandbox, and its end is the device's",
@@ -141,7 +159,11 @@ def run(options: argparse.Namespace) -> int:
             return serving.serve(machines, listening)
         from vballoon.keeper import supervisor
 
-        start = {"log_level": options.log_level, "sandbox": options.sandbox}
+        start = {
+            "log_level": options.log_level,
+            "sandbox": options.sandbox,
+            "restart_limit": options.restart_limit,
+        }
         return supervisor.serve(machines, listening, **start)
     finally:
         listening.close()
@@ -169,7 +191,7 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     given = {key: value for key, value in given.items() if value is not None}
     if options.config is not None:
-        single = ("control", "client", "no_discard", "features", "no_msix")
+        single = ("control", "client", "no_discard", "features", "no_msix", "folders", "user")
         if any(getattr(options, name) for name in single) or options.engine != "batch":
             raise UsageError("with --config FILE, give all options but --log-level in the file")
         from pathlib import Path
@@ -182,6 +204,10 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
     given |= {"client": options.client, "no-discard": options.no_discard}
     given |= {"features": options.features, "engine": options.engine}
     given |= {"no-msix": options.no_msix}
+    if options.folders:
+        given["folders"] = options.folders
+    if options.user:
+        given["user"] = options.user
     if options.control:
         given["control"] = options.control
     return [given]

@@ -26,6 +26,10 @@ _KINDS: dict[str, type] = {
     "features": str,
     "engine": str,
     "no-msix": bool,
+    "name": str,
+    "folders": list,
+    "user": str,
+    "group": str,
 }
 
 

@@ -172,11 +172,20 @@ class MessageStream:
         return self._peek_exactly(self._framing.total(head[0]))
 
     def _peek_exactly(self, size: int) -> tuple[bytes, list[int]] | None:
+        """Return *size* bytes and the descriptors of the buffers that they are in.
+
+        A peek that has all its bytes still looks at the next buffer, and hands out the descriptors
+        of that one.  So one byte more is asked for: it is there if, and only if, the descriptors
+        are those of the next message.
+        """
         self._set_mark(0)
         data, fds = b"", list[int]()
         try:
             while len(data) < size:
-                part, more = receive_some(self._sock, size - len(data), socket.MSG_PEEK)
+                part, more = receive_some(self._sock, size + 1 - len(data), socket.MSG_PEEK)
+                if len(data) + len(part) > size:
+                    close_fds(more)
+                    return data + part[:-1], fds
                 fds += more
                 if not part:
                     close_fds(fds)

@@ -59,10 +59,18 @@ class Vm:
     """The machine *name*, whose descriptors have the owner *key*; *options* as in ``[[vm]]``."""
 
     def __init__(
-        self, key: str, name: str, options: dict[str, Any], services: Services, **start: Any
+        self,
+        key: str,
+        name: str,
+        options: dict[str, Any],
+        services: Services,
+        *,
+        restart_limit: int = CRASHES_MAX,
+        **start: Any,
     ) -> None:
         self.key, self.name, self.options = key, name, options
         self._services, self._start_options = services, start
+        self._restart_limit = restart_limit
         self.state = "stopped"
         """``starting``, ``running``, ``quiet`` (no ring is served), ``failed``, ``stopped``."""
         self.status = ""
@@ -220,7 +228,7 @@ class Vm:
         while now - self._crashes[0] > CRASH_SECONDS:
             self._crashes.popleft()
         self.restarts += 1
-        if len(self._crashes) < CRASHES_MAX:
+        if len(self._crashes) < self._restart_limit:
             log.warning("%s: worker %d died; it is started again", self.name, pid)
             self.start()
             return
@@ -230,7 +238,7 @@ class Vm:
             log.error(
                 "%s: the worker died %d times in %d s; its rings stay stopped until "
                 "'restart' or a new front-end",
-                self.name, CRASHES_MAX, CRASH_SECONDS,
+                self.name, self._restart_limit, CRASH_SECONDS,
             )  # fmt: skip
             self.start()
             return
