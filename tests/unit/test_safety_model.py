@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     complete: bool
 
 
-def search(folder: Path, *switches: str) -> Verdict:
+def search(folder: Path, *switches: str, model: Path = MODEL) -> Verdict:
     """Build the model with *switches* and search all of it (or up to the first error)."""
 
     def run(*command: str) -> str:
@@ -37,8 +37,8 @@ def search(folder: Path, *switches: str) -> Verdict:
             command, cwd=folder, capture_output=True, text=True, check=True, timeout=100
         ).stdout
 
-    source = folder / MODEL.name
-    source.write_bytes(MODEL.read_bytes())
+    source = folder / model.name
+    source.write_bytes(model.read_bytes())
     run("spin", "-a", *(f"-D{switch}" for switch in switches), source.name)
     run("gcc", "-O1", "-w", "-DSAFETY", "-o", "pan", "pan.c")
     words = run("./pan", "-m100000")

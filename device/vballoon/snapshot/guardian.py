@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -49,9 +50,19 @@ def main() -> int:
 
 
 def say(text: str) -> None:
-    """Print *text* on standard error, whose terminal may have gone."""
+    """Print *text* on standard error, which may be closed, and write it to the system log."""
+    import syslog
+
+    syslog.syslog(syslog.LOG_WARNING, f"vballoon: {text}")
     with contextlib.suppress(OSError):
         print(f"vballoon: {text}", file=sys.stderr, flush=True)
+
+
+def _detach() -> None:
+    """Close standard error: whoever reads it is not to wait for this process."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def _undo(entry: Entry, seconds: float) -> tuple[list[str], Entry]:
@@ -78,6 +89,7 @@ def _wait_for_release(troubles: list[str], entry: Entry) -> tuple[list[str], Ent
     process = Process(int(entry.qemu.partition(":")[0] or 0))
     for trouble in troubles:
         say(trouble)
+    _detach()
     while entry.unplug and any(recovery.LATE in trouble for trouble in troubles):
         time.sleep(LATE_SECONDS)
         if process.name != entry.qemu:

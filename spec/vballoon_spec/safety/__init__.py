@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ("MODEL",)
+__all__ = ("MODEL", "MOVE_MODEL")
 
 MODEL = Path(__file__).with_name("contract.pml")
 """The Promela source."""
+MOVE_MODEL = Path(__file__).with_name("move.pml")
+"""The Promela source of the model of a move."""
