@@ -56,6 +56,7 @@ class FakeQemu:
         self.blocked: list[str] = []
         self.networks = ""
         self.mute = False
+        self.dead = False
         self.events: list[dict[str, Any]] = []
         """Sent before the next answer."""
         self.backend_type = "memory-backend-memfd"
@@ -111,7 +112,7 @@ class FakeQemu:
                 return
             with connection:
                 self._talk(connection)
-            if self.status == "ended":
+            if self.status == "ended" or self.dead:
                 return
 
     def _talk(self, connection: socket.socket) -> None:
@@ -119,7 +120,7 @@ class FakeQemu:
                                         "package": ""}, "capabilities": []}}  # fmt: skip
         connection.sendall(json.dumps(greeting).encode() + b"\r\n")
         buffer = ""
-        while self.status != "ended":
+        while self.status != "ended" and not self.dead:
             try:
                 data, fds, _, _ = socket.recv_fds(connection, 1 << 16, 4)
             except OSError:

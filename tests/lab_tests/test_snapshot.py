@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.lab import NAMES, Machine
-from tests.lab.backend import Backend, wait_until
+from tests.lab.backend import Backend, negotiated, wait_until
 from tests.lab_tests.snapshot_lab import (
     MIB,
     VBALLOON,
@@ -138,7 +139,7 @@ def test_memory_of_two_nodes(tmp_path: Path) -> None:
     }
     with (
         Backend("vhost-user", "--no-discard") as backend,
-        balloon_guest(backend, module=module, nodes=2, **hardware) as vm,
+        balloon_guest(backend, module=module, **hardware) as vm,
     ):
         fill(vm, 300)
         done = snapshot(vm, backend, tmp_path / "saved", "--quit")
@@ -151,32 +152,72 @@ def test_memory_of_two_nodes(tmp_path: Path) -> None:
             unharmed(restored)
 
 
-def test_moved_through_a_pipe(tmp_path: Path) -> None:
-    """``vballoon snapshot --output - | vballoon restore -``: no file in between."""
+class MovedMachine(RestoredMachine):
+    """The machine of *original*, received over the socket *link* by ``vballoon receive``."""
+
+    def __init__(self, original: Machine, directory: Path, link: Path, elsewhere: Backend) -> None:
+        super().__init__(original, directory)
+        self._words = [
+            *VBALLOON, "receive", str(directory), "--from", f"unix:{link}",
+            "--balloon-socket", str(elsewhere.socket), "--control", str(elsewhere.control_socket),
+            "--",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backing", ["memfd", "file"])
+def test_moved_by_the_commit_protocol(tmp_path: Path, backing: str) -> None:
+    """``vballoon send`` to ``vballoon receive``; the balloon's target moves along."""
+    target = 400 * MIB
+    before = set(Path("/dev/shm").iterdir())
     with (
         Backend("vhost-user") as backend,
         Backend("vhost-user") as elsewhere,
-        tempfile.TemporaryDirectory(dir="/dev/shm") as place,
-        balloon_guest(backend, kernel="6.12", memory=512) as vm,
+        tempfile.TemporaryDirectory() as short,
+        balloon_guest(backend, kernel="6.12", memory=512, backing=backing) as vm,
     ):
-        fill(vm, 100)
+        vm.guest.sh("keeper make /tmp/kept 10")
+        backend.ctl("balloon", value=target)
+        wait_until(lambda: backend.ctl("query-balloon")["actual"] <= target, timeout=30)
+        link = Path(short) / "link"
         command = [
-            *VBALLOON, "snapshot", "--qmp", str(vm.qmp_socket), "--quit", "--output", "-",
+            *VBALLOON, "send", "--qmp", str(vm.qmp_socket), "--to", f"unix:{link}",
             "--control", str(backend.control_socket),
         ]  # fmt: skip
-        pipe = tmp_path / "pipe"
-        os.mkfifo(pipe)
-        socket = ["--balloon-socket", str(elsewhere.socket)]
-        moved = RestoredMachine(vm, Path("-"), "--ram", place, *socket)
-        moved.standard_input(pipe)
-        into_pipe = ["sh", "-c", 'exec "$@" >"$0"', str(pipe), *command]
-        with subprocess.Popen(into_pipe) as sender, moved as other:
-            assert sender.wait(60) == 0
+        waiting = ["sh", "-c", 'until [ -S "$0" ]; do sleep 0.1; done; sleep 0.5; exec "$@"']
+        with (
+            subprocess.Popen([*waiting, str(link), *command]) as sender,
+            MovedMachine(vm, tmp_path / "there", link, elsewhere) as other,
+        ):
+            assert sender.wait(90) == 0
             assert vm.process.wait(20) == 0
-            unharmed(other)
-            balloon_works(other, elsewhere, 512)
-            assert not list(Path(place).rglob("*.ram"))
-        wait_until(lambda: not list(Path(place).iterdir()))
+            assert other.guest.sh("keeper check /tmp/kept").startswith("good")
+            wait_until(lambda: negotiated(elsewhere), timeout=30)
+            wait_until(lambda: elsewhere.ctl("query-balloon")["actual"] <= target, timeout=30)
+            assert not (tmp_path / "there").exists() or not list((tmp_path / "there").glob("*.ram"))
+    assert set(Path("/dev/shm").iterdir()) - before == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_restore_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """Killed, it leaves a running guest alone; SIGTERM reaches QEMU."""
+    with (
+        Backend("vhost-user") as backend,
+        balloon_guest(backend, kernel="6.12", memory=256) as vm,
+    ):
+        vm.guest.sh("keeper make /tmp/kept 4")
+        assert snapshot(vm, backend, tmp_path / "saved", "--quit").returncode == 0
+        before = set(Path("/dev/shm").iterdir())
+        with RestoredMachine(vm, tmp_path / "saved", "--no-balloon") as other:
+            wait_until(lambda: "restored" in other.words(), timeout=60)
+            assert set(Path("/dev/shm").iterdir()) - before == set()
+            os.kill(other.process.pid, number)
+            other.process.wait(20)
+            if number == signal.SIGKILL:
+                assert other.guest.sh("keeper check /tmp/kept").startswith("good")
+                other.qmp("quit")
+            else:
+                assert other.process.returncode == 0
+        assert set(Path("/dev/shm").iterdir()) - before == set()
 
 
 def test_inflated_balloon_comes_back_as_large(tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ class Journal:
             sink(entry)
         self.entry = entry
 
+    def clear(self) -> None:
+        """Note that nothing is left to be undone, because QEMU has ended. Raise nothing."""
+        nothing: dict[str, Any] = dict.fromkeys(FLAGS, False)
+        self.entry = replace(self.entry, **nothing)
+        for sink in self._sinks:
+            with contextlib.suppress(OSError, UsageError):
+                sink(self.entry)
+
     @contextlib.contextmanager
     def doing(self, **changes: Any) -> Iterator[None]:
         """Write *changes* ahead of the body.

@@ -107,7 +107,10 @@ class QemuVm:
 
     def send_fd(self, fd: int) -> int:
         """Send *fd* to QEMU. Return the number of its descriptor set (``/dev/fdset/<number>``)."""
-        self._client.send_fd_scm(fd)
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:  # it is not a coroutine, so _run does not see it
+            raise QemuGone(f"{self.path}: {error}") from None
         return int(self.execute("add-fd")["fdset-id"])
 
     def wait_event(self, name: str, timeout: float, **data: Any) -> dict[str, Any] | None:

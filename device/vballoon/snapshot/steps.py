@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vballoon.errors import UsageError
 from vballoon.snapshot import device
 from vballoon.snapshot import extents as ext
-from vballoon.snapshot.journal import FLAGS, JournalFile
+from vballoon.snapshot.journal import JournalFile
 from vballoon.snapshot.lock import lock_vm
 from vballoon.snapshot.match import match_memory
 from vballoon.snapshot.memmap import VerificationRefused
@@ -270,4 +270,4 @@ def _manifest(run: Run) -> SnapshotManifest:
 def end(run: Run) -> None:
     """End QEMU. The machine must never run both here and from the snapshot."""
     end_qemu(run.vm)
-    run.journal.write(**dict.fromkeys(FLAGS, False))
+    run.journal.clear()
