@@ -15,7 +15,7 @@ from tests.fakes.memory import memfd
 
 from vballoon.memory import ByteRanges, PageRanges
 from vballoon.snapshot import copy
-from vballoon.snapshot.copy import copy_extents, sparse_digest
+from vballoon.snapshot.copy import CHUNK, copy_extents, fill, sparse_digest
 from vballoon.snapshot.extents import data_extents, to_file
 
 PAGE = 4096
@@ -150,3 +150,49 @@ def test_extents_of_a_file_that_is_all_hole_or_all_data() -> None:
     os.pwrite(fd, b"x" * 16 * PAGE, 0)
     assert data_extents(fd, 16 * PAGE).tolist() == [[0, 16 * PAGE]]
     assert data_extents(fd, 4 * PAGE).tolist() == [[0, 4 * PAGE]]
+
+
+def test_zero_chunks_become_holes(tmp_path: Path) -> None:
+    """A snapshot that was copied without its holes needs no more memory than the original."""
+    data = bytearray(8 * CHUNK)
+    data[CHUNK + 5] = 1
+    data[6 * CHUNK : 7 * CHUNK] = os.urandom(CHUNK)
+    (tmp_path / "fat").write_bytes(data)
+    target = memfd(0)
+    with (tmp_path / "fat").open("rb") as source:
+        assert fill(source.fileno(), target) == 2 * CHUNK
+    assert os.pread(target, len(data) + 1, 0) == data
+    assert os.fstat(target).st_blocks * 512 == 2 * CHUNK
+    os.close(target)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5 * CHUNK), st.binary(max_size=200)), max_size=8))
+def test_filled_is_what_it_was(pieces: list[tuple[int, bytes]]) -> None:
+    source, target = memfd(5 * CHUNK + 4096), memfd(0)
+    for at, piece in pieces:
+        os.pwrite(source, piece, at)
+    os.ftruncate(source, 5 * CHUNK + 4096)
+    fill(source, target)
+    size = 6 * CHUNK
+    assert os.pread(target, size, 0) == os.pread(source, size, 0)
+    os.close(source)
+    os.close(target)
+
+
+def test_huge_pages_are_filled_through_a_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file on hugetlbfs has no write(). A memfd takes its place, as this host has no huge pages."""
+    source, target = memfd(3 * CHUNK), memfd(0)
+    os.pwrite(source, os.urandom(2 * CHUNK), 17)
+    real = os.fstatvfs(target)
+
+    class Huge:
+        f_bsize = 2 << 20
+
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: Huge if fd == target else real)
+    monkeypatch.delattr(os, "pwrite")
+    fill(source, target)
+    monkeypatch.undo()
+    assert os.fstat(target).st_size == 2 << 20
+    assert os.pread(target, 3 * CHUNK, 0) == os.pread(source, 3 * CHUNK, 0)
+    os.close(source)
+    os.close(target)

@@ -200,6 +200,8 @@ def test_page_that_was_discarded_meanwhile_is_blank(
     manifest = take(make(vm, guest, tmp_path, Control(guest), observer=Discards()))
     copied = content(tmp_path)
     assert copied[20 * PAGE : 24 * PAGE] == bytes(4 * PAGE)
+    with (tmp_path / "snap" / "mem.ram").open("rb") as file:
+        assert os.lseek(file.fileno(), 20 * PAGE, os.SEEK_HOLE) == 20 * PAGE
     check(guest, tmp_path, set(range(8, 16)))
     assert manifest.memory[0].data == (DATA - 8 - 4) * PAGE
 

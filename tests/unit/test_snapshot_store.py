@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from tests.fakes.memory import memfd
 from vballoon.errors import UsageError
 from vballoon.memory import ByteRanges
 from vballoon.snapshot.command import rewrite
-from vballoon.snapshot.restore import balloon_arguments
+from vballoon.snapshot.restore import RamPlace, Warden, balloon_arguments
 from vballoon.snapshot.store import DirectoryStore, open_snapshot, ram_name
 from vballoon_spec.snapshot import (
     MemoryFile,
@@ -274,3 +277,72 @@ def test_balloon_without_a_socket_needs_one(whole: Path) -> None:
     with pytest.raises(UsageError, match="--balloon-socket"):
         balloon_arguments(manifest, None)
     assert balloon_arguments(manifest, "/x")[1] == {"id": "c0", "path": "/x"}
+
+
+def test_private_memory_is_mapped_copy_on_write(whole: Path) -> None:
+    manifest = open_snapshot(whole)
+    words = rewrite(COMMAND, manifest, {"mem": whole / "mem.ram"}, whole / "state", private=True)
+    backend = json.loads(words[words.index("-object") + 1])
+    assert (backend["share"], backend["readonly"], backend["rom"]) == (False, True, "off")
+
+
+def test_anonymous_memory_leaves_no_name(whole: Path, tmp_path: Path) -> None:
+    manifest = open_snapshot(whole)
+    for folder in (Path("/dev/shm"), tmp_path / "ram"):
+        (tmp_path / "ram").mkdir(exist_ok=True)
+        place = RamPlace(folder)
+        before = set(folder.iterdir())
+        place.fill(whole, manifest)
+        assert set(folder.iterdir()) == before
+        assert place.files["mem"].read_bytes() == (whole / "mem.ram").read_bytes()
+        place.remove()
+
+
+def test_qemu_dies_with_a_restore_whose_guest_does_not_run_yet() -> None:
+    """The restore is killed: its end of the pipe is closed, and no word has come."""
+    for runs in (False, True):
+        with subprocess.Popen(["sleep", "60"]) as process:
+            with Warden() as warden:
+                warden.watch(process.pid)
+                if runs:
+                    warden.dismiss()
+            if runs:
+                assert process.poll() is None
+                process.kill()
+            else:
+                assert process.wait(20) == -signal.SIGKILL
+
+
+def test_target_is_kept(whole: Path) -> None:
+    data = json.loads((whole / "manifest.json").read_text())
+    assert SnapshotManifest.loads(json.dumps(data)).balloon.get("target") is None
+    data["balloon"]["target"] = 600 << 20
+    assert SnapshotManifest.loads(json.dumps(data)).balloon["target"] == 600 << 20
+    data["balloon"]["target"] = "much"
+    with pytest.raises(SnapshotManifestError):
+        SnapshotManifest.loads(json.dumps(data))
+
+
+def test_stream_never_ends_the_machine() -> None:
+    words = ["snapshot", "--qmp", "q", "--control", "c", "--output", "-", "--quit"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vballoon", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "vballoon send" in done.stderr
+
+
+@pytest.mark.parametrize("at", [0, 9 * PAGE, 30 * PAGE])
+def test_memory_is_checked_while_it_is_filled(whole: Path, at: int) -> None:
+    """The bytes that are checked are those that QEMU gets, whatever happens to the file."""
+    manifest = open_snapshot(whole)
+    place = RamPlace(Path("/dev/shm"))
+    place.fill(whole, manifest)
+    place.remove()
+    before = (whole / "mem.ram").read_bytes()[at]
+    patch(whole / "mem.ram", at, bytes([before ^ 1]))
+    with pytest.raises(UsageError, match="differs from the manifest"):
+        place.fill(whole, manifest)
+    place.remove()
+    place.fill(whole, manifest, verify=False)
+    place.remove()

@@ -84,13 +84,19 @@ def run(options: argparse.Namespace) -> int:
     options.private = False
     with _link(options, Link) as link:
         receiver = Receiver(link, directory)
+
+        def running() -> None:
+            receiver.running()
+            if not options.keep:
+                shutil.rmtree(directory)
+
         place = RamPlace(options.ram)
         try:
             manifest = receiver.receive()
             receiver.wait_commit()
             try:
-                place.fill(directory, manifest)
-                status = run_vm(options, directory, manifest, place, running=receiver.running)
+                place.fill(directory, manifest, verify=False)  # checked when received
+                status = run_vm(options, directory, manifest, place, running=running)
             except UsageError as error:
                 if receiver.state is Destination.COMMITTED:
                     receiver.refuse(f"the VM does not start: {error}")
@@ -98,9 +104,7 @@ def run(options: argparse.Namespace) -> int:
                 raise
         finally:
             place.remove()
-            if receiver.state in (Destination.RECEIVING, Destination.DROPPED) or (
-                receiver.state is Destination.RUNNING and not options.keep
-            ):
+            if receiver.state in (Destination.RECEIVING, Destination.DROPPED):
                 shutil.rmtree(directory)
     return status
 

@@ -129,7 +129,8 @@ def _restore(options: argparse.Namespace, snapshot: Path, *, in_place: bool) -> 
     from vballoon.snapshot.restore import RamPlace
     from vballoon.snapshot.store import open_snapshot
 
-    manifest = open_snapshot(snapshot, verify=not options.no_verify)
+    at_once = options.check or options.private or in_place  # else while memory is filled
+    manifest = open_snapshot(snapshot, verify=at_once and not options.no_verify)
     if options.check:
         print(f"{options.directory} is a whole snapshot", file=sys.stderr)
         return 0
@@ -143,7 +144,7 @@ def _restore(options: argparse.Namespace, snapshot: Path, *, in_place: bool) -> 
         place.use(snapshot, manifest)
         return run_vm(options, snapshot, manifest, place, remove=not options.private)
     try:
-        place.fill(snapshot, manifest)
+        place.fill(snapshot, manifest, verify=not options.no_verify)
         if options.command_line:
             return run_vm(options, snapshot, manifest, place)
         _print(options, snapshot, manifest, place)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from vballoon.snapshot.extents import data_extents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
     from vballoon.memory import ByteRanges
 
@@ -84,8 +86,11 @@ def _read_write(source: int, target: int, at: int, size: int) -> int:
     return os.pwrite(target, os.pread(source, min(size, 1 << 20), at), at)
 
 
-def fill(source: int, target: int) -> int:
+def fill(source: int, target: int, digest: SparseHash | None = None) -> int:
     """Copy the data of *source* into the new file *target*. Return the bytes written.
+
+    Add to *digest* what was read, in another thread while it is written: the bytes that are
+    checked are the bytes that are used.
 
     Chunks of zeroes become holes, also where *source* has stored them: a snapshot that was copied
     without its holes needs no more memory than the original.  *target* may be on hugetlbfs, which
@@ -94,8 +99,10 @@ def fill(source: int, target: int) -> int:
     size = os.fstat(source).st_size
     block = os.fstatvfs(target).f_bsize
     os.ftruncate(target, -(-size // block) * block if block > PAGE else size)
-    buffer, total = memoryview(bytearray(16 * CHUNK)), 0
+    buffers, total = [memoryview(bytearray(16 * CHUNK)) for _ in range(2)], 0
     with contextlib.ExitStack() as stack:
+        hasher = stack.enter_context(ThreadPoolExecutor(1))
+        hashed: Future[None] | None = None
         write = partial(_write, target)
         if block > PAGE:
             mapping = stack.enter_context(mmap.mmap(target, os.fstat(target).st_size))
@@ -103,13 +110,21 @@ def fill(source: int, target: int) -> int:
         for start, end in data_extents(source, size).tolist():
             at = start
             while at < end:
-                got = os.preadv(source, [buffer[: min(end - at, len(buffer) - at % CHUNK)]], at)
+                buffer = buffers[0][: min(end - at, len(buffers[0]) - at % CHUNK)]
+                got = os.preadv(source, [buffer], at)
                 if not got:
                     raise OSError(errno.EIO, "the file became shorter")
+                if hashed is not None:
+                    hashed.result()  # the other buffer is free again
+                if digest is not None:
+                    hashed = hasher.submit(digest.add, at, buffer[:got])
                 for place, part in _chunks(at, buffer[:got]):
                     write(place, part)
                     total += len(part)
                 at += got
+                buffers.reverse()
+        if hashed is not None:
+            hashed.result()
     return total
 
 

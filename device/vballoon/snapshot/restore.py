@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vballoon.errors import UsageError
 from vballoon.snapshot.command import incoming_words, memory_words, rewrite
-from vballoon.snapshot.copy import fill
+from vballoon.snapshot.copy import SparseHash, fill
 from vballoon.snapshot.device import require_balloon
 from vballoon.snapshot.qmp_vm import QemuVm
 from vballoon.snapshot.state import CAPABILITY, set_ignore_shared
+from vballoon.snapshot.store import open_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,16 +58,22 @@ class RamPlace:
     files: dict[str, Path] = field(default_factory=dict)
     fds: list[int] = field(default_factory=list)
 
-    def fill(self, snapshot: Path, manifest: SnapshotManifest) -> None:
-        """Copy all memory. Raise :class:`~vballoon.errors.UsageError`."""
+    def fill(self, snapshot: Path, manifest: SnapshotManifest, *, verify: bool = True) -> None:
+        """Copy all memory, and check its checksums on the way unless *verify* is off.
+
+        Raise :class:`~vballoon.errors.UsageError`.
+        """
         mark = secrets.token_hex(4)
         for memory in manifest.memory:
             path = self.folder / f"vballoon-{mark}-{memory.file}"
             try:
-                with (snapshot / memory.file).open("rb") as file:
-                    fill(file.fileno(), self._create(path, memory.id))
+                with open_plain(snapshot / memory.file) as file:
+                    digest = SparseHash(memory.size) if verify else None
+                    fill(file.fileno(), self._create(path, memory.id), digest)
             except OSError as error:
                 raise UsageError(f"{path}: {error.strerror}") from None
+            if digest is not None and digest.hexdigest() != memory.sha256:
+                raise UsageError(f"{snapshot / memory.file} differs from the manifest")
 
     def use(self, snapshot: Path, manifest: SnapshotManifest) -> None:
         """Use the snapshot's own files, which the guest then overwrites unless it is private."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vballoon.errors import UsageError
+from vballoon.memory.discard import punch_hole
 from vballoon.snapshot.copy import copy_extents, sparse_digest
 from vballoon.snapshot.extents import data_extents
 from vballoon_spec.snapshot import (
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from vballoon.memory import ByteRanges
 
-__all__ = ("DirectoryStore", "Store", "open_snapshot", "ram_name")
+__all__ = ("DirectoryStore", "Store", "open_plain", "open_snapshot", "ram_name")
 
 MANIFEST_MAX = 16 << 20
 """Maximum bytes of a manifest."""
@@ -131,8 +132,7 @@ class DirectoryStore:
         try:
             there = data_extents(fd, os.fstat(fd).st_size)
             for start, end in there - extents:
-                for at in range(start, end, len(_ZEROES)):
-                    os.pwrite(fd, _ZEROES[: end - at], at)
+                _blank(fd, start, end)
             return (there & extents).total
         finally:
             os.close(fd)
@@ -182,6 +182,15 @@ class DirectoryStore:
                     raise
 
 
+def _blank(fd: int, start: int, end: int) -> None:
+    """Make bytes *start* to *end* a hole, or zeroes where the file system has none."""
+    try:
+        punch_hole(fd, start, end - start)
+    except OSError:
+        for at in range(start, end, len(_ZEROES)):
+            os.pwrite(fd, _ZEROES[: end - at], at)
+
+
 def _sync(directory: Path) -> None:
     """Sync the names in *directory* to disk."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -199,7 +208,7 @@ def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> Snaps
     """
     directory = Path(path)
     try:
-        with _open_plain(directory / MANIFEST_FILE) as file:
+        with open_plain(directory / MANIFEST_FILE) as file:
             manifest = SnapshotManifest.loads(file.read(MANIFEST_MAX))
         _check_files(directory, manifest, verify)
     except FileNotFoundError as error:
@@ -211,7 +220,7 @@ def open_snapshot(path: str | os.PathLike[str], *, verify: bool = True) -> Snaps
     return manifest
 
 
-def _open_plain(path: Path) -> BufferedReader:
+def open_plain(path: Path) -> BufferedReader:
     """Open a file of an untrusted snapshot: no link to elsewhere, no device, no pipe."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -227,13 +236,13 @@ def _open_plain(path: Path) -> BufferedReader:
 
 def _check_files(directory: Path, manifest: SnapshotManifest, verify: bool) -> None:
     state = directory / manifest.state.file
-    with _open_plain(state) as file:
+    with open_plain(state) as file:
         good = os.fstat(file.fileno()).st_size == manifest.state.bytes
         digest = hashlib.file_digest(file, "sha256").hexdigest() if good else ""
     if digest != manifest.state.sha256:
         raise UsageError(f"{state} differs from the manifest")
     for memory in manifest.memory:
-        with _open_plain(directory / memory.file) as file:
+        with open_plain(directory / memory.file) as file:
             good = os.fstat(file.fileno()).st_size == memory.size
             if not good or (verify and sparse_digest(file.fileno()) != memory.sha256):
                 raise UsageError(f"{directory / memory.file} differs from the manifest")
