@@ -180,7 +180,7 @@ def test_filled_is_what_it_was(pieces: list[tuple[int, bytes]]) -> None:
 
 
 def test_huge_pages_are_filled_through_a_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file on hugetlbfs has no write(). A memfd takes its place, as this host has no huge pages."""
+    """A file on hugetlbfs has no write(). A memfd takes its place here."""
     source, target = memfd(3 * CHUNK), memfd(0)
     os.pwrite(source, os.urandom(2 * CHUNK), 17)
     real = os.fstatvfs(target)
