@@ -35,6 +35,8 @@ PURE = "VBALLOON_NATIVE=0"
 ADVISORY = {"vu.log.exact"}
 """Rules of the suite that the device does not follow."""
 """The compiled loops would hide faults in the code that they replace."""
+STILLBORN = "the program does not start"
+"""What stands for a test where there is nothing to test."""
 WANTED = 0.95
 """The share of mutants that the suite has to catch."""
 
@@ -53,10 +55,15 @@ class Mutant:
     broken: list[str] = field(default_factory=list)
     observed: str = ""
     seconds: float = 0.0
+    text: str = ""
+    """The whole of the file, for a fault that is not given by edits."""
 
     def apply(self, device: Path) -> None:
         """Patch the copy; every old text has to be there exactly once."""
         path = device / self.file
+        if self.text:
+            path.write_text(self.text, encoding="utf-8")
+            return
         text = path.read_text(encoding="utf-8")
         for edit in self.edits:
             if text.count(edit["old"]) != 1:
@@ -80,7 +87,7 @@ def judge(mutant: Mutant, *, thorough: bool = False) -> None:
         sound, device = Path(folder) / "sound", Path(folder) / "device"
         for copy in (sound, device):
             shutil.copytree(ROOT / "device", copy, ignore=shutil.ignore_patterns("__pycache__"))
-        if mutant.edits:
+        if mutant.edits or mutant.text:
             mutant.apply(device)
         start = time.monotonic()
         results = Path(folder) / "results.json"
@@ -89,8 +96,9 @@ def judge(mutant: Mutant, *, thorough: bool = False) -> None:
                 failed = failures(suite(mutant, device, files, results))
                 if not failed:
                     break
-                again = suite(mutant, sound, [failed[0].name], results)
-                if not failures(again) or not mutant.edits:
+                stillborn = failed[0].name == STILLBORN
+                again = None if stillborn else suite(mutant, sound, [failed[0].name], results)
+                if again is None or not failures(again) or not (mutant.edits or mutant.text):
                     mutant.caught_by = [record.name for record in failed]
                     mutant.observed = failed[0].observed.splitlines()[0]
                     mutant.broken = sorted({record.broken for record in failed} - {""})
@@ -131,7 +139,11 @@ def suite(mutant: Mutant, device: Path, files: list[str], results: Path) -> Run:
         command += ["--only", file]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["PYTHONPATH"] = import_path()
+    results.unlink(missing_ok=True)
     subprocess.run(command, stdout=subprocess.DEVNULL, env=environment)
+    if not results.exists():  # it does not start, or does not answer
+        record = Record(STILLBORN, "failed", broken="program.healthy", observed="nothing starts")
+        return Run(mutant.protocol, "balloon", "", records=[record])
     return Run.load(results)
 
 
