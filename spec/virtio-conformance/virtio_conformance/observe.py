@@ -14,7 +14,11 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Process:
-    """A backend process by its id; every figure comes from ``/proc``."""
+    """A back-end by the process that listens; every figure comes from ``/proc``.
+
+    A supervisor may listen and hand the connection to a worker, so that descriptors, mappings and
+    processor time are those of the process and of all its descendants.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -34,40 +38,33 @@ class Process:
 
     def fds(self) -> list[str]:
         """What its descriptors refer to, sorted."""
-        found: list[str] = []
-        try:
-            for entry in os.scandir(f"/proc/{self.pid}/fd"):
-                try:
-                    found.append(os.readlink(entry.path))
-                except OSError:
-                    continue  # closed meanwhile
-        except OSError:
-            return []
-        return sorted(found)
+        return sorted(name for pid in self.family() for name in _descriptors(pid))
+
+    def family(self) -> list[int]:
+        """Return the ids of the process and its descendants."""
+        found = [self.pid]
+        for pid in found:
+            try:
+                for task in os.scandir(f"/proc/{pid}/task"):
+                    text = Path(task.path, "children").read_text(encoding="ascii")
+                    found += [int(child) for child in text.split() if int(child) not in found]
+            except OSError:
+                continue  # it has ended
+        return found
 
     def mappings(self, of: str) -> int:
         """How many mappings of files with *of* in their names it has."""
-        try:
-            text = Path(f"/proc/{self.pid}/maps").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return 0
-        return sum(of in line for line in text.splitlines())
+        texts = (_text(pid, "maps") for pid in self.family())
+        return sum(of in line for text in texts for line in text.splitlines())
 
     def cpu_seconds(self) -> float:
         """Processor time of all its threads so far."""
-        fields = self._stat()
-        return (int(fields[11]) + int(fields[12])) / _TICK if fields else 0.0
+        return sum(map(_ticks, self.family())) / _TICK
 
     def resident_bytes(self) -> int:
         """Resident memory that is its own (not files, not shared memory)."""
-        try:
-            text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii", errors="replace")
-        except OSError:
-            return 0
-        for line in text.splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-        return 0
+        lines = (line for pid in self.family() for line in _text(pid, "status").splitlines())
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
     def cpu_share(self, seconds: float = 0.3) -> float:
         """The share of one processor that it uses over the next *seconds*."""
@@ -86,6 +83,32 @@ class Process:
                 return True
             if time.monotonic() > deadline:
                 return False
+
+
+def _text(pid: int, name: str) -> str:
+    """A file of a process, empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _ticks(pid: int) -> int:
+    fields = _text(pid, "stat").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]) if fields else 0
+
+
+def _descriptors(pid: int) -> list[str]:
+    found: list[str] = []
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            try:
+                found.append(os.readlink(entry.path))
+            except OSError:
+                continue  # closed meanwhile
+    except OSError:
+        return []
+    return found
 
 
 class EventFd:
