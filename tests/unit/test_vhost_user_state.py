@@ -237,6 +237,37 @@ def test_a_new_descriptor_gets_a_new_slot():
         assert first.vrings[0].call not in fds
 
 
+def test_nothing_stays_mapped_once_it_is_unused():
+    """Neither a state nor the cycle of back-end and connection may keep a mapping alive."""
+
+    def mapped():
+        with open("/proc/self/maps", encoding="ascii") as maps:
+            return [line for line in maps if "vhost-inflight" in line or "memfd:extra" in line]
+
+    before = mapped()
+    gc.disable()
+    try:
+        with front() as guest:
+            region = vu.VhostUserMemoryRegion(
+                guest_address=1 << 32, size=MIB, user_address=USER << 1, mmap_offset=0
+            )
+            extra = os.memfd_create("extra", os.MFD_CLOEXEC)
+            os.ftruncate(extra, MIB)
+            guest.send(vu.Request.ADD_MEM_REG, bytes(8) + region.build(), [extra])
+            guest.backend.state()
+            assert len(mapped()) == len(before) + 2
+            guest.send(vu.Request.REM_MEM_REG, bytes(8) + region.build())
+            guest.backend.state()
+            assert len(mapped()) == len(before) + 1
+            guest.submit(0, b"used")
+            guest.backend.state()
+            guest.backend.close()
+            assert mapped() == before
+            os.close(extra)
+    finally:
+        gc.enable()
+
+
 def test_a_parked_ring_keeps_its_position():
     with front(own_record=False) as guest:
         guest.submit(0, b"x")

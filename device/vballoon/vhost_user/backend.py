@@ -183,7 +183,7 @@ class VhostUserBackend:
             vrings=rings.vring_states(slots),
             counters=self.session.request_counters(),
         )
-        return state, dict(slots.fds)
+        return state, slots.end()
 
     def restore(self, state: BackendState, fds: Mapping[int, int]) -> None:
         """Continue the connection *state* of another process, whose descriptors are *fds*.
@@ -257,6 +257,7 @@ class VhostUserBackend:
         self.config.close()
         self._log.close()
         self.table.clear()
+        self._slots.clear()
 
     def _guarded(self, step: Callable[[], None]) -> None:
         """Do a *step* of closing; a device that fails must not keep the next front-end waiting."""

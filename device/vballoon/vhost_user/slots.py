@@ -12,18 +12,30 @@ __all__ = ("Descriptors", "Slots")
 
 
 class Slots:
-    """Numbers the descriptors of a back-end; a descriptor keeps its slot as long as it is used."""
+    """Numbers the descriptors of a back-end; a descriptor keeps its slot as long as it is used.
+
+    A key is the object that owns the descriptor, and is kept alive from one state to the next, so
+    that no other object can be taken for it.  Keys can own mappings: see :meth:`clear`.
+    """
 
     def __init__(self) -> None:
         self._slots: dict[Hashable, int] = {}
         self._seen: dict[Hashable, int] = {}
         self._next = 1
-        self.fds: dict[int, int] = {}
-        """The descriptors of the last state, by slot; they stay the back-end's."""
+        self._fds: dict[int, int] = {}
 
     def begin(self) -> None:
         """Begin a new state: slots that are not asked for again are given up."""
-        self._slots, self._seen, self.fds = self._seen, {}, {}
+        self._slots, self._seen, self._fds = self._seen, {}, {}
+
+    def end(self) -> dict[int, int]:
+        """Return the descriptors of the state by slot; they stay the back-end's."""
+        self._slots = {}  # what the state no longer names can be unmapped
+        return self._fds
+
+    def clear(self) -> None:
+        """Let go of every key."""
+        self._slots, self._seen, self._fds = {}, {}, {}
 
     def slot(self, key: Hashable, fd: int | None) -> int:
         """Return the slot of *fd*, which *key* identifies; 0 for None."""
@@ -31,7 +43,7 @@ class Slots:
             return 0
         slot = self._slots.get(key, self._next)
         self._next = max(self._next, slot + 1)
-        self._seen[key], self.fds[slot] = slot, fd
+        self._seen[key], self._fds[slot] = slot, fd
         return slot
 
     def keep(self, key: Hashable, slot: int) -> None:
