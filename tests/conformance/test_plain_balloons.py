@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nobody is accused wrongly: two balloons by another hand, true to either numbering, pass."""
+"""No false accusation: an independent balloon passes with either numbering of its queues."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NUMBERINGS = {"fixed": "as the standard does", "dense": "as Linux does"}
 FILES = ("test_balloon.py", "test_balloon_queues.py", "test_balloon_acknowledged.py",
          "test_features.py", "test_ring_requests.py", "test_vhost_user_rings.py",
          "test_vhost_user_reuse.py")  # fmt: skip
-"""What depends on the numbering and on the reading of the standard; the whole suite passes too."""
+"""Test files whose result depends on the numbering or on an interpretation of the standard."""
 LEAST = 130
 
 
 def judge(numbering: str, results: Path) -> Run:
-    """Run these files over one of the balloons."""
+    """Run :data:`FILES` against the balloon with this numbering, and return the results."""
     spawn = shlex.join([sys.executable, str(PROGRAM), "--numbering", numbering])
     command = [sys.executable, "-m", "virtio_conformance.run", "--spawn", f"{spawn} {{socket}}"]
     command += ["--device", "balloon", "--json", str(results), "--jobs", "2"]
@@ -39,7 +39,7 @@ def judge(numbering: str, results: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Both runs, side by side: most of a test is waiting."""
+    """Return the results of both runs, which are parallel because a test mostly waits."""
     folder = tmp_path_factory.mktemp("plain")
     with ThreadPoolExecutor(2) as pool:
         futures: dict[str, Future[Run]] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab tests itself: guests answer, modules fit, and what we measure on RAM files is true."""
+"""Tests of the lab: guests answer, modules load, and measurements on RAM files are correct."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_guest_answers_and_takes_a_module(name: str, machine: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reporting_makes_holes_in_the_ram_file(name: str) -> None:
-    """QEMU's own balloon gives back what the guest frees, and the lab's figures show it."""
+    """QEMU's own balloon releases what the guest frees, and the measured resident size shrinks."""
     with Machine(kernel=name, memory=512, extra=REPORTING) as vm:
         vm.guest.load("virtio_balloon")
         vm.guest.report_everything()
@@ -51,7 +51,7 @@ def test_reporting_makes_holes_in_the_ram_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_buddy_pages_are_the_free_memory(name: str) -> None:
-    """Also when it is in single pages; those in per-CPU lists are free, but in no buddy list."""
+    """Buddy pages match MemFree, also when fragmented, less the pages in per-CPU lists."""
     with Machine(kernel=name, memory=512) as vm:
         vm.guest.start("memhog 300", log="/run/hog.log", fifo="/run/hog")
         vm.guest.wait_for("grep -q filled /run/hog.log")
@@ -65,7 +65,7 @@ def test_buddy_pages_are_the_free_memory(name: str) -> None:
 
 
 def test_programs_notice_a_wrong_byte() -> None:
-    """The checks that later tests lean on can fail."""
+    """The checks inside the guest, on which other tests depend, detect a wrong byte."""
     with Machine(memory=256) as vm:
         vm.guest.sh("keeper make /tmp/kept 8 && keeper check /tmp/kept")
         vm.guest.sh(
@@ -115,7 +115,7 @@ def test_script_out_of_time_and_dead_guest_are_errors() -> None:
 
 
 def test_no_qemu_outlives_its_test() -> None:
-    """A test process that is killed takes its QEMU along."""
+    """QEMU ends when the test process that started it is killed."""
     program = (
         "from tests.lab import Machine; vm = Machine(memory=256); vm.start();"
         "print(vm.pid, vm.folder, flush=True); input()"

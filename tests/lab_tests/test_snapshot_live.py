@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--live`` on a kernel with soft-dirty marks: Debian's, in a guest that hosts a guest."""
+"""``--live`` on a kernel with soft-dirty marks: Debian's kernel, which runs the nested guest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.lab import userland
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(2700)]
 MIB = 1 << 20
 INNER = 192
-"""MiB of the inner guest."""
+"""Memory of the nested guest, in MiB."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def told() -> Any:
 
 
 def test_live_snapshot_under_load(told: Any) -> None:
-    """Most is copied while the guest writes; nothing of it is lost."""
+    """Most pages are copied while the guest writes, and no write is lost."""
     sound = told["sound"]
     assert sound["source"], sound
     assert sound["restored"], sound
@@ -38,7 +38,7 @@ def test_live_snapshot_under_load(told: Any) -> None:
 
 
 def test_blind_tracker_is_noticed(told: Any) -> None:
-    """With a tracker that reports nothing, the restored guest is broken, and only it."""
+    """With a tracker that reports no writes, the restored guest is broken, the source is not."""
     blind = told["blind"]
     assert blind["source"], blind
     assert not blind["restored"], blind

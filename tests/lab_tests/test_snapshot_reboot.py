@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page structures of a kernel that is gone: still in memory, still true, and never believed."""
+"""Snapshots after a reboot must not use the page structures of the previous kernel.
+
+They may still be in memory unchanged, and would verify although they describe a dead kernel.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from vballoon.snapshot.source import GuestSource
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 MANY = 10_000
-"""Pages: a guest of 256 MiB has more than that free."""
+"""Pages.  A guest of 256 MiB has more free pages than this."""
 
 
 @pytest.fixture
@@ -38,13 +41,13 @@ def vm(request: pytest.FixtureRequest, backend: Backend, tmp_path: Path) -> Iter
 
 
 def known(backend: Backend) -> bool:
-    """Whether a snapshot that begins now gets a layout."""
+    """Return whether a snapshot that begins now gets a layout."""
     with ControlClient(backend.control_socket) as control, GuestSource.fetch(control) as source:
         return source.layout is not None
 
 
 def test_kernel_that_restarts_voids_its_layout(vm: Machine, backend: Backend) -> None:
-    """A reboot in good order, as before kexec: then not even a copy of the layout is of use."""
+    """An orderly reboot, as before kexec: even a copy of the layout taken earlier is refused."""
     with ControlClient(backend.control_socket) as control, GuestSource.fetch(control) as source:
         vm.qmp("stop")
         assert source.free_memory().pages > MANY
@@ -56,11 +59,13 @@ def test_kernel_that_restarts_voids_its_layout(vm: Machine, backend: Backend) ->
             source.free_memory()
 
 
-def test_layout_of_before_a_reset_is_not_handed_out(vm: Machine, backend: Backend) -> None:
-    """The guest is not asked; its page structures stay as they were, down to the witness."""
+def test_layout_from_before_a_reset_is_not_returned(vm: Machine, backend: Backend) -> None:
+    """A hard reset leaves the old page structures in memory, including the witness."""
     with ControlClient(backend.control_socket) as control, GuestSource.fetch(control) as source:
         vm.qmp("system_reset")
         vm.monitor.wait_event("RESET", timeout=60)
         assert not known(backend)
         vm.qmp("stop")
-        assert source.free_memory().pages > MANY  # that is what must not be believed
+        assert (
+            source.free_memory().pages > MANY
+        )  # verifies, so only withholding the layout protects

@@ -46,7 +46,7 @@ def sock(tmp_path, balloon):
 
 
 def failed(capsys, *words):
-    """Run and expect a failure: its one line of standard error."""
+    """Run *words*, expect a failure, and return its one line of standard error."""
     assert main([str(w) for w in words]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notification protocol: what is said, what is refused, and the store that it fills."""
+"""The notification protocol: building, parsing and refusing datagrams, and the store."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def map_fds(received):
 
 
 def test_a_barrier_waits_until_its_descriptor_is_closed(fd):
-    """The keeper closes it; here a child does, after it has read what came before."""
+    """A child plays the keeper: it reads both datagrams, and its end closes the descriptor."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     notifier = Notifier(theirs)
     notifier.store("n1", fd)

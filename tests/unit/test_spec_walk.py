@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The walk queue's formats: sizes, both readers of the bytes, and its chapter."""
+"""Formats of the walk queue: sizes, construct against NumPy, and the text of the chapter."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad messages by name: each is refused, leaks no descriptor, changes nothing, and hurts nobody.
+"""Malformed messages: each is refused, leaks no descriptor, and changes no state.
 
-Every case is sent twice: with NEED_REPLY (the reply says "failed" and the connection stays open),
-and without (nobody could tell the front-end, so the connection is closed).  Either way a ring that
-works still works, or a new connection does.
+Every case is sent twice: with NEED_REPLY (the reply reports failure and the connection stays open),
+and without (no reply can report the failure, so the connection is closed).  Afterwards the running
+ring still works, or a new connection does.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def inflight(queues, size, mmap_size, offset=0):
     ).build()
 
 
-FREE = 16 * MIB  # guest and user addresses where nothing is
+FREE = 16 * MIB  # a guest and user address outside of all regions
 IN = 1 << 46  # the user address of guest address 0
 
 # name: (request, payload, sizes of memfds to send along)
@@ -173,9 +173,9 @@ CASES = {
 }  # fmt: skip
 
 OWN_REPLY = {R.IOTLB_MSG}
-"""Answered with a failure also without NEED_REPLY."""
+"""Requests that get a failure reply even without NEED_REPLY."""
 NO_FAILURE = {R.GET_SHARED_OBJECT, R.GET_SHMEM_CONFIG}
-"""Whose answer has no room for a failure: closed even with NEED_REPLY."""
+"""Requests whose reply cannot express a failure: the connection closes even with NEED_REPLY."""
 
 
 def still_works(frontend):
@@ -222,7 +222,7 @@ def test_closed_where_no_answer_is_due(name, running, backend, tmp_path, caplog)
 
 @pytest.mark.parametrize("name", ["table whose second region is not in its file", "region twice"])
 def test_descriptors_after_a_connection_that_ended_badly(name, tmp_path):
-    """A back-end that ends leaves nothing open, neither what it refused nor what it used."""
+    """A back-end that ends closes every descriptor, both refused and accepted ones."""
     memory = make_memory((0, MIB), (4 * MIB, MIB))
     before = open_fds()
     with (
@@ -245,8 +245,8 @@ def mappings() -> int:
         return sum("memfd:guest" in line for line in maps)
 
 
-def test_repeated_messages_hold_on_to_nothing(running):
-    """Tables, sizes, descriptors and logs replaced again and again."""
+def test_repeated_messages_leak_nothing(running):
+    """Replace regions, ring sizes, descriptors and logs 40 times; nothing may leak."""
     log_file = memfd(MIB)
     baseline = None
     for turn in range(40):
@@ -271,7 +271,7 @@ def test_repeated_messages_hold_on_to_nothing(running):
 
 
 def test_a_ring_inside_a_region_that_is_removed_waits_for_it(running, backend):
-    """QEMU changes a region by removing it and adding it again, rings running."""
+    """QEMU changes a region by removing and adding it while rings run."""
     running.arena.next = 4 * MIB
     running.arena.end = 5 * MIB
     ring = running.new_ring(1)
@@ -314,7 +314,7 @@ def test_one_region_more_than_there_are_slots(backend, tmp_path):
 
 
 def fill_slots(backend, count):
-    """As many regions as there may be, without that many descriptors."""
+    """Fill the memory table with *count* regions that have no descriptor."""
     from vballoon.memory import GuestMemory, MemoryRegion
 
     backend.server.backend.table.memory = GuestMemory(
@@ -324,7 +324,7 @@ def fill_slots(backend, count):
 
 
 def test_log_all_may_be_toggled_while_rings_run(running):
-    """A front-end starting a migration must not stop the device (nor may bit 30's absence)."""
+    """Starting a migration must not stop the device, nor may SET_FEATURES without bit 30."""
     for features in (F_LOG_ALL | running.features, running.features) * 3:
         running.ok(R.SET_FEATURES, u64(features))
         still_works(running)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Malformed rings, one by one: each stops the queue with the name of the rule, in both engines.
+"""Malformed rings: each stops the queue and names the rule that it breaks, in both engines.
 
-Every case runs alone, after good buffers (which must be used first), and before others.
-The cases are bugs that real devices have had.
+Every case runs alone and after good buffers, which must be used first.  The cases are bugs that
+real devices have had.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Engine = Literal["scalar", "numpy", "batch"]
 
 @pytest.fixture(params=["scalar", "numpy", "batch", "messages"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """Both engines, and the scalar one over memory that only messages reach."""
+    """Name an engine; ``messages`` is the scalar one over memory accessed by messages only."""
     return str(request.param)
 
 
@@ -128,7 +128,7 @@ def head_twice(d: SplitDriver) -> None:
 
 
 def descriptor_in_two_chains(d: SplitDriver) -> None:
-    """Sixteen heads that all continue through the other fifteen."""
+    """Make sixteen heads available, each chained through all descriptors after it."""
     slots = list(d.free)
     for slot, after in zip(slots, slots[1:] + slots[:1], strict=True):
         d.desc[slot] = (0x8000, 8, NEXT, after)
@@ -181,7 +181,7 @@ def table_of(
 
 
 def table_then_next(d: DriverRing) -> None:
-    """INDIRECT and NEXT in one descriptor, which continues in a good one."""
+    """Set INDIRECT and NEXT in one descriptor, whose next descriptor is valid."""
     if isinstance(d, SplitDriver):
         head = d.add(d.buffer(16), d.buffer(8))
         d.desc["flags"][head] = INDIRECT | NEXT
@@ -305,7 +305,9 @@ def test_packed_fault(memory: GuestMemory, engine: str, case: str, before: int) 
 
 @pytest.mark.parametrize("before", [40, 100])
 @pytest.mark.parametrize("case", SPLIT)
-def test_split_fault_in_a_crowd(memory: GuestMemory, engine: str, case: str, before: int) -> None:
+def test_split_fault_after_many_good_buffers(
+    memory: GuestMemory, engine: str, case: str, before: int
+) -> None:
     d = make_driver(memory, 128, BOTH_INDIRECT)
     rule, fault = SPLIT[case]
     if rule == "chain-too-long":
@@ -314,8 +316,8 @@ def test_split_fault_in_a_crowd(memory: GuestMemory, engine: str, case: str, bef
 
 
 @pytest.mark.parametrize("case", SPLIT)
-def test_split_fault_behind_longer_chains(memory: GuestMemory, engine: str, case: str) -> None:
-    """Twelve chains of three, whose ends are followed together, and then the bad one."""
+def test_split_fault_after_longer_chains(memory: GuestMemory, engine: str, case: str) -> None:
+    """Twelve chains of three, which the engine follows in one batch, precede the bad one."""
     d = make_driver(memory, 64, BOTH_INDIRECT)
     rule, fault = SPLIT[case]
     if rule == "chain-too-long":
@@ -447,7 +449,7 @@ def test_packed_ring_overrun(memory: GuestMemory, engine: str, size: int) -> Non
 
 
 def test_packed_ring_of_nothing_but_next_does_not_spin(memory: GuestMemory, engine: str) -> None:
-    """Every descriptor available and chained on: the walk must end (CVE-2026-16457's class)."""
+    """All descriptors are available and have NEXT: the walk must end (class of CVE-2026-16457)."""
     d = make_driver(memory, 16, PACKED)
     assert isinstance(d, PackedDriver)
     q = queue_of(engine, d)

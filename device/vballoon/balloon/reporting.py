@@ -31,10 +31,10 @@ class ReportQueue:
     def handle(
         self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap, *, discard: bool
     ) -> None:
-        """Discard the reported pages and give the buffers back, in this order.
+        """Discard the reported pages, then return the buffers to the driver.
 
-        With *discard* off (the guest expects free pages to keep a value that a hole does not
-        read as) the report is acknowledged and nothing else happens.
+        If *discard* is false, only return the buffers.  That is the case when the guest expects
+        free pages to keep a poison value, because a hole reads as zeros.
         """
         pages, bad = blocks(batch.addr, batch.len, batch.writable)
         self._counters.bad_report += bad

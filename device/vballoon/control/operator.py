@@ -26,7 +26,7 @@ class _Statistics(Protocol):
 
     @property
     def last_update(self) -> float:
-        """UNIX time, 0 before the first."""
+        """UNIX time of the newest statistics in seconds, 0 before the first."""
 
 
 class ControlledBalloon(Protocol):
@@ -51,14 +51,14 @@ class ControlledBalloon(Protocol):
 
     @property
     def driver_running(self) -> bool:
-        """Whether any ring runs: else the balloon's state may be that of an earlier boot."""
+        """Whether any ring runs.  If none does, the state may be that of an earlier boot."""
 
     @property
     def actual_bytes(self) -> int:
         """Size of guest memory in bytes, excluding the balloon."""
 
     def set_target(self, value: int) -> None:
-        """Ask the guest to have *value* bytes."""
+        """Ask the guest to keep *value* bytes, the rest being ballooned."""
 
     def stats(self) -> _Statistics:
         """Return the latest statistics."""
@@ -93,7 +93,7 @@ class Operator:
     balloon: ControlledBalloon
     transport: ControlledTransport
     stop: Callable[[], None] = lambda: None
-    """Called to end the program, after the reply was sent."""
+    """Ends the program; called after the reply was sent."""
     interval_changed: Callable[[], None] = lambda: None
     started: float = field(default_factory=time.monotonic)
 

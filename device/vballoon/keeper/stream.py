@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages handled atomically: a process killed at any step leaves one that the next can finish.
+"""Handle messages atomically: if this process is killed at any step, the next one finishes.
 
 The order for a message is: peek at it, handle it, make the next process know (:data:`Commit`
-writes the journal), answer, take it from the socket.  Two positions that the kernel keeps with the
-open files, and advances within the system call that moves the bytes, say how far that got:
+writes the journal), answer, take it from the socket.  The next process finds out how far
+that got from two file positions, which the kernel advances in the system call that moves the bytes:
 
 * the offset of the file of answers (:mod:`vballoon.keeper.answers`): how much was sent;
 * the socket's peek offset (``SO_PEEK_OFF``): a read moves it back by what it took.  It is set
-  to a mark above the message's size before the journal is written, so it says how much of the
-  journaled message is still in the socket, without looking at bytes that may be those of the
-  next, equal message.
+  to a mark above the message's size before the journal is written.  The distance to the mark is
+  how much of the journaled message is still in the socket.  The bytes themselves could not say
+  that, because the next message may be equal.
 
 Answers that carry descriptors cannot be sent with ``sendfile``: they are sent before the journal is
 written, and a process that dies in between answers twice.
@@ -31,7 +31,7 @@ from vballoon.keeper.answers import AnswerFile
 __all__ = ("Framing", "MessageStream", "Progress")
 
 MESSAGES_PER_WAKEUP = 32
-"""Messages for each time that the socket is found readable, so that a peer cannot hold the loop."""
+"""Maximum messages for each wakeup, so that a peer cannot monopolise the loop."""
 _SO_PEEK_OFF = 42
 """See socket(7); the socket module has no name for it.  The number of x86-64 and aarch64."""
 _MARK = 1 << 22
@@ -45,7 +45,7 @@ class Framing(Protocol):
     """Bytes of a header."""
 
     def total(self, header: bytes) -> int:
-        """Return the bytes of the message with this header; of the header if it is malformed."""
+        """Return the size of the message in bytes; the size of the header if it is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class MessageStream:
         return data, fds
 
     def _end_of_file(self) -> None:
-        """The peer closed its end; a part of a message in front of that is shown to the session."""
+        """Pass a truncated last message to the session, then end: the peer has closed its end."""
         try:
             data, fds = receive_some(self._sock, _MARK)
         except OSError as error:
@@ -214,7 +214,7 @@ class MessageStream:
     # -- one message --------------------------------------------------------------------------
 
     def _conclude(self, size: int) -> None:
-        """The message of *size* bytes was handled: commit it, answer it, take it."""
+        """Commit, answer and take the handled message of *size* bytes."""
         output, self._output = self._output, []
         number = self.progress.number + 1
         data = b"".join(part for part, _ in output)
@@ -234,7 +234,10 @@ class MessageStream:
         self._finish()
 
     def _finish(self) -> bool:
-        """Send what is left of the answer, take what is left of the message."""
+        """Send the rest of the answer and take the rest of the message.
+
+        Return False if the socket is full or has failed.
+        """
         if self._blocked and self._loop is not None:
             self._loop.remove_writer(self._sock)
             self._blocked = False
@@ -267,7 +270,7 @@ class MessageStream:
             self._read()
 
     def _left(self) -> int:
-        """How many bytes of the committed message are still in the socket."""
+        """Return how many bytes of the committed message are still in the socket."""
         offset = self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF)
         left = offset - _mark(self.progress.number)
         return left if 0 < left <= self.progress.size else 0
@@ -278,7 +281,7 @@ class MessageStream:
     # -- output -------------------------------------------------------------------------------
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Answer the message that is being handled; takes *fds* over."""
+        """Answer the message that is being handled, and take ownership of *fds*."""
         if not self._open:
             close_fds(fds)
             return
@@ -350,5 +353,5 @@ class MessageStream:
 
 
 def _mark(number: int) -> int:
-    """The peek offset that stands for "message *number* was taken"; neighbours differ."""
+    """Return the peek offset that means "message *number* was taken"; consecutive ones differ."""
     return _MARK * (1 + number % 2)

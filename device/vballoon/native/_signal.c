@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * Signalling an eventfd that belongs to somebody else, without ever blocking.
+ * Signal an eventfd of another process without ever blocking.
  *
- * O_NONBLOCK is a flag of the open file, so the process that gave us the eventfd can clear it at
- * any time and fill the counter: a write(2) then sleeps until somebody reads.  Linux AIO signals an
+ * O_NONBLOCK is a flag of the open file, so the process that sent us the eventfd can clear it at
+ * any time and fill the counter.  A write(2) would then sleep until the counter is read.  Linux AIO signals an
  * eventfd from inside the kernel (IOCB_FLAG_RESFD) when a request completes, which saturates the
  * counter instead of waiting.  The request is a read of no bytes from a memfd of our own.  It completes
  * within io_submit(2).
@@ -52,7 +52,7 @@ static void collect(void)
 		finished -= (int)got;
 }
 
-/* signal(fd) -> int: add one to an eventfd; 0 or an errno (EINVAL: not an eventfd). */
+/* signal(fd) -> int: add one to an eventfd.  Return 0 or an errno (EINVAL: not an eventfd). */
 CALLED(native_signal)
 {
 	static char byte;

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dirty-skip bitmap: which guest pages may be left out of a copy, and why.
 
-A wrong set bit corrupts a guest silently; a missing one costs 4 KiB.  So there is a bitmap for each
-provenance, rounds that end complete or not, and a table of the events that void bits.
+A wrong set bit corrupts a guest silently; a missing one costs 4 KiB.  Therefore each
+provenance has its own bitmap, a round records whether it ended complete, and a table says which
+events void which bits.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ __all__ = ("pack", "unpack")
 
 _CHECKSUM = slice(8, 12)
 _COUNTS_MAX = 1 << 10
-"""Regions, rings and counters of a state, at most; real states have fewer."""
+"""Maximum number of regions, of rings and of counters in a state; real states have fewer."""
 
 Format = TypeVar("Format", bound=WireStruct)
 
@@ -132,13 +132,13 @@ def _unpack(data: bytes) -> BackendState:
     blank[_CHECKSUM] = bytes(4)
     _require(zlib.crc32(blank) == head.checksum, "the checksum does not match")
     counts = (head.num_regions, head.num_vrings, head.num_counters)
-    _require(max(counts) <= _COUNTS_MAX, f"{counts} parts")
+    _require(max(counts) <= _COUNTS_MAX, f"{max(counts)} parts, at most {_COUNTS_MAX} are possible")
     at = BackendStateHead.SIZE
     regions, at = _cut(RegionFormat, data, at, head.num_regions)
     vrings, at = _cut(VringFormat, data, at, head.num_vrings)
     records, at = data[at:], at + head.num_vrings * RingRecordFormat.SIZE
     counters, at = _cut(CounterFormat, data, at, head.num_counters)
-    _require(at == len(data), f"{len(data)} bytes where {at} are due")
+    _require(at == len(data), f"{len(data)} bytes, expected {at}")
     size = RingRecordFormat.SIZE
     pairs = [(v, records[i * size : (i + 1) * size]) for i, v in enumerate(vrings)]
     return replace(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Virtio over PCI, served over vfio-user.
 
-:class:`VirtioPciFunction` gives any :class:`~vballoon.virtio.VirtioDevice` a modern virtio
-PCI function; the package ``vfio_user`` does the rest.
+:class:`VirtioPciFunction` presents any :class:`~vballoon.virtio.VirtioDevice` as a modern
+virtio PCI function.  The package ``vfio_user`` serves that function to the client.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ __all__ = ("Acceptor",)
 
 
 class Acceptor:
-    """Accepts connections on *listener*, which is taken over, between ``resume`` and ``pause``.
+    """Accepts connections on *listener* between ``resume`` and ``pause``; closes it in ``close``.
 
-    Each is given to *accepted*.  Where one cannot be accepted (no descriptor left, most likely),
-    *failed* is called and it is tried again after :attr:`retry_seconds`: it is still waiting, so
-    looking at it again at once would be all that the loop does.
+    Call *accepted* with each connection.  If accepting fails (most likely because no descriptor is
+    left), call *failed* and retry after :attr:`retry_seconds`.  The connection is still pending,
+    so retrying at once would busy-loop.
     """
 
     retry_seconds = 0.5
@@ -37,7 +37,7 @@ class Acceptor:
         self._loop.add_reader(self._listener, self._accept)
 
     def pause(self) -> None:
-        """Let those who connect wait."""
+        """Stop accepting.  New connections stay in the listen queue of the kernel."""
         if self._loop is not None:
             self._loop.remove_reader(self._listener)
         if self._retry is not None:
@@ -45,14 +45,14 @@ class Acceptor:
         self._loop = self._retry = None
 
     def close(self) -> None:
-        """Accept nobody any more, and close the listening socket."""
+        """Stop accepting and close the listening socket."""
         self.pause()
         self._listener.close()
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):  # gone again
+        except (BlockingIOError, ConnectionAbortedError):  # the peer closed it first
             return
         except OSError as error:
             loop = self._loop

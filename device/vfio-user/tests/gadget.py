@@ -14,7 +14,7 @@ from virtio_formats.vfio_user import PciIrq, PciRegion
 BAR0_SIZE = 0x1000
 BAR2_SIZE = 0x8000
 FAIL, CRASH = 0xF00, 0xF08
-"""A write to this offset is refused with ENOSPC, or raises another exception."""
+"""Offsets in BAR 0: a write to FAIL is refused with ENOSPC, to CRASH raises another exception."""
 
 
 class Gadget(PciDevice):

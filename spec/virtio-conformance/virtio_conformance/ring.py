@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Driver side of a virtqueue: what both layouts have in common.
 
-A ring is a place in guest memory and the driver's own bookkeeping.  Everything can also be written
-by hand (the ``write_*`` and ``offer_*`` methods of each layout), well-formed or not.
+A ring consists of an area in guest memory and the driver's own bookkeeping.  The ``write_*`` and
+``offer_*`` methods of each layout write any entry, well-formed or not.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from virtio_conformance.memory import GuestRam
 __all__ = ("DriverRing", "Segment", "Used", "cut_up", "full_fence")
 
 HISTORY = 6
-"""Buffers whose contents a report shows."""
+"""Number of buffers that a report shows."""
 SHOWN = 12
-"""Segments of a buffer, and entries of a ring, that a report shows."""
+"""Number of segments of a buffer, and of entries of a ring, that a report shows."""
 
 _lock = threading.Lock()
 
@@ -78,36 +78,36 @@ class DriverRing(ABC):
 
     @abstractmethod
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
-        """Make a buffer available; returns its id.
+        """Make a buffer available and return its id.
 
-        *indirect* is the address of an indirect table to use (0: none).  With *publish* false
-        the device cannot see it until :meth:`publish`.
+        *indirect* is the guest-physical address of an indirect table to use (0: none).  With
+        *publish* false the device cannot see the buffer until :meth:`publish`.
         """
 
     @abstractmethod
     def publish(self) -> None:
-        """Show the device what has been added."""
+        """Make all added buffers visible to the device."""
 
     @abstractmethod
     def poll(self) -> list[Used]:
-        """Buffers that came back since the last call."""
+        """Return the buffers that the device returned since the last call."""
 
     @abstractmethod
     def wants_kick(self) -> bool:
-        """Whether the device asked for a notification of what was published last."""
+        """Return whether the device wants a notification of the buffers published last."""
 
     @abstractmethod
     def interrupts(self, mode: str, after: int = 0) -> None:
-        """Ask for notifications: ``on``, ``off``, or ``event``: after *after* more buffers."""
+        """Set *mode* of notifications: ``on``, ``off``, or ``event`` (*after* more buffers)."""
 
     @abstractmethod
     def used_count(self) -> int:
-        """Return how many buffers are back that :meth:`poll` has not seen (packed: at least)."""
+        """Return how many returned buffers :meth:`poll` has not read (packed: a lower bound)."""
 
     @property
     @abstractmethod
     def base(self) -> int:
-        """What GET_VRING_BASE has to answer now, if all that is published has been used."""
+        """The correct answer to GET_VRING_BASE once all published buffers have been used."""
 
     @property
     @abstractmethod
@@ -117,17 +117,17 @@ class DriverRing(ABC):
     @property
     @abstractmethod
     def publish_span(self) -> list[tuple[int, int]]:
-        """Address ranges that publishing itself writes."""
+        """Address ranges that :meth:`publish` writes."""
 
     def remember(self, name: int, segments: Sequence[Segment], indirect: int) -> None:
-        """Keep what a buffer looked like when it was made available."""
+        """Record the segments of a buffer that is made available, for reports."""
         parts = [f"{s.addr:#x}+{s.len:#x}{'w' if s.write else 'r'}" for s in segments[:SHOWN]]
         parts += [f"and {len(segments) - SHOWN} more"] if len(segments) > SHOWN else []
         table = f" in a table at {indirect:#x}" if indirect else ""
         self.history.append(f"buffer {name}{table}: {', '.join(parts)}")
 
     def describe(self) -> list[str]:
-        """Return what was made available, and the ring as it stands now."""
+        """Return lines for a report: the newest buffers, and the current content of the ring."""
         kind = "packed" if self.packed else "split"
         return [
             f"{kind} ring of {self.size} descriptors, {self.outstanding} buffers outstanding",
@@ -145,20 +145,20 @@ class DriverRing(ABC):
         return len(self.lengths)
 
     def take_back(self, ids: Used) -> Used:
-        """Account for a returned buffer; one that was not outstanding is a finding."""
+        """Account for a returned buffer.  Raise :class:`Finding` if it was not outstanding."""
         if self.lengths.pop(ids.id, None) is None:
             raise Finding(f"buffer {ids.id} came back, but it was not with the device")
         return ids
 
     def collect(self, count: int, limit: float = 2.0) -> list[Used]:
-        """Wait until *count* buffers came back; :class:`Hang` after *limit* seconds."""
+        """Return *count* returned buffers.  Raise :class:`Hang` after *limit* seconds."""
         found: list[Used] = []
         deadline = time.monotonic() + limit
         pause = 0.0002
         while True:
             found += self.poll()
             if len(found) > count:
-                raise Finding(f"{len(found)} buffers came back where {count} were due")
+                raise Finding(f"{len(found)} buffers came back, expected {count}")
             if len(found) == count:
                 return found
             if time.monotonic() > deadline:
@@ -168,7 +168,7 @@ class DriverRing(ABC):
 
 
 def cut_up(start: int, size: int, sizes: Sequence[int], *, write: bool) -> Iterator[Segment]:
-    """A range as descriptors: the first ones of these *sizes*, then the rest."""
+    """Yield segments that cover a range: one for each of *sizes*, then one for the rest."""
     left = size
     for part in sizes:
         if part >= left:
