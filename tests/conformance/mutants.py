@@ -32,11 +32,11 @@ LIST = Path(__file__).with_name("mutants.toml")
 TABLE = ROOT / "docs" / "conformance" / "mutants.md"
 FEATURES = "+RING_PACKED,+IN_ORDER,+EVENT_IDX,+INDIRECT_DESC"
 PURE = "VBALLOON_NATIVE=0"
+"""The compiled loops would hide faults in the code that they replace."""
 ADVISORY = {"vu.log.exact"}
 """Rules of the suite that the device does not follow."""
-"""The compiled loops would hide faults in the code that they replace."""
 STILLBORN = "the program does not start"
-"""What stands for a test where there is nothing to test."""
+"""The result of a mutant whose program does not start, in place of a test name."""
 WANTED = 0.95
 """The share of mutants that the suite has to catch."""
 

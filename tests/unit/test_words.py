@@ -101,7 +101,7 @@ def findings(text: str, suffix: str) -> list[str]:
     """Return one line for each phrase in *text* that is not used here."""
     found = []
     for number, part in prose(text, suffix):
-        plain = re.sub(r"``?[^`]*``?", "", part)
+        plain = re.sub(r"``?[^`]*``?|(?<!\*)\*\w+\*(?!\*)", "", part)
         for pattern, better in INSTEAD.items():
             for hit in re.finditer(pattern, plain):
                 line = number + plain.count("\n", 0, hit.start())
@@ -125,6 +125,7 @@ def test_sentences_use_plain_words(path: Path) -> None:
         ("one\n\nThe backend is closed.\n", ".md", 1),
         ("x = 1 # what is over, is over\n", ".toml", 1),
         ("backend.close()  # ``backend`` and vhost_user/backend.py are names\n", ".py", 0),
+        ('"""Stop *backend*, a parameter, not the **backend**."""\n', ".py", 1),
         ("```\n-object memory-backend-memfd goes on\n```\nA back-end.\n", ".md", 0),
     ],
 )

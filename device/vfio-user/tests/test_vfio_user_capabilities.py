@@ -158,7 +158,7 @@ class TestResets:
         assert client.config(device.flr.offset + 8, 2) & 0x8000 == 0
 
     def test_in_the_middle_of_deferred_work(self, device: Device, client: LocalClient) -> None:
-        """The work ends first, what is deferred behind it is dropped."""
+        """The running work item finishes; items deferred after it are dropped."""
         seen: list[int] = []
 
         def work() -> None:

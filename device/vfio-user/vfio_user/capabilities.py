@@ -172,7 +172,7 @@ class Msi:
     def trigger(self, vector: int = 0) -> bool:
         """Signal *vector* if MSI is enabled; return False if it stays pending, or MSI is off.
 
-        With fewer vectors granted than offered, the last one granted stands for the others.
+        If fewer vectors are granted than offered, use the last granted one in place of the others.
         """
         granted = 1 << (self._config.word(self.offset + 2) >> 4 & 7)
         return self.enabled and self._irqs.trigger(PciIrq.MSI, min(vector, granted - 1))
