@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 from tests.bench.measure import Samples, Turn, clock, interleaved, ratio
+from tests.bench.merging import add_table
 from tests.bench.options import Options
 from tests.bench.peer import Copy, Job, Work
 from tests.bench.record import ROOT, Part
@@ -45,6 +46,7 @@ def run(options: Options) -> Part:
         f"The guest of the first table has {GUEST // GIB} GiB (2 MiB of bitmap).",
     ]
     _ranges(part, options)
+    add_table(part, options)
     _whole(part, options, TIB, "1 TiB")
     if not options.quick:
         _whole(part, options, 16 * TIB, "16 TiB")
