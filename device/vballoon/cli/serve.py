@@ -69,10 +69,11 @@ def add(commands: Subparsers) -> None:
         action="store_true",
         help="print the capabilities (vhost-user's back-end program conventions) and exit",
     )
-    _add_options(command)
+    _add_device_options(command)
+    _add_process_options(command)
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
+def _add_device_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--control", metavar="SOCKET", help="listen here for the operator (QMP)")
     command.add_argument(
         "--client",
@@ -102,6 +103,9 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         default="batch",
         help="serve rings in batches with NumPy, or one buffer at a time (default: batch)",
     )
+
+
+def _add_process_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sandbox",
         choices=("on", "off", "log"),

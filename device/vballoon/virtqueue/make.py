@@ -53,10 +53,9 @@ def make_virtqueue(
     if memory.lost:
         raise QueueError(MEMORY_LOST, "guest memory has pages that its file no longer has")
     state = state or RingState()
-    kind = _KINDS[engine, f.has(features, f.VIRTIO_F_RING_PACKED)]
     if engine != "scalar" and not _is_mapped(memory, size, addresses, features):
-        kind = _KINDS["scalar", f.has(features, f.VIRTIO_F_RING_PACKED)]
-    return kind(
+        engine = "scalar"
+    return _KINDS[engine, f.has(features, f.VIRTIO_F_RING_PACKED)](
         memory,
         size,
         addresses,

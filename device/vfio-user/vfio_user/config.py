@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 
 from vfio_user.errors import RequestError, UsageError
 from vfio_user.regions import Region
@@ -53,34 +54,21 @@ class ConfigSpace:
         express: bool = True,
         interrupt_pin: int = 0,
     ) -> None:
-        header = Type0Header(
+        self.size = EXPRESS_CONFIG_SIZE if express else CONFIG_SIZE
+        self.data = bytearray(self.size)
+        self._mask = bytearray(self.size)
+        header = replace(
+            Type0Header.parse(bytes(HEADER_SIZE)),
             vendor_id=vendor_id,
             device_id=device_id,
-            command=0,
-            status=0,
             revision_id=revision_id,
             prog_if=class_code & 0xFF,
             subclass=class_code >> 8 & 0xFF,
             base_class=class_code >> 16,
-            cache_line_size=0,
-            latency_timer=0,
-            header_type=0,
-            bist=0,
-            bars=[0] * 6,
-            cardbus_cis=0,
             subsystem_vendor_id=subsystem_vendor_id or vendor_id,
             subsystem_id=subsystem_id or device_id,
-            rom_address=0,
-            capability_list=0,
-            reserved=bytes(7),
-            interrupt_line=0,
             interrupt_pin=interrupt_pin,
-            min_gnt=0,
-            max_lat=0,
         )
-        self.size = EXPRESS_CONFIG_SIZE if express else CONFIG_SIZE
-        self.data = bytearray(self.size)
-        self._mask = bytearray(self.size)
         self.data[:HEADER_SIZE] = header.build()
         self._reset_values: bytes | None = None
         self._next = HEADER_SIZE

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device profiles: what one valid request is, for each device type that the suite knows.
+"""Device profiles: one valid request for each device type that the suite knows.
 
-A profile is all that the ring tests need to know about a device.  To add one, subclass
-:class:`Profile` and say which queues to start and what a request looks like;
-``docs/conformance.md`` walks through it.
+The ring tests know a device only by its profile.  To add one, subclass :class:`Profile`, name the
+queues to start, and build a request.  ``docs/conformance.md`` has an example.
 """
 
 from __future__ import annotations
@@ -11,63 +10,85 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from virtio_conformance.memory import PAGE
+from virtio_conformance.memory import PAGE, GuestRam
 from virtio_formats.virtio.balloon import BalloonPfn
 
-if TYPE_CHECKING:
-    from virtio_conformance.rig import Rig
-
-__all__ = ("PROFILES", "Exchange", "Profile", "find_profile", "no_bytes", "profile_named")
+__all__ = (
+    "PROFILES",
+    "Driver",
+    "Exchange",
+    "Profile",
+    "find_profile",
+    "no_bytes",
+    "profile_named",
+)
 
 FILL = 0xA5
-"""What device-writable memory holds before the device writes to it."""
+"""The byte that fills device-writable memory before the device writes to it."""
 
 
 @dataclass
 class Exchange:
-    """One valid request: what the device reads, what it may write, and what then has to hold."""
+    """One valid request: the bytes to read, the room to write, and checks of the result."""
 
     readable: bytes
     writable: int = 0
     """Bytes that the device may write."""
     verify: Callable[[int, bytes], str] = lambda used, data: ""
-    """Used length and the device-writable bytes → what is wrong with them, or nothing."""
+    """Takes the used length and the device-writable bytes; returns what is wrong, or ``""``."""
     effect: Callable[[], str] = lambda: ""
-    """Looked at after use on the main ring: what is wrong in memory, or nothing."""
+    """Called after use on the main ring; returns what is wrong in guest memory, or ``""``."""
     may_change: tuple[tuple[int, int], ...] = ()
-    """Guest memory that the request lets the device change besides, as address ranges."""
+    """Other guest memory that the device may change, as (start, end) guest-physical addresses."""
+
+
+class Driver(Protocol):
+    """The part of a :class:`~virtio_conformance.rig.Rig` that a profile uses."""
+
+    ram: GuestRam
+    notes: dict[str, Any]
+    """Values that a profile keeps from one request to the next."""
+    frees: bool
+    """Whether the device is known to free inflated pages."""
+
+    @property
+    def discards(self) -> bool:
+        """Whether freed pages are expected to become holes."""
+
+    def run(self, exchanges: Sequence[Exchange]) -> object:
+        """Put requests through the main ring and check the results."""
 
 
 class Profile:
-    """A device type without any known request: enough for the tests of the control plane."""
+    """A device type without a known request, which is enough to test the control plane."""
 
     name = "none"
     device_id = 0
     queues: tuple[int, ...] = ()
-    """Rings to start, in this order."""
+    """Numbers of the queues to start, in this order."""
     main = 0
-    """The ring that requests go to."""
+    """Number of the queue that requests are put into."""
     other: int | None = None
-    """Another ring that takes the same requests, if there is one."""
+    """Number of another queue for the same requests, if there is one."""
     features = 0
-    """Device-specific features to take when they are offered."""
+    """Device-specific features to accept if they are offered, as a mask."""
     known_features = 0xFFFFFF | 0xFFFFFFFF << 50
-    """Device-specific bits that the standard gives a meaning (0: none; default: any)."""
+    """Device-specific bits that the standard defines, as a mask (0: none; default: all)."""
     config_size = 0
     writes = False
     """Whether requests on the main ring have a device-writable part."""
     has_requests = False
 
-    def prepare(self, rig: Rig) -> None:
-        """Called once the rings run: whatever has to come before the first request."""
+    def prepare(self, rig: Driver) -> None:
+        """Do what must precede the first request.  The rings run when this is called."""
 
-    def exchange(self, rig: Rig, serial: int) -> Exchange:
-        """A valid request; *serial* makes it differ from its neighbours."""
+    def exchange(self, rig: Driver, serial: int) -> Exchange:
+        """Return a valid request.  *serial* makes consecutive requests differ."""
         raise NotImplementedError(self.name)
 
 
@@ -83,8 +104,8 @@ class Balloon(Profile):
     has_requests = True
     POOL = 32
 
-    def exchange(self, rig: Rig, serial: int) -> Exchange:
-        """A valid request."""
+    def exchange(self, rig: Driver, serial: int) -> Exchange:
+        """Return an inflate buffer with the number of one page."""
         if "balloon" not in rig.notes:
             rig.notes["balloon"] = rig.ram.alloc(self.POOL * PAGE, PAGE, region=1)
         page = rig.notes["balloon"] + serial % self.POOL * PAGE
@@ -99,12 +120,12 @@ class Balloon(Profile):
 
 
 def no_bytes(used: int, data: bytes) -> str:
-    """For requests without a device-writable part."""
+    """Check a request without a device-writable part: its used length has to be 0."""
     return "" if used == 0 else f"used length {used} for a buffer that nothing is written to"
 
 
 class Rng(Profile):
-    """Entropy source: a buffer to fill."""
+    """Entropy source: filling a buffer."""
 
     name = "rng"
     device_id = 4
@@ -112,8 +133,8 @@ class Rng(Profile):
     known_features = 0
     writes = has_requests = True
 
-    def exchange(self, rig: Rig, serial: int) -> Exchange:
-        """A valid request."""
+    def exchange(self, rig: Driver, serial: int) -> Exchange:
+        """Return a request for 64 bytes of entropy."""
         return Exchange(b"", 64, _random)
 
 
@@ -137,8 +158,8 @@ class Blk(Profile):
     writes = has_requests = True
     SECTORS = 8
 
-    def exchange(self, rig: Rig, serial: int) -> Exchange:
-        """A valid request."""
+    def exchange(self, rig: Driver, serial: int) -> Exchange:
+        """Return a read of one of the first sectors."""
         header = struct.pack("<IIQ", 0, 0, serial % self.SECTORS)  # VIRTIO_BLK_T_IN
         return Exchange(header, 512 + 1, _sector)
 
@@ -161,13 +182,13 @@ class Fs(Profile):
     writes = has_requests = True
     INIT, STATFS = 26, 17
 
-    def prepare(self, rig: Rig) -> None:
+    def prepare(self, rig: Driver) -> None:
         """Open the file system."""
         body = struct.pack("<IIII", 7, 31, 1 << 16, 0) + bytes(48)
         rig.run([self._fuse(self.INIT, 0, 1, body, 16 + 64)])
 
-    def exchange(self, rig: Rig, serial: int) -> Exchange:
-        """A valid request."""
+    def exchange(self, rig: Driver, serial: int) -> Exchange:
+        """Return a STATFS request."""
         return self._fuse(self.STATFS, 1, 2 + serial, b"", 16 + 80)
 
     def _fuse(self, op: int, node: int, unique: int, body: bytes, room: int) -> Exchange:
@@ -195,8 +216,8 @@ class Vsock(Profile):
     config_size = 8
     has_requests = True
 
-    def exchange(self, rig: Rig, serial: int) -> Exchange:
-        """A valid request."""
+    def exchange(self, rig: Driver, serial: int) -> Exchange:
+        """Return a connection request to an unused port."""
         cid = int(rig.notes.get("cid", 3))
         packet = struct.pack(
             "<QQIIIHHIII", cid, 2, 1024 + serial % 60000, 4242, 0, 1, 1, 0, 65536, 0
@@ -213,8 +234,8 @@ class Net(Profile):
     main = 1
     has_requests = True
 
-    def exchange(self, rig: Rig, serial: int) -> Exchange:
-        """A valid request."""
+    def exchange(self, rig: Driver, serial: int) -> Exchange:
+        """Return one Ethernet frame, after an empty virtio_net header."""
         frame = bytes.fromhex("020000000001020000000002 88b5") + struct.pack("<I", serial)
         return Exchange(bytes(12) + frame.ljust(60, b"\x5a"), verify=no_bytes)
 
@@ -225,7 +246,10 @@ PROFILES: dict[str, type[Profile]] = {
 
 
 def profile_named(name: str) -> str:
-    """*name* itself, if :func:`find_profile` finds it; for the command line's parser."""
+    """Return *name* if :func:`find_profile` finds it; a type for :mod:`argparse`.
+
+    Raise :class:`argparse.ArgumentTypeError` if not.
+    """
     try:
         find_profile(name)
     except Exception as error:  # a file of the user's may raise anything
@@ -235,7 +259,10 @@ def profile_named(name: str) -> str:
 
 
 def find_profile(name: str) -> type[Profile]:
-    """A profile of this module, or ``FILE.py:CLASS`` or ``MODULE:CLASS`` of anybody."""
+    """Return the profile *name* of this module, or load ``FILE.py:CLASS`` or ``MODULE:CLASS``.
+
+    Raise :class:`TypeError` if it is no profile, and whatever loading the file raises.
+    """
     if name in PROFILES:
         return PROFILES[name]
     place, _, attribute = name.rpartition(":")
