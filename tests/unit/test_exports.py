@@ -22,7 +22,8 @@ PUBLIC = {
     "vballoon.errors": """MemoryFault PeerError ProtocolError QueueError UsageError
         VballoonError""",
     "vballoon.memory": """PAGE_SHIFT PAGE_SIZE VHOST_LOG_PAGE BitmapLog ByteRanges DirtyLog
-        Discarder GuestMemory MemoryRegion PageRanges RemoteMemory data_extents file_extents""",
+        Discarder GuestMemory MemoryRegion PageRanges RemoteMemory data_extents file_extents
+        resident_bytes""",
     "vballoon.virtqueue": """RULES ChainBatch Engine InflightLog NullInflight Resubmit RingAddresses
         RingState Virtqueue empty_batch make_virtqueue""",
     "vballoon.skipmap": """VOIDS BitmapLayout FrozenExport Instant PageBitmap

@@ -14,7 +14,7 @@ from tests.roots import PACKAGES, modules
 
 ROOMS = (
     "errors", "native", "memory", "virtqueue", "skipmap", "virtio", "balloon", "vhost_user",
-    "virtio_pci", "control", "snapshot", "keeper", "cli",
+    "virtio_pci", "control", "fleet", "snapshot", "keeper", "cli",
 )  # fmt: skip
 """From the ground up."""
 FORBIDDEN_PAIRS = {
@@ -23,7 +23,16 @@ FORBIDDEN_PAIRS = {
     ("vhost_user", "virtio_pci"): "transports never import each other",
     ("virtio_pci", "vhost_user"): "transports never import each other",
 }
-KNOWN_THIRD = {"construct", "numpy", "qemu", "rich", "PIL", "pytest", "hypothesis"}
+KNOWN_THIRD = {
+    "construct",
+    "numpy",
+    "qemu",
+    "rich",
+    "PIL",
+    "prometheus_client",
+    "pytest",
+    "hypothesis",
+}
 OWN = set(PACKAGES)
 MAY_IMPORT = {
     "virtio_formats": set(),
@@ -36,7 +45,7 @@ MAY_IMPORT = {
 """Package to the other packages of the project that it may import."""
 VFIO_USER_FORMATS = ("virtio_formats.wire", "virtio_formats.vfio_user", "virtio_formats.pci")
 THIRD_PARTY = {
-    "vballoon": {"numpy", "qemu", "rich", "PIL", "pyseccomp"},
+    "vballoon": {"numpy", "qemu", "rich", "PIL", "pyseccomp", "prometheus_client"},
     "virtio_formats": {"construct", "numpy"},
     "virtio_conformance": {"numpy", "pytest", "rich"},
     "vballoon_spec": {"construct", "numpy"},
@@ -44,7 +53,7 @@ THIRD_PARTY = {
     "vfio_user": {"numpy"},
 }
 IO = {"socket", "selectors", "asyncio"}
-IO_ROOMS = {"control", "snapshot", "keeper", "cli"}
+IO_ROOMS = {"control", "fleet", "snapshot", "keeper", "cli"}
 MAPPING = {"mmap", "fcntl"}
 MAPPING_MODULES = {
     "vballoon.skipmap.export": "seals the memory file that carries an export",

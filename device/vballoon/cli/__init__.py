@@ -19,12 +19,14 @@ from vballoon.cli import (
     ctl,
     export,
     map_,
+    metrics,
     receive,
     restore,
     send,
     serve,
     snapshot,
     status,
+    top,
 )
 from vballoon.errors import VballoonError
 
@@ -49,18 +51,20 @@ Run 'vballoon COMMAND --help' for the options of a command."""
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = argparse.ArgumentParser(
+    program = argparse.ArgumentParser(
         prog="vballoon",
         description=PROLOGUE,
         epilog=EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    program.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = program.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (
         serve,
         ctl,
         status,
+        top,
+        metrics,
         map_,
         export,
         bitmap,
@@ -71,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         conform,
     ):
         module.add(commands)
-    return top
+    return program
 
 
 class _Version(argparse.Action):

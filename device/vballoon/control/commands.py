@@ -17,7 +17,7 @@ import vballoon
 from vballoon.control.operator import plain
 from vballoon.control.session import CommandError
 from vballoon.control.table import Argument, Reply, Table
-from vballoon.memory import PAGE_SIZE
+from vballoon.memory import PAGE_SIZE, resident_bytes
 from vballoon.skipmap import FrozenExport, PageBitmap, Provenance, RoundKind
 from vballoon.skipmap.cells import FULL, cell_pages, fill_of_cells
 from vballoon.skipmap.map import data_pages
@@ -246,6 +246,7 @@ def query_status(operator: Operator) -> dict[str, Any]:
         "uptime": round(time.monotonic() - operator.started, 3),
         "guest-size": balloon.ram_bytes,
         "actual": balloon.actual_bytes,
+        "resident": resident_bytes(balloon.skipmap.memory.regions) if balloon.ram_bytes else 0,
         "guest-stats-interval": operator.stats_interval,
         **transport,
         "counters": plain(balloon.counters),

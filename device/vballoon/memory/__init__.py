@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from vballoon.memory.dirty_log import VHOST_LOG_PAGE, BitmapLog, DirtyLog
 from vballoon.memory.discard import Discarder
-from vballoon.memory.holes import data_extents, file_extents
+from vballoon.memory.holes import data_extents, file_extents, resident_bytes
 from vballoon.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from vballoon.memory.ranges import ByteRanges, PageRanges
 from vballoon.memory.regions import MemoryRegion, RemoteMemory
@@ -29,4 +29,5 @@ __all__ = (
     "RemoteMemory",
     "data_extents",
     "file_extents",
+    "resident_bytes",
 )

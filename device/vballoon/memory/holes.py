@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from vballoon.memory.ranges import ByteRanges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from vballoon.memory.regions import MemoryRegion
 
-__all__ = ("data_extents", "file_extents")
+__all__ = ("data_extents", "file_extents", "resident_bytes")
+
+_BLOCK = 512
+"""Unit of ``st_blocks`` in bytes."""
 
 
 def data_extents(region: MemoryRegion) -> ByteRanges:
@@ -43,6 +46,15 @@ def file_extents(fd: int, start: int, end: int) -> ByteRanges:
         return ByteRanges.of(_extents(fd, start, end))
     except OSError:
         return ByteRanges([start], [end])
+
+
+def resident_bytes(regions: Iterable[MemoryRegion]) -> int:
+    """Return how many bytes the host holds for the files of *regions*; each file counts once.
+
+    A file may hold more than the regions show of it.  A region without a file counts 0.
+    """
+    files = [os.fstat(region.fd) for region in regions if region.fd is not None]
+    return sum({(f.st_dev, f.st_ino): f.st_blocks * _BLOCK for f in files}.values())
 
 
 def _own_position(fd: int) -> int:
