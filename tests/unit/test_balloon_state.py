@@ -193,6 +193,19 @@ def test_restored_pages_that_hold_data_are_not_left_out() -> None:
     assert kept.extents() == PageRanges([4097, 5000], [4098, 5001])
 
 
+@settings(max_examples=60, deadline=None)
+@given(STATES, st.lists(st.integers(4096, 6700), min_size=1, max_size=8))
+def test_no_state_leaves_out_a_page_that_holds_data(state: BalloonState, used: list[int]) -> None:
+    """Whatever field is damaged, a restored bit stands for a hole, which reads as it restores."""
+    rig = fresh()
+    for pfn in used:
+        rig.fill(pfn)
+    rig.balloon.restore(state)
+    for provenance in Provenance:
+        kept = rig.balloon.skipmap.valid_now(provenance).extents()
+        assert not len(kept & PageRanges(used, [pfn + 1 for pfn in used])), provenance
+
+
 def test_ranges_beyond_memory_set_nothing() -> None:
     rig = fresh()
     rig.balloon.restore(replace(SAMPLE, skipmap=SkipMapState(PageRanges([1 << 40], [1 << 41]))))
