@@ -196,7 +196,7 @@ def test_restored_pages_that_hold_data_are_not_left_out() -> None:
 @settings(max_examples=60, deadline=None)
 @given(STATES, st.lists(st.integers(4096, 6700), min_size=1, max_size=8))
 def test_no_state_leaves_out_a_page_that_holds_data(state: BalloonState, used: list[int]) -> None:
-    """Whatever field is damaged, a restored bit stands for a hole, which reads as it restores."""
+    """Whatever field is damaged, a restored bit is that of a hole, which reads as it restores."""
     rig = fresh()
     for pfn in used:
         rig.fill(pfn)
