@@ -10,29 +10,24 @@
 #include <linux/module.h>
 #include <linux/oom.h>
 
+#include "balloon.h"
 #include "compat.h"
-#include "vbw.h"
 
 #define OOM_PAGES 256		/* of 4096 bytes, given back at a time */
 #define OOM_PRIORITY 80		/* before the killing starts */
 #define RETRY_MS 200		/* after an allocation failed */
 #define PUT_BACK_MS 20		/* until compaction has put pages back */
 
-static struct vbw_device *to_device(struct vbw_balloon *balloon)
-{
-	return container_of(balloon, struct vbw_device, balloon);
-}
-
 /* Balloon pages count as memory the guest has not, unless OOM brings them back. */
-static bool adjusts_managed(struct vbw_device *vb)
+static bool adjusts_managed(struct vbw_balloon *balloon)
 {
-	return !vbw_has(vb, VBALLOON_F_DEFLATE_ON_OOM);
+	return !vbw_has(balloon->shared, VBALLOON_F_DEFLATE_ON_OOM);
 }
 
-static void count_managed(struct vbw_device *vb, struct page *page, long change)
+static void count_managed(struct vbw_balloon *balloon, struct page *page, long change)
 {
 #ifndef VBW_HAVE_BALLOON_MANAGED
-	if (adjusts_managed(vb))
+	if (adjusts_managed(balloon))
 		adjust_managed_page_count(page, change);
 #endif
 }
@@ -45,18 +40,17 @@ static bool answered(struct virtqueue *vq)
 }
 
 /* Sends the page numbers collected, and waits for the host. Under lock. */
-static void tell_host(struct vbw_device *vb, struct virtqueue *vq)
+static void tell_host(struct vbw_balloon *balloon, struct virtqueue *vq)
 {
-	struct vbw_balloon *balloon = &vb->balloon;
 	struct scatterlist sg;
 
 	if (!balloon->num_pfns)
 		return;
 	sg_init_one(&sg, balloon->pfns, balloon->num_pfns * sizeof(balloon->pfns[0]));
-	if (virtqueue_add_outbuf(vq, &sg, 1, vb, GFP_KERNEL))
+	if (virtqueue_add_outbuf(vq, &sg, 1, balloon, GFP_KERNEL))
 		return; /* broken; an empty queue always has room */
 	virtqueue_kick(vq);
-	wait_event(vb->acked, answered(vq));
+	wait_event(balloon->shared->acked, answered(vq));
 }
 
 static void add_pfns(struct vbw_balloon *balloon, struct page *page)
@@ -68,7 +62,7 @@ static void add_pfns(struct vbw_balloon *balloon, struct page *page)
 		balloon->pfns[balloon->num_pfns++] = cpu_to_le32(pfn + i);
 }
 
-static void allocate_pages(struct vbw_device *vb, u32 num, struct list_head *pages)
+static void allocate_pages(struct vbw_balloon *balloon, u32 num, struct list_head *pages)
 {
 	struct page *page;
 	u32 have;
@@ -76,7 +70,8 @@ static void allocate_pages(struct vbw_device *vb, u32 num, struct list_head *pag
 	for (have = 0; have < num; have += VBW_PFNS_PER_PAGE) {
 		page = balloon_page_alloc();
 		if (!page) {
-			dev_info_ratelimited(&vb->vdev->dev, "no memory left for the balloon\n");
+			dev_info_ratelimited(&balloon->shared->vdev->dev,
+					     "no memory left for the balloon\n");
 			msleep(RETRY_MS);
 			return;
 		}
@@ -85,45 +80,43 @@ static void allocate_pages(struct vbw_device *vb, u32 num, struct list_head *pag
 }
 
 /* Gives up to @num units to the host; returns how many it was. */
-static u32 inflate(struct vbw_device *vb, u32 num)
+static u32 inflate(struct vbw_balloon *balloon, u32 num)
 {
-	struct vbw_balloon *balloon = &vb->balloon;
 	struct page *page, *next;
 	LIST_HEAD(pages);
 	u32 done;
 
 	/* Not under lock: an allocation may need the balloon to shrink. */
-	allocate_pages(vb, min_t(u32, num, VBW_PFNS_MAX), &pages);
+	allocate_pages(balloon, min_t(u32, num, VBW_PFNS_MAX), &pages);
 	mutex_lock(&balloon->lock);
 	balloon->num_pfns = 0;
 	list_for_each_entry_safe(page, next, &pages, lru) {
 		list_del(&page->lru);
 		balloon_page_enqueue(&balloon->info, page);
 		add_pfns(balloon, page);
-		count_managed(vb, page, -1);
+		count_managed(balloon, page, -1);
 		balloon->num_pages += VBW_PFNS_PER_PAGE;
 	}
 	done = balloon->num_pfns;
-	tell_host(vb, vb->vqs[VBW_VQ_INFLATE]);
+	tell_host(balloon, balloon->inflate_vq);
 	mutex_unlock(&balloon->lock);
 	return done;
 }
 
-static void release_pages_to_mm(struct vbw_device *vb, struct list_head *pages)
+static void release_pages_to_mm(struct vbw_balloon *balloon, struct list_head *pages)
 {
 	struct page *page, *next;
 
 	list_for_each_entry_safe(page, next, pages, lru) {
-		count_managed(vb, page, 1);
+		count_managed(balloon, page, 1);
 		list_del(&page->lru);
 		put_page(page);
 	}
 }
 
 /* Takes up to @num units back from the host; returns how many it was. */
-static u32 deflate(struct vbw_device *vb, u32 num)
+static u32 deflate(struct vbw_balloon *balloon, u32 num)
 {
-	struct vbw_balloon *balloon = &vb->balloon;
 	struct page *page;
 	LIST_HEAD(pages);
 	u32 done;
@@ -141,86 +134,86 @@ static u32 deflate(struct vbw_device *vb, u32 num)
 	}
 	done = balloon->num_pfns;
 	/* Tell first, use then: MUST_TELL_HOST asks for it, and it never hurts. */
-	tell_host(vb, vb->vqs[VBW_VQ_DEFLATE]);
-	release_pages_to_mm(vb, &pages);
+	tell_host(balloon, balloon->deflate_vq);
+	release_pages_to_mm(balloon, &pages);
 	mutex_unlock(&balloon->lock);
 	return done;
 }
 
 /**
  * vbw_balloon_update_actual - tell the host how large the balloon is
- * @vb: the device
+ * @balloon: the balloon
  */
-void vbw_balloon_update_actual(struct vbw_device *vb)
+void vbw_balloon_update_actual(struct vbw_balloon *balloon)
 {
-	u32 actual = vb->balloon.num_pages;
+	u32 actual = balloon->num_pages;
 
-	virtio_cwrite_le(vb->vdev, struct vballoon_config, actual, &actual);
+	virtio_cwrite_le(balloon->shared->vdev, struct vballoon_config, actual, &actual);
 }
 
-static s64 towards_target(struct vbw_device *vb)
+static s64 towards_target(struct vbw_balloon *balloon)
 {
 	u32 target;
 
-	virtio_cread_le(vb->vdev, struct vballoon_config, num_pages, &target);
+	virtio_cread_le(balloon->shared->vdev, struct vballoon_config, num_pages, &target);
 	/* Whole pages, lest it swing between two sizes for ever. */
-	return (s64)ALIGN((u64)target, VBW_PFNS_PER_PAGE) - vb->balloon.num_pages;
+	return (s64)ALIGN((u64)target, VBW_PFNS_PER_PAGE) - balloon->num_pages;
 }
 
 static void resize(struct work_struct *work)
 {
-	struct vbw_device *vb = to_device(container_of(work, struct vbw_balloon, resize));
-	s64 diff = towards_target(vb);
+	struct vbw_balloon *balloon = container_of(work, struct vbw_balloon, resize);
+	s64 diff = towards_target(balloon);
 
 	/* What a device that is gone reads as would be a target of 16 TiB. */
-	if (!diff || virtqueue_is_broken(vb->vqs[VBW_VQ_INFLATE]))
+	if (!diff || virtqueue_is_broken(balloon->inflate_vq))
 		return;
 	if (diff > 0)
-		diff -= inflate(vb, min_t(s64, diff, U32_MAX));
+		diff -= inflate(balloon, min_t(s64, diff, U32_MAX));
 	else
-		diff += deflate(vb, min_t(s64, -diff, U32_MAX));
-	vbw_balloon_update_actual(vb);
+		diff += deflate(balloon, min_t(s64, -diff, U32_MAX));
+	vbw_balloon_update_actual(balloon);
 	if (diff)
-		vbw_queue_work(vb, system_freezable_wq, work);
+		vbw_queue_work(balloon->shared, system_freezable_wq, work);
 }
 
 /**
  * vbw_balloon_changed - the host may want another size
- * @vb: the device
+ * @balloon: the balloon
  */
-void vbw_balloon_changed(struct vbw_device *vb)
+void vbw_balloon_changed(struct vbw_balloon *balloon)
 {
-	vbw_queue_work(vb, system_freezable_wq, &vb->balloon.resize);
+	vbw_queue_work(balloon->shared, system_freezable_wq, &balloon->resize);
 }
 
 static int out_of_memory_notify(struct notifier_block *nb, unsigned long dummy, void *parm)
 {
-	struct vbw_device *vb = to_device(container_of(nb, struct vbw_balloon, oom));
+	struct vbw_balloon *balloon = container_of(nb, struct vbw_balloon, oom);
 	unsigned long *freed = parm;
-	u32 done = deflate(vb, OOM_PAGES);
+	u32 done = deflate(balloon, OOM_PAGES);
 
 	*freed += done / VBW_PFNS_PER_PAGE;
 	if (done)
-		vbw_balloon_update_actual(vb);
+		vbw_balloon_update_actual(balloon);
 	return NOTIFY_OK;
 }
 
 #ifdef VBW_BALLOON_MIGRATION
 #ifdef VBW_HAVE_BALLOON_MANAGED
 /* The core keeps list, references and counts since the balloon header is linux/balloon.h. */
-static void migrate_in(struct vbw_device *vb, struct page *newpage, struct page *page) {}
-static void migrate_out(struct vbw_device *vb, struct page *page) {}
+static void migrate_in(struct vbw_balloon *balloon, struct page *newpage, struct page *page) {}
+static void migrate_out(struct vbw_balloon *balloon, struct page *page) {}
 static void migrate_put(struct page *page) {}
 #else
-static void migrate_in(struct vbw_device *vb, struct page *newpage, struct page *page)
+static void migrate_in(struct vbw_balloon *balloon, struct page *newpage, struct page *page)
 {
-	struct balloon_dev_info *info = &vb->balloon.info;
+	struct balloon_dev_info *info = &balloon->info;
 	unsigned long flags;
 
 	get_page(newpage);
 	if (page_zone(page) != page_zone(newpage)) {
-		count_managed(vb, page, 1);
-		count_managed(vb, newpage, -1);
+		count_managed(balloon, page, 1);
+		count_managed(balloon, newpage, -1);
 	}
 	spin_lock_irqsave(&info->pages_lock, flags);
 	balloon_page_insert(info, newpage);
@@ -229,9 +222,9 @@ static void migrate_in(struct vbw_device *vb, struct page *newpage, struct page 
 	spin_unlock_irqrestore(&info->pages_lock, flags);
 }
 
-static void migrate_out(struct vbw_device *vb, struct page *page)
+static void migrate_out(struct vbw_balloon *balloon, struct page *page)
 {
-	struct balloon_dev_info *info = &vb->balloon.info;
+	struct balloon_dev_info *info = &balloon->info;
 	unsigned long flags;
 
 	spin_lock_irqsave(&info->pages_lock, flags);
@@ -254,20 +247,19 @@ static int migratepage(struct balloon_dev_info *info, struct page *newpage, stru
 		       enum migrate_mode mode)
 {
 	struct vbw_balloon *balloon = container_of(info, struct vbw_balloon, info);
-	struct vbw_device *vb = to_device(balloon);
 
 	/* Whoever holds the lock may be waiting for memory. */
 	if (!mutex_trylock(&balloon->lock))
 		return -EAGAIN;
-	migrate_in(vb, newpage, page);
+	migrate_in(balloon, newpage, page);
 	balloon->num_pfns = 0;
 	add_pfns(balloon, newpage);
-	tell_host(vb, vb->vqs[VBW_VQ_INFLATE]);
+	tell_host(balloon, balloon->inflate_vq);
 
-	migrate_out(vb, page);
+	migrate_out(balloon, page);
 	balloon->num_pfns = 0;
 	add_pfns(balloon, page);
-	tell_host(vb, vb->vqs[VBW_VQ_DEFLATE]);
+	tell_host(balloon, balloon->deflate_vq);
 	mutex_unlock(&balloon->lock);
 	migrate_put(page);
 	return 0;
@@ -276,12 +268,12 @@ static int migratepage(struct balloon_dev_info *info, struct page *newpage, stru
 
 /**
  * vbw_balloon_setup - make an empty balloon
- * @vb: the device
+ * @balloon: to be filled in
+ * @shared: of the device
  */
-void vbw_balloon_setup(struct vbw_device *vb)
+void vbw_balloon_setup(struct vbw_balloon *balloon, struct vbw_shared *shared)
 {
-	struct vbw_balloon *balloon = &vb->balloon;
-
+	balloon->shared = shared;
 	mutex_init(&balloon->lock);
 	balloon_devinfo_init(&balloon->info);
 	INIT_WORK(&balloon->resize, resize);
@@ -292,41 +284,59 @@ void vbw_balloon_setup(struct vbw_device *vb)
 
 /**
  * vbw_balloon_start - features are negotiated
- * @vb: the device
+ * @balloon: the balloon
  *
  * Return: 0 or a negative error number.
  */
-int vbw_balloon_start(struct vbw_device *vb)
+int vbw_balloon_start(struct vbw_balloon *balloon)
 {
 #ifdef VBW_HAVE_BALLOON_MANAGED
-	vb->balloon.info.adjust_managed_page_count = adjusts_managed(vb);
+	balloon->info.adjust_managed_page_count = adjusts_managed(balloon);
 #endif
-	if (!vbw_has(vb, VBALLOON_F_DEFLATE_ON_OOM))
+	if (!vbw_has(balloon->shared, VBALLOON_F_DEFLATE_ON_OOM))
 		return 0;
-	vb->balloon.oom.notifier_call = out_of_memory_notify;
-	vb->balloon.oom.priority = OOM_PRIORITY;
-	return register_oom_notifier(&vb->balloon.oom);
+	balloon->oom.notifier_call = out_of_memory_notify;
+	balloon->oom.priority = OOM_PRIORITY;
+	return register_oom_notifier(&balloon->oom);
 }
 
 /**
  * vbw_balloon_stop - undo vbw_balloon_start()
- * @vb: the device
+ * @balloon: the balloon
  */
-void vbw_balloon_stop(struct vbw_device *vb)
+void vbw_balloon_stop(struct vbw_balloon *balloon)
 {
-	if (vbw_has(vb, VBALLOON_F_DEFLATE_ON_OOM))
-		unregister_oom_notifier(&vb->balloon.oom);
+	if (vbw_has(balloon->shared, VBALLOON_F_DEFLATE_ON_OOM))
+		unregister_oom_notifier(&balloon->oom);
+}
+
+/**
+ * vbw_balloon_free - undo vbw_balloon_setup()
+ * @balloon: the balloon, empty
+ */
+void vbw_balloon_free(struct vbw_balloon *balloon)
+{
+	mutex_destroy(&balloon->lock);
+}
+
+/**
+ * vbw_balloon_cancel - wait for the work; the device stops
+ * @balloon: the balloon
+ */
+void vbw_balloon_cancel(struct vbw_balloon *balloon)
+{
+	cancel_work_sync(&balloon->resize);
 }
 
 /**
  * vbw_balloon_deflate_all - take everything back
- * @vb: the device; no work of it runs
+ * @balloon: of a device whose work does not run
  */
-void vbw_balloon_deflate_all(struct vbw_device *vb)
+void vbw_balloon_deflate_all(struct vbw_balloon *balloon)
 {
 	/* Compaction may have some in its hands, and is about to put them back. */
-	while (vb->balloon.num_pages)
-		if (!deflate(vb, vb->balloon.num_pages))
+	while (balloon->num_pages)
+		if (!deflate(balloon, balloon->num_pages))
 			msleep(PUT_BACK_MS);
-	vbw_balloon_update_actual(vb);
+	vbw_balloon_update_actual(balloon);
 }

@@ -1,12 +1,21 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Differences between kernel releases, and nothing else. VBW_HAVE_* come from
- * Kbuild, which looks into the headers; the commit that made the difference is
- * named where it is known.
+ * have.sh, which asks the compiler; the commit that made the difference is named
+ * where it is known.
  */
 #ifndef VBW_COMPAT_H
 #define VBW_COMPAT_H
 
+#ifndef CONFIG_64BIT
+#error "vballoon_walk needs a 64-bit kernel"
+#endif
+
+#ifdef VBW_HAVE_BALLOON_H
+#include <linux/balloon.h>
+#else
+#include <linux/balloon_compaction.h>
+#endif
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/mmzone.h>

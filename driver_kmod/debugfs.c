@@ -14,7 +14,11 @@
 #include <linux/uaccess.h>
 
 #include "compat.h"
-#include "vbw.h"
+#include "debugfs.h"
+#include "device.h"
+#include "memmap.h"
+#include "ranges.h"
+#include "walk.h"
 
 static struct dentry *root;
 
@@ -117,9 +121,9 @@ static int stats_show(struct seq_file *m, void *unused)
 
 	seq_printf(m, "balloon_pages %u\n", READ_ONCE(vb->balloon.num_pages));
 	seq_printf(m, "hinted_blocks %lu\n", READ_ONCE(vb->hinting.nr_blocks));
-	seq_printf(m, "reporting %d\n", vb->reporting_on);
-	seq_printf(m, "walk_queue %d\n", !!vb->vqs[VBW_VQ_WALK]);
-	if (!vb->vqs[VBW_VQ_WALK])
+	seq_printf(m, "reporting %d\n", vb->reporting.on);
+	seq_printf(m, "walk_queue %d\n", !!session->push.vq);
+	if (!session->push.vq)
 		return 0;
 	seq_printf(m, "layout_id %u\n", vbw_memmap_layout_id());
 	seq_printf(m, "layouts_sent %llu\n", session->layouts);
@@ -143,7 +147,7 @@ DEFINE_SHOW_ATTRIBUTE(stats);
  */
 void vbw_debugfs_add(struct vbw_device *vb)
 {
-	vb->debugfs = debugfs_create_dir(dev_name(&vb->vdev->dev), root);
+	vb->debugfs = debugfs_create_dir(dev_name(&vb->shared.vdev->dev), root);
 	debugfs_create_file("stats", 0444, vb->debugfs, vb, &stats_fops);
 }
 

@@ -8,45 +8,40 @@
 #include <linux/slab.h>
 #include <linux/virtio_ids.h>
 
-#include "vbw.h"
+#include "compat.h"
+#include "debugfs.h"
+#include "device.h"
 
-/**
- * vbw_wake - callback of a queue: a buffer was used
- * @vq: the queue
- */
-void vbw_wake(struct virtqueue *vq)
+enum vbw_vq {
+	VBW_VQ_INFLATE,
+	VBW_VQ_DEFLATE,
+	VBW_VQ_STATS,
+	VBW_VQ_HINT,
+	VBW_VQ_REPORTING,
+	VBW_VQ_WALK,
+	VBW_VQ_MAX
+};
+
+static void acked(struct virtqueue *vq)
 {
 	struct vbw_device *vb = vq->vdev->priv;
 
-	wake_up(&vb->acked);
+	wake_up(&vb->shared.acked);
 }
 
-static void walk_wake(struct virtqueue *vq)
+static void stats_used(struct virtqueue *vq)
+{
+	struct vbw_device *vb = vq->vdev->priv;
+
+	vbw_stats_request(&vb->stats);
+}
+
+static void walk_used(struct virtqueue *vq)
 {
 	struct vbw_device *vb = vq->vdev->priv;
 
 	virtqueue_disable_cb(vq);
 	wake_up(&vb->session.push.wait);
-}
-
-/**
- * vbw_queue_work - queue work unless the device is going away
- * @vb: the device
- * @wq: the workqueue
- * @work: the work
- *
- * Return: whether it was queued by this call.
- */
-bool vbw_queue_work(struct vbw_device *vb, struct workqueue_struct *wq, struct work_struct *work)
-{
-	unsigned long flags;
-	bool queued = false;
-
-	spin_lock_irqsave(&vb->stop_lock, flags);
-	if (!vb->stop)
-		queued = queue_work(wq, work);
-	spin_unlock_irqrestore(&vb->stop_lock, flags);
-	return queued;
 }
 
 /*
@@ -59,21 +54,21 @@ static const struct {
 	vq_callback_t *callback;
 	int feature;		/* -1: always there */
 } queues[VBW_VQ_MAX] = {
-	[VBW_VQ_INFLATE] = { "inflate", vbw_wake, -1 },
-	[VBW_VQ_DEFLATE] = { "deflate", vbw_wake, -1 },
-	[VBW_VQ_STATS] = { "stats", vbw_stats_request, VBALLOON_F_STATS_VQ },
-	[VBW_VQ_HINT] = { "free_page_vq", vbw_wake, VBALLOON_F_FREE_PAGE_HINT },
-	[VBW_VQ_REPORTING] = { "reporting_vq", vbw_wake, VBALLOON_F_PAGE_REPORTING },
-	[VBW_VQ_WALK] = { "walk_vq", walk_wake, VBALLOON_F_FREE_PAGE_WALK },
+	[VBW_VQ_INFLATE] = { "inflate", acked, -1 },
+	[VBW_VQ_DEFLATE] = { "deflate", acked, -1 },
+	[VBW_VQ_STATS] = { "stats", stats_used, VBALLOON_F_STATS_VQ },
+	[VBW_VQ_HINT] = { "free_page_vq", acked, VBALLOON_F_FREE_PAGE_HINT },
+	[VBW_VQ_REPORTING] = { "reporting_vq", acked, VBALLOON_F_PAGE_REPORTING },
+	[VBW_VQ_WALK] = { "walk_vq", walk_used, VBALLOON_F_FREE_PAGE_WALK },
 };
 
 static bool has_queue(struct vbw_device *vb, int i)
 {
-	return queues[i].feature < 0 || vbw_has(vb, queues[i].feature);
+	return queues[i].feature < 0 || vbw_has(&vb->shared, queues[i].feature);
 }
 
 #ifdef VBW_HAVE_VIRTQUEUE_INFO
-static int find_vqs(struct vbw_device *vb)
+static int find_vqs(struct vbw_device *vb, struct virtqueue *vqs[])
 {
 	struct virtqueue_info info[VBW_VQ_MAX] = {};
 	int i;
@@ -84,10 +79,10 @@ static int find_vqs(struct vbw_device *vb)
 		info[i].name = queues[i].name;
 		info[i].callback = queues[i].callback;
 	}
-	return virtio_find_vqs(vb->vdev, VBW_VQ_MAX, vb->vqs, info, NULL);
+	return virtio_find_vqs(vb->shared.vdev, VBW_VQ_MAX, vqs, info, NULL);
 }
 #else
-static int find_vqs(struct vbw_device *vb)
+static int find_vqs(struct vbw_device *vb, struct virtqueue *vqs[])
 {
 	vq_callback_t *callbacks[VBW_VQ_MAX] = {};
 	const char *names[VBW_VQ_MAX] = {};
@@ -99,35 +94,44 @@ static int find_vqs(struct vbw_device *vb)
 		names[i] = queues[i].name;
 		callbacks[i] = queues[i].callback;
 	}
-	return virtio_find_vqs(vb->vdev, VBW_VQ_MAX, vb->vqs, callbacks, names, NULL);
+	return virtio_find_vqs(vb->shared.vdev, VBW_VQ_MAX, vqs, callbacks, names, NULL);
 }
 #endif
 
-static int init_vqs(struct vbw_device *vb)
+/* Gives each part its queue, or NULL. */
+static void give_vqs(struct vbw_device *vb, struct virtqueue *vqs[])
 {
-	int err;
-
-	err = find_vqs(vb);
-	if (err)
-		goto err_forget;
-	if (!vb->vqs[VBW_VQ_STATS])
-		return 0;
-	err = vbw_stats_prime(vb);
-	if (err)
-		goto err_vqs;
-	return 0;
-
-err_vqs:
-	vb->vdev->config->del_vqs(vb->vdev);
-err_forget:
-	memset(vb->vqs, 0, sizeof(vb->vqs));
-	return err;
+	vb->balloon.inflate_vq = vqs[VBW_VQ_INFLATE];
+	vb->balloon.deflate_vq = vqs[VBW_VQ_DEFLATE];
+	vb->stats.vq = vqs[VBW_VQ_STATS];
+	vb->hinting.vq = vqs[VBW_VQ_HINT];
+	vb->reporting.vq = vqs[VBW_VQ_REPORTING];
+	vb->walk_vq = vqs[VBW_VQ_WALK];
 }
 
 static void del_vqs(struct vbw_device *vb)
 {
-	vb->vdev->config->del_vqs(vb->vdev);
-	memset(vb->vqs, 0, sizeof(vb->vqs));
+	struct virtqueue *none[VBW_VQ_MAX] = {};
+
+	vb->shared.vdev->config->del_vqs(vb->shared.vdev);
+	give_vqs(vb, none);
+}
+
+static int init_vqs(struct vbw_device *vb)
+{
+	struct virtqueue *vqs[VBW_VQ_MAX] = {};
+	int err;
+
+	err = find_vqs(vb, vqs);
+	if (err)
+		return err;
+	give_vqs(vb, vqs);
+	if (!vb->stats.vq)
+		return 0;
+	err = vbw_stats_prime(&vb->stats);
+	if (err)
+		del_vqs(vb);
+	return err;
 }
 
 /* The value that free pages are expected to keep, before DRIVER_OK. */
@@ -135,52 +139,62 @@ static void write_poison(struct vbw_device *vb)
 {
 	u32 poison = 0;
 
-	if (!vbw_has(vb, VBALLOON_F_PAGE_POISON))
+	if (!vbw_has(&vb->shared, VBALLOON_F_PAGE_POISON))
 		return;
 	if (!want_init_on_free())
 		memset(&poison, PAGE_POISON, sizeof(poison));
-	virtio_cwrite_le(vb->vdev, struct vballoon_config, poison_val, &poison);
+	virtio_cwrite_le(vb->shared.vdev, struct vballoon_config, poison_val, &poison);
 }
 
 static void start(struct vbw_device *vb)
 {
-	spin_lock_irq(&vb->stop_lock);
-	vb->stop = false;
-	spin_unlock_irq(&vb->stop_lock);
-	virtio_device_ready(vb->vdev);
-	vbw_session_start(vb);
+	vbw_shared_start(&vb->shared);
+	virtio_device_ready(vb->shared.vdev);
+	vbw_session_start(&vb->session, vb->walk_vq);
 }
 
 static void changed(struct virtio_device *vdev)
 {
 	struct vbw_device *vb = vdev->priv;
 
-	vbw_balloon_changed(vb);
-	vbw_hinting_changed(vb);
-	vbw_session_changed(vb);
+	vbw_balloon_changed(&vb->balloon);
+	vbw_hinting_changed(&vb->hinting);
+	vbw_session_changed(&vb->session);
 }
 
-/* No work is queued any more, and none runs. */
+/* Afterwards no work is queued any more, and none runs. */
 static void quiesce(struct vbw_device *vb)
 {
-	spin_lock_irq(&vb->stop_lock);
-	vb->stop = true;
-	spin_unlock_irq(&vb->stop_lock);
-	vbw_session_stop(vb);
-	vbw_hinting_stop(vb);
-	cancel_work_sync(&vb->balloon.resize);
-	vbw_stats_stop(vb);
+	vbw_shared_stop(&vb->shared);
+	vbw_reporting_stop(&vb->reporting);
+	vbw_session_cancel(&vb->session);
+	vbw_hinting_cancel(&vb->hinting);
+	vbw_balloon_cancel(&vb->balloon);
+	vbw_stats_cancel(&vb->stats);
 }
 
-/* Gives all memory back, then the device gets no more of it. */
+/* Takes all memory back; the device gets no more of it. */
 static void let_go(struct vbw_device *vb)
 {
-	vbw_balloon_deflate_all(vb);
-	vbw_hinting_release(vb);
-	virtio_reset_device(vb->vdev);
-	if (vb->session.push.vq)
-		vbw_push_detach(&vb->session.push);
+	vbw_balloon_deflate_all(&vb->balloon);
+	vbw_hinting_release(&vb->hinting);
+	virtio_reset_device(vb->shared.vdev);
+	vbw_session_detach(&vb->session);
 	del_vqs(vb);
+}
+
+/* Hinting and walks have a queue of work each: a host that takes no hints stops no walk. */
+static int make_workqueues(struct vbw_device *vb)
+{
+	vb->hint_wq = alloc_ordered_workqueue("vballoon-hint", WQ_FREEZABLE);
+	if (!vb->hint_wq)
+		return -ENOMEM;
+	vb->walk_wq = alloc_ordered_workqueue("vballoon-walk", WQ_FREEZABLE);
+	if (!vb->walk_wq) {
+		destroy_workqueue(vb->hint_wq);
+		return -ENOMEM;
+	}
+	return 0;
 }
 
 static struct vbw_device *allocate(struct virtio_device *vdev)
@@ -189,13 +203,25 @@ static struct vbw_device *allocate(struct virtio_device *vdev)
 
 	if (!vb)
 		return NULL;
-	vb->vdev = vdev;
-	init_waitqueue_head(&vb->acked);
-	spin_lock_init(&vb->stop_lock);
-	vbw_balloon_setup(vb);
-	vbw_stats_setup(vb);
-	vbw_hinting_setup(vb);
+	if (make_workqueues(vb)) {
+		kfree(vb);
+		return NULL;
+	}
+	vdev->priv = vb;
+	vbw_shared_setup(&vb->shared, vdev);
+	vbw_balloon_setup(&vb->balloon, &vb->shared);
+	vbw_stats_setup(&vb->stats, &vb->shared);
+	vbw_hinting_setup(&vb->hinting, &vb->shared, vb->hint_wq);
+	vb->reporting.shared = &vb->shared;
 	return vb;
+}
+
+static void deallocate(struct vbw_device *vb)
+{
+	vbw_balloon_free(&vb->balloon);
+	destroy_workqueue(vb->walk_wq);
+	destroy_workqueue(vb->hint_wq);
+	kfree(vb);
 }
 
 static int probe(struct virtio_device *vdev)
@@ -210,26 +236,18 @@ static int probe(struct virtio_device *vdev)
 	vb = allocate(vdev);
 	if (!vb)
 		return -ENOMEM;
-	vdev->priv = vb;
-	vb->wq = alloc_ordered_workqueue("vballoon-walk", WQ_FREEZABLE);
-	if (!vb->wq) {
-		err = -ENOMEM;
-		goto err_free;
-	}
-	err = vbw_session_setup(vb);
-	if (err)
-		goto err_wq;
+	vbw_session_setup(&vb->session, &vb->shared, vb->walk_wq);
 	err = init_vqs(vb);
 	if (err)
 		goto err_session;
-	err = vbw_hinting_start(vb);
+	err = vbw_hinting_start(&vb->hinting);
 	if (err)
 		goto err_vqs;
-	err = vbw_balloon_start(vb);
+	err = vbw_balloon_start(&vb->balloon);
 	if (err)
 		goto err_hinting;
 	write_poison(vb);
-	err = vbw_reporting_start(vb);
+	err = vbw_reporting_start(&vb->reporting);
 	if (err)
 		goto err_balloon;
 	start(vb);
@@ -238,17 +256,14 @@ static int probe(struct virtio_device *vdev)
 	return 0;
 
 err_balloon:
-	vbw_balloon_stop(vb);
+	vbw_balloon_stop(&vb->balloon);
 err_hinting:
-	vbw_hinting_end(vb);
+	vbw_hinting_stop(&vb->hinting);
 err_vqs:
 	del_vqs(vb);
 err_session:
-	vbw_session_free(vb);
-err_wq:
-	destroy_workqueue(vb->wq);
-err_free:
-	kfree(vb);
+	vbw_session_free(&vb->session);
+	deallocate(vb);
 	return err;
 }
 
@@ -257,22 +272,35 @@ static void remove(struct virtio_device *vdev)
 	struct vbw_device *vb = vdev->priv;
 
 	vbw_debugfs_remove(vb);
-	vbw_reporting_stop(vb);
-	vbw_balloon_stop(vb);
 	quiesce(vb);
-	vbw_hinting_end(vb);
+	vbw_balloon_stop(&vb->balloon);
+	vbw_hinting_stop(&vb->hinting);
 	let_go(vb);
-	vbw_session_free(vb);
-	destroy_workqueue(vb->wq);
-	kfree(vb);
+	vbw_session_free(&vb->session);
+	deallocate(vb);
 }
+
+#ifdef VBW_HAVE_SHUTDOWN
+/*
+ * The kernel ends. Nobody who waits for the device may keep a lock that others
+ * need until then, so the queues are broken first and the waiters woken. Memory is
+ * not taken back, and the parts stay registered: what they do fails at once.
+ */
+static void shutdown(struct virtio_device *vdev)
+{
+	struct vbw_device *vb = vdev->priv;
+
+	virtio_break_device(vdev);
+	quiesce(vb);
+	virtio_reset_device(vdev);
+}
+#endif
 
 #ifdef CONFIG_PM_SLEEP
 static int freeze(struct virtio_device *vdev)
 {
 	struct vbw_device *vb = vdev->priv;
 
-	vbw_reporting_stop(vb);
 	quiesce(vb);
 	let_go(vb);
 	return 0;
@@ -287,14 +315,14 @@ static int restore(struct virtio_device *vdev)
 	if (err)
 		return err;
 	write_poison(vb);
-	err = vbw_reporting_start(vb);
+	err = vbw_reporting_start(&vb->reporting);
 	if (err) {
 		del_vqs(vb);
 		return err;
 	}
 	start(vb);
 	changed(vdev);
-	vbw_balloon_update_actual(vb);
+	vbw_balloon_update_actual(&vb->balloon);
 	return 0;
 }
 #endif
@@ -304,19 +332,23 @@ static int validate(struct virtio_device *vdev)
 {
 	/*
 	 * Where free pages are neither cleared nor poisoned, the device need
-	 * not know of a value. Where they are and it does not know the value,
-	 * what reporting brings back would be taken for corrupted.
+	 * not know of a value. Where they are and the device cannot know the value, a
+	 * free page that was discarded, or left out of a snapshot or a migration, would
+	 * come back without it and be taken for corrupted.
 	 */
-	if (!want_init_on_free() && !page_poisoning_enabled_static())
+	if (!want_init_on_free() && !page_poisoning_enabled_static()) {
 		__virtio_clear_bit(vdev, VBALLOON_F_PAGE_POISON);
-	else if (!virtio_has_feature(vdev, VBALLOON_F_PAGE_POISON))
+	} else if (!virtio_has_feature(vdev, VBALLOON_F_PAGE_POISON)) {
 		__virtio_clear_bit(vdev, VBALLOON_F_PAGE_REPORTING);
+		__virtio_clear_bit(vdev, VBALLOON_F_FREE_PAGE_HINT);
+		__virtio_clear_bit(vdev, VBALLOON_F_FREE_PAGE_WALK);
+	}
 
 	/* Little-endian structures throughout: wrong for this guest without. */
 	if (IS_ENABLED(CONFIG_CPU_BIG_ENDIAN) && !virtio_has_feature(vdev, VIRTIO_F_VERSION_1))
 		return -EINVAL;
 
-	/* Page numbers are physical, whatever stands between. */
+	/* Page numbers are physical, whatever IOMMU is between. */
 	__virtio_clear_bit(vdev, VIRTIO_F_ACCESS_PLATFORM);
 	return 0;
 }
@@ -346,6 +378,9 @@ struct virtio_driver vbw_driver = {
 	.validate = validate,
 	.probe = probe,
 	.remove = remove,
+#ifdef VBW_HAVE_SHUTDOWN
+	.shutdown = shutdown,
+#endif
 	.config_changed = changed,
 #ifdef CONFIG_PM_SLEEP
 	.freeze = freeze,

@@ -15,7 +15,6 @@
 #include <linux/slab.h>
 
 #include "push.h"
-#include "vbw.h"
 
 #define HEADER_LEN ((unsigned int)sizeof(struct vballoon_walk_header))
 #define RANGE_LEN ((unsigned int)sizeof(struct vballoon_walk_range))
@@ -24,14 +23,18 @@
 /* Two more than the walk may fill: one for END, one for what END must follow. */
 #define RESERVED_BUFFERS 2
 
+/* The walk works with few buffers, too, so the kernel need not try its utmost. */
+#define BUFFER_GFP (GFP_KERNEL | __GFP_ZERO | __GFP_NORETRY | __GFP_NOWARN)
+
 static_assert(VBW_BUFFER_SIZE <= VBALLOON_WALK_BUFFER_MAX);
 
 /**
  * vbw_push_init - allocate the buffers
  * @push: to be filled in
- * @nr: how many buffers the walk may have under way
+ * @nr: how many buffers the walk may have under way; fewer are allocated where
+ *	memory is fragmented
  *
- * Return: 0 or -ENOMEM.
+ * Return: 0, or -ENOMEM if not even one can be had.
  */
 int vbw_push_init(struct vbw_push *push, unsigned int nr)
 {
@@ -48,16 +51,14 @@ int vbw_push_init(struct vbw_push *push, unsigned int nr)
 	for (i = 0; i < nr; i++) {
 		struct vbw_buffer *buffer = &push->buffers[i];
 
-		buffer->data = (void *)__get_free_pages(GFP_KERNEL | __GFP_ZERO,
-							get_order(VBW_BUFFER_SIZE));
+		buffer->data = (void *)__get_free_pages(BUFFER_GFP, get_order(VBW_BUFFER_SIZE));
 		if (!buffer->data)
-			goto err_free;
+			break;
 		list_add(&buffer->node, &push->free);
 		push->nr++;
 	}
-	return 0;
-
-err_free:
+	if (push->nr > RESERVED_BUFFERS)
+		return 0;
 	vbw_push_free(push);
 	return -ENOMEM;
 }
@@ -192,7 +193,7 @@ static int wait_for_device(struct vbw_push *push)
 	return push->aborted(push) ? -ECANCELED : 0;
 }
 
-/* Makes sure of @nr free buffers, with no full one left behind. */
+/* Makes sure of @nr free buffers, and that no full one is left. */
 static int want_free(struct vbw_push *push, unsigned int nr)
 {
 	struct list_head *pos;

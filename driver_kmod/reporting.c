@@ -6,7 +6,20 @@
 #include <linux/page_reporting.h>
 #include <linux/scatterlist.h>
 
-#include "vbw.h"
+#include "reporting.h"
+
+/*
+ * The smallest block to report. The kernel's own choice is a pageblock, which is
+ * 512 MiB with pages of 64 KiB, so hardly any block would be that large; 2 MiB are
+ * what virtio_balloon reports there.
+ */
+#if defined(CONFIG_ARM64_64K_PAGES)
+#define REPORTING_ORDER 5
+#elif defined(PAGE_REPORTING_ORDER_UNSPECIFIED)
+#define REPORTING_ORDER PAGE_REPORTING_ORDER_UNSPECIFIED
+#else
+#define REPORTING_ORDER 0
+#endif
 
 static bool answered(struct virtqueue *vq)
 {
@@ -17,58 +30,57 @@ static bool answered(struct virtqueue *vq)
 
 static int report(struct page_reporting_dev_info *info, struct scatterlist *sg, unsigned int nents)
 {
-	struct vbw_device *vb = container_of(info, struct vbw_device, reporting);
-	struct virtqueue *vq = vb->vqs[VBW_VQ_REPORTING];
+	struct vbw_reporting *reporting = container_of(info, struct vbw_reporting, info);
+	struct virtqueue *vq = reporting->vq;
 	int err;
 
 	/* An empty queue has room for all of them, or is broken. */
-	err = virtqueue_add_inbuf(vq, sg, nents, vb, GFP_NOWAIT | __GFP_NOWARN);
+	err = virtqueue_add_inbuf(vq, sg, nents, reporting, GFP_NOWAIT | __GFP_NOWARN);
 	if (err)
 		return err;
 	virtqueue_kick(vq);
-	wait_event(vb->acked, answered(vq));
+	wait_event(reporting->shared->acked, answered(vq));
 	return virtqueue_is_broken(vq) ? -EIO : 0;
 }
 
 /**
  * vbw_reporting_start - begin to report, where the host wants it
- * @vb: the device
+ * @reporting: the queue
  *
  * Return: 0 or a negative error number.
  */
-int vbw_reporting_start(struct vbw_device *vb)
+int vbw_reporting_start(struct vbw_reporting *reporting)
 {
 	unsigned int room;
 	int err;
 
-	if (!vb->vqs[VBW_VQ_REPORTING])
+	if (!reporting->vq)
 		return 0;
-	room = virtqueue_get_vring_size(vb->vqs[VBW_VQ_REPORTING]);
-	memset(&vb->reporting, 0, sizeof(vb->reporting));
-	vb->reporting.report = report;
+	room = virtqueue_get_vring_size(reporting->vq);
+	memset(&reporting->info, 0, sizeof(reporting->info));
+	reporting->info.report = report;
 #ifdef VBW_HAVE_REPORTING_CAPACITY
-	vb->reporting.capacity = min_t(unsigned int, room, PAGE_REPORTING_CAPACITY);
+	reporting->info.capacity = min_t(unsigned int, room, PAGE_REPORTING_CAPACITY);
 #else
 	if (room < PAGE_REPORTING_CAPACITY) {
-		dev_err(&vb->vdev->dev, "reporting queue of %u entries is too small\n", room);
+		dev_err(&reporting->shared->vdev->dev, "reporting queue too small: %u entries, need %u\n",
+			room, PAGE_REPORTING_CAPACITY);
 		return -ENOSPC;
 	}
 #endif
-#ifdef PAGE_REPORTING_ORDER_UNSPECIFIED
-	vb->reporting.order = PAGE_REPORTING_ORDER_UNSPECIFIED;
-#endif
-	err = page_reporting_register(&vb->reporting);
-	vb->reporting_on = !err;
+	reporting->info.order = REPORTING_ORDER;
+	err = page_reporting_register(&reporting->info);
+	reporting->on = !err;
 	return err;
 }
 
 /**
  * vbw_reporting_stop - undo vbw_reporting_start()
- * @vb: the device
+ * @reporting: the queue
  */
-void vbw_reporting_stop(struct vbw_device *vb)
+void vbw_reporting_stop(struct vbw_reporting *reporting)
 {
-	if (vb->reporting_on)
-		page_reporting_unregister(&vb->reporting);
-	vb->reporting_on = false;
+	if (reporting->on)
+		page_reporting_unregister(&reporting->info);
+	reporting->on = false;
 }

@@ -8,27 +8,26 @@
  * work item reads it before a round, and during a round between two slices
  * (a read may cost a round trip to the host, so it is not done at every slice).
  */
+#include <linux/jiffies.h>
 #include <linux/ktime.h>
 #include <linux/mm.h>
 
 #include "compat.h"
-#include "vbw.h"
+#include "params.h"
+#include "session.h"
+
+#define LAYOUT_DELAY msecs_to_jiffies(500)
 
 #define CREATE_TRACE_POINTS
 #include "trace.h"
-
-static struct vbw_device *to_device(struct vbw_session *session)
-{
-	return container_of(session, struct vbw_device, session);
-}
 
 static u32 wanted_round(struct vbw_session *session)
 {
 	u32 id;
 
-	/* A change that comes after this must be seen again, one before be read now. */
+	/* Clear the flag before reading, so that a later change sets it again. */
 	smp_store_mb(session->changed, false);
-	virtio_cread_le(to_device(session)->vdev, struct vballoon_config,
+	virtio_cread_le(session->shared->vdev, struct vballoon_config,
 			free_page_walk_cmd_id, &id);
 	return id;
 }
@@ -38,7 +37,7 @@ static bool round_aborted(struct vbw_push *push)
 {
 	struct vbw_session *session = container_of(push, struct vbw_session, push);
 
-	if (READ_ONCE(session->stopping))
+	if (vbw_stopping(session->shared))
 		return true;
 	if (!READ_ONCE(session->changed))
 		return false;
@@ -53,13 +52,13 @@ static bool round_disturbed(struct vbw_push *push)
 {
 	struct vbw_session *session = container_of(push, struct vbw_session, push);
 
-	return READ_ONCE(session->stopping) || READ_ONCE(session->changed);
+	return vbw_stopping(session->shared) || READ_ONCE(session->changed);
 }
 
 /* END has to be sent for a round that is not wanted any more, too. */
 static bool stopping(struct vbw_push *push)
 {
-	return READ_ONCE(container_of(push, struct vbw_session, push)->stopping);
+	return vbw_stopping(container_of(push, struct vbw_session, push)->shared);
 }
 
 static int send_begin(struct vbw_session *session, int min_order)
@@ -138,7 +137,7 @@ static void run_round(struct vbw_session *session, u32 round)
 	u32 order;
 	int err;
 
-	virtio_cread_le(to_device(session)->vdev, struct vballoon_config,
+	virtio_cread_le(session->shared->vdev, struct vballoon_config,
 			free_page_walk_min_order, &order);
 	order = min_t(u32, order, VBW_MAX_ORDER);
 	session->round = round;
@@ -159,14 +158,24 @@ static void run_round(struct vbw_session *session, u32 round)
 	trace_vbw_walk(round, order, err, &session->walk, push, session->duration_ns);
 }
 
+/*
+ * Sends the layout. Where that fails for a reason that may pass, it is due again:
+ * before the next round, or when memory changes again.
+ */
 static void send_layout(struct vbw_session *session)
 {
+	int err;
+
+	/* Clear the flag first, so that a later change sets it again. */
 	WRITE_ONCE(session->send_layout, false);
 	vbw_push_until(&session->push, stopping, stopping);
 	vbw_push_start(&session->push, 0);
-	if (!vbw_memmap_send(&session->push)) {
+	err = vbw_memmap_send(&session->push);
+	if (!err) {
 		session->layouts++;
 		vbw_push_kick(&session->push);
+	} else if (err == -ENOMEM && !vbw_stopping(session->shared)) {
+		queue_delayed_work(session->wq, &session->layout_work, LAYOUT_DELAY);
 	}
 }
 
@@ -183,88 +192,111 @@ static void session_work(struct work_struct *work)
 			send_layout(session);
 		if (id >= VBALLOON_CMD_ID_FIRST)
 			run_round(session, id);
-	} while (READ_ONCE(session->changed) && !READ_ONCE(session->stopping));
+	} while (READ_ONCE(session->changed) && !vbw_stopping(session->shared));
 }
 
 /**
  * vbw_session_changed - the configuration changed: look at the command id
- * @vb: the device
+ * @session: the rounds
  */
-void vbw_session_changed(struct vbw_device *vb)
+void vbw_session_changed(struct vbw_session *session)
 {
-	if (!vb->vqs[VBW_VQ_WALK])
+	if (!session->push.vq)
 		return;
-	WRITE_ONCE(vb->session.changed, true);
-	wake_up(&vb->session.push.wait);
-	vbw_queue_work(vb, vb->wq, &vb->session.work);
+	WRITE_ONCE(session->changed, true);
+	wake_up(&session->push.wait);
+	vbw_queue_work(session->shared, session->wq, &session->work);
 }
 
-/**
- * vbw_session_memory_changed - the layout that was sent does not hold any more
- * @session: of a device that has a walk queue
- */
-void vbw_session_memory_changed(struct vbw_session *session)
+static void layout_work(struct work_struct *work)
 {
-	struct vbw_device *vb = to_device(session);
+	struct vbw_session *session = container_of(to_delayed_work(work), struct vbw_session,
+						   layout_work);
 
 	WRITE_ONCE(session->send_layout, true);
-	vbw_queue_work(vb, vb->wq, &session->work);
+	vbw_queue_work(session->shared, session->wq, &session->work);
+}
+
+/*
+ * The layout that was sent does not hold any more, or not for all memory. Memory
+ * often comes in many small steps, and a layout is always of all memory, so wait for
+ * the next steps.
+ */
+static void memory_changed(struct vbw_memmap_listener *listener)
+{
+	struct vbw_session *session = container_of(listener, struct vbw_session, listener);
+
+	queue_delayed_work(session->wq, &session->layout_work, LAYOUT_DELAY);
 }
 
 /**
  * vbw_session_setup - allocate what rounds need, once for a device
- * @vb: the device
+ * @session: to be filled in
+ * @shared: of the device
+ * @wq: for rounds, which may take long
  *
- * Return: 0 or -ENOMEM.
+ * Where there is no memory for the buffers, the walk queue is not used.
  */
-int vbw_session_setup(struct vbw_device *vb)
+void vbw_session_setup(struct vbw_session *session, struct vbw_shared *shared,
+		       struct workqueue_struct *wq)
 {
-	INIT_LIST_HEAD(&vb->session.node);
-	INIT_WORK(&vb->session.work, session_work);
-	if (!vbw_has(vb, VBALLOON_F_FREE_PAGE_WALK))
-		return 0;
-	return vbw_push_init(&vb->session.push, vbw_buffer_count());
+	session->shared = shared;
+	session->wq = wq;
+	session->listener.changed = memory_changed;
+	INIT_WORK(&session->work, session_work);
+	INIT_DELAYED_WORK(&session->layout_work, layout_work);
+	if (!vbw_has(shared, VBALLOON_F_FREE_PAGE_WALK))
+		return;
+	if (vbw_push_init(&session->push, vbw_buffer_count()))
+		dev_warn(&shared->vdev->dev, "no memory for walks; the balloon works without\n");
 }
 
 /**
  * vbw_session_free - undo vbw_session_setup()
- * @vb: the device
+ * @session: the rounds
  */
-void vbw_session_free(struct vbw_device *vb)
+void vbw_session_free(struct vbw_session *session)
 {
-	if (vb->session.push.buffers)
-		vbw_push_free(&vb->session.push);
+	if (session->push.buffers)
+		vbw_push_free(&session->push);
 }
 
 /**
  * vbw_session_start - begin to serve rounds; the device is ready
- * @vb: the device
+ * @session: the rounds
+ * @vq: the walk queue, or NULL
  */
-void vbw_session_start(struct vbw_device *vb)
+void vbw_session_start(struct vbw_session *session, struct virtqueue *vq)
 {
-	struct vbw_session *session = &vb->session;
-
-	if (!vb->vqs[VBW_VQ_WALK])
+	if (!vq || !session->push.nr)
 		return;
 	session->round = 0;
-	session->stopping = false;
-	vbw_push_attach(&session->push, vb->vqs[VBW_VQ_WALK]);
-	vbw_memmap_attach(session);
-	vbw_session_memory_changed(session);
+	vbw_push_attach(&session->push, vq);
+	vbw_memmap_listen(&session->listener);
+	layout_work(&session->layout_work.work);
 }
 
 /**
- * vbw_session_stop - end rounds and layouts; the device is reset afterwards
- * @vb: the device
+ * vbw_session_cancel - end rounds and layouts; the device stops
+ * @session: the rounds
  */
-void vbw_session_stop(struct vbw_device *vb)
+void vbw_session_cancel(struct vbw_session *session)
 {
-	struct vbw_session *session = &vb->session;
-
-	if (!vb->vqs[VBW_VQ_WALK])
+	if (!session->push.vq)
 		return;
-	vbw_memmap_detach(session);
-	WRITE_ONCE(session->stopping, true);
+	vbw_memmap_unlisten(&session->listener);
 	wake_up(&session->push.wait);
+	/* In this order: the first may queue the second, the second not the first. */
 	cancel_work_sync(&session->work);
+	cancel_delayed_work_sync(&session->layout_work);
+}
+
+/**
+ * vbw_session_detach - take the buffers back; the device has been reset
+ * @session: the rounds
+ */
+void vbw_session_detach(struct vbw_session *session)
+{
+	if (session->push.vq)
+		vbw_push_detach(&session->push);
 }

@@ -7,7 +7,7 @@
 #include <linux/swap.h>
 
 #include "compat.h"
-#include "vbw.h"
+#include "stats.h"
 
 static u64 bytes(u64 pages)
 {
@@ -65,64 +65,63 @@ static unsigned int collect(struct vbw_stats *stats)
 	return n * sizeof(stats->entries[0]);
 }
 
-static int offer(struct vbw_device *vb)
+static int offer(struct vbw_stats *stats)
 {
-	struct virtqueue *vq = vb->vqs[VBW_VQ_STATS];
 	struct scatterlist sg;
 	int err;
 
-	sg_init_one(&sg, vb->stats.entries, collect(&vb->stats));
-	err = virtqueue_add_outbuf(vq, &sg, 1, vb, GFP_KERNEL);
+	sg_init_one(&sg, stats->entries, collect(stats));
+	err = virtqueue_add_outbuf(stats->vq, &sg, 1, stats, GFP_KERNEL);
 	if (!err)
-		virtqueue_kick(vq);
+		virtqueue_kick(stats->vq);
 	return err;
 }
 
 static void refill(struct work_struct *work)
 {
-	struct vbw_device *vb = container_of(work, struct vbw_device, stats.refill);
+	struct vbw_stats *stats = container_of(work, struct vbw_stats, refill);
 	unsigned int len;
 
-	if (virtqueue_get_buf(vb->vqs[VBW_VQ_STATS], &len))
-		offer(vb);
+	if (virtqueue_get_buf(stats->vq, &len))
+		offer(stats);
 }
 
 /**
- * vbw_stats_request - callback of the queue: the host wants newer numbers
- * @vq: the queue
+ * vbw_stats_request - the host has used the buffer and wants newer numbers
+ * @stats: the statistics
  */
-void vbw_stats_request(struct virtqueue *vq)
+void vbw_stats_request(struct vbw_stats *stats)
 {
-	struct vbw_device *vb = vq->vdev->priv;
-
-	vbw_queue_work(vb, system_freezable_wq, &vb->stats.refill);
+	vbw_queue_work(stats->shared, system_freezable_wq, &stats->refill);
 }
 
 /**
  * vbw_stats_setup - before anything else of this file
- * @vb: the device
+ * @stats: to be filled in
+ * @shared: of the device
  */
-void vbw_stats_setup(struct vbw_device *vb)
+void vbw_stats_setup(struct vbw_stats *stats, struct vbw_shared *shared)
 {
-	INIT_WORK(&vb->stats.refill, refill);
+	stats->shared = shared;
+	INIT_WORK(&stats->refill, refill);
 }
 
 /**
  * vbw_stats_prime - put the first buffer into the queue
- * @vb: the device
+ * @stats: the statistics
  *
  * Return: 0 or a negative error number.
  */
-int vbw_stats_prime(struct vbw_device *vb)
+int vbw_stats_prime(struct vbw_stats *stats)
 {
-	return offer(vb);
+	return offer(stats);
 }
 
 /**
- * vbw_stats_stop - wait for the work
- * @vb: the device
+ * vbw_stats_cancel - wait for the work; the device stops
+ * @stats: the statistics
  */
-void vbw_stats_stop(struct vbw_device *vb)
+void vbw_stats_cancel(struct vbw_stats *stats)
 {
-	cancel_work_sync(&vb->stats.refill);
+	cancel_work_sync(&stats->refill);
 }

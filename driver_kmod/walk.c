@@ -30,14 +30,14 @@
 
 #include "compat.h"
 #include "hotplug.h"
-#include "vbw.h"
+#include "params.h"
 #include "walk.h"
 
 /*
  * Work in a slice. Reading the clock costs as much as reporting a block or as
  * looking at eight pages in use, so it is not read at each. The maximum holds
- * whatever the clock says: a clock that ticks with the timer's interrupt stands
- * still while interrupts are off.
+ * whatever the clock says: a clock that ticks with the timer's interrupt does
+ * not advance while interrupts are off.
  */
 #define WORK_PER_LOOK 1
 #define WORK_PER_BLOCK 8
@@ -88,7 +88,7 @@ struct slice {
  * struct scan - reading a zone by page number
  * @zone: the zone
  * @order: of the blocks that are reported
- * @pfn: where it stands
+ * @pfn: the page number to look at next
  * @end: the page number after the last one
  * @page: the page structure of @pfn, or NULL if it has to be looked up
  */
@@ -241,7 +241,7 @@ static bool skip_used(struct scan *scan)
 }
 
 /*
- * Looks at one page under the lock and goes on to the next. A page's order may
+ * Looks at one page under the lock and advances to the next. A page's order may
  * be believed only under its own zone's lock.
  */
 static int scan_block(const struct walker *walker, struct slice *slice, struct scan *scan,

@@ -61,7 +61,7 @@ def compiled(source: Path, folder: Path) -> Any:
     folder = shutil.copytree(HERE / "kmod_userspace", folder / "userspace")
     for name in ("walk.c", "walk.h"):
         shutil.copy(source / name, folder)
-    for name in (*(f"linux/{n}.h" for n in HEADERS), "compat.h", "hotplug.h", "vbw.h"):
+    for name in (*(f"linux/{n}.h" for n in HEADERS), "compat.h", "hotplug.h", "params.h"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text('#include "kernel.h"\n')
     script = (

@@ -51,7 +51,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "docs/conformance",
     "docs/migration.md",
     "docs/vfio-user.md",
-    "driver_kmod/",
     "spec/virtio-conformance/",
     "pyproject.toml",
 )
