@@ -37,7 +37,7 @@ endif
 
 unit: venv ## all tests that need no virtual machine
 	$(BIN)/python -m tests.lab prerequisites
-	$(BIN)/python -m pytest -q -m "not lab" --cov tests device/vfio-user/tests spec/virtio-conformance/tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not lab" --cov tests device/vfio-user/tests spec/virtio-conformance/tests
 	VBALLOON_NATIVE=0 $(BIN)/python -m pytest -q $(PURE)
 
 bench: venv ## measure, beside C, QEMU's balloon and copying memory (FULL=1: every size, many turns)

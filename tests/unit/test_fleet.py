@@ -326,6 +326,7 @@ def test_real_servers_are_shown_and_scraped(served, tmp_path, capsys):
     scraper = subprocess.Popen(
         [sys.executable, "-m", "vballoon", "metrics", "--listen", "127.0.0.1:0", str(served)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     try:
@@ -341,8 +342,10 @@ def test_real_servers_are_shown_and_scraped(served, tmp_path, capsys):
         assert found["vballoon_up"] == 1
         assert found["vballoon_resident_bytes"] == 8192
         scraper.send_signal(signal.SIGTERM)
-        assert scraper.wait(60) == 0
+        _, said = scraper.communicate(timeout=60)
+        assert (scraper.returncode, said) == (0, "")
     finally:
         scraper.kill()
         scraper.wait()
         scraper.stdout.close()
+        scraper.stderr.close()

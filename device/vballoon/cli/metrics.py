@@ -14,7 +14,7 @@ from vballoon.cli.common import Subparsers, add_command
 from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
 
     from vballoon.fleet.sample import Sample
     from vballoon.fleet.watching import Watcher
@@ -72,7 +72,8 @@ def run(options: argparse.Namespace) -> int:
     registry = CollectorRegistry()
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    registry.register(Fleet(Answers(Watcher(machines(options.sockets)), loop)))
+    answers = Answers(Watcher(machines(options.sockets)), loop)
+    registry.register(Fleet(answers))
     try:
         server, thread = start_http_server(port, address, registry)
     except OSError as error:
@@ -81,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
     ended.wait()
     server.shutdown()
     thread.join()
+    answers.close()
     return 0
 
 
@@ -110,7 +112,13 @@ class Answers:
         """Return a sample of each machine, at most FRESH_SECONDS old."""
         with self._lock:
             if self._clock() - self._at >= FRESH_SECONDS:
-                asking: Coroutine[None, None, list[Sample]] = self._watcher.ask()
+                asking = self._watcher.ask()
                 self._last = asyncio.run_coroutine_threadsafe(asking, self._loop).result()
                 self._at = self._clock()
             return self._last
+
+    def close(self) -> None:
+        """End all connections, and the loop."""
+        with self._lock:
+            asyncio.run_coroutine_threadsafe(self._watcher.close(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)

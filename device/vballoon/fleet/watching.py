@@ -89,6 +89,10 @@ class Watcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every connection."""
         await asyncio.gather(*(machine.close() for machine in self.machines))
 
 
