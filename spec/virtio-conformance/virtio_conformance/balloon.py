@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of memory balloons share: pages to give away, and what became of them."""
+"""Helpers of the tests of memory balloons: pages to inflate, and checks of their contents."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ INFLATE, DEFLATE = 0, 1
 
 
 def pages(rig: Rig, count: int, region: int = 1) -> int:
-    """Fresh pages of guest memory, full of data."""
+    """Return the address of *count* new pages of guest memory, which hold data."""
     start = rig.ram.alloc(count * PAGE, PAGE, region)
     require(not rig.ram.is_hole(start), "the suite's memory has holes")
     return start
 
 
 def pfns(*addresses: int) -> bytes:
-    """An inflate or deflate buffer."""
+    """Return an inflate or deflate buffer that names the pages at *addresses*."""
     return b"".join(struct.pack("<I", address // PAGE) for address in addresses)
 
 
 def freed(rig: Rig, start: int, count: int) -> list[int]:
-    """Which of *count* pages are holes."""
+    """Return which of *count* pages are holes, as indices."""
     return [i for i in range(count) if rig.ram.is_hole(start + i * PAGE)]
 
 
 def expect_freed(rig: Rig, start: int, count: int, *, reported: bool = False) -> None:
     """Raise a finding unless all of these pages are holes (with discards off: none of them).
 
-    A device need not free pages.  If this one does, a page that it leaves was not handled, and the
-    finding is about the test's row; if it never does, it is about the advisory row.
+    A device need not free pages.  If this one is known to free them, a page that it keeps was not
+    handled, and the finding names the row of the test.  Otherwise it names the advisory row.
     """
     advisory = "balloon.report.frees" if reported else "balloon.inflate.frees"
     row = "" if (rig.frees_reports if reported else rig.frees) else advisory
@@ -63,13 +63,13 @@ def expect_freed(rig: Rig, start: int, count: int, *, reported: bool = False) ->
 
 
 def inflate(rig: Rig, data: bytes, spans: list[tuple[int, int]], *, queue: int = INFLATE) -> None:
-    """One buffer of page numbers; only *spans* may change; used length 0."""
+    """Put one buffer of page numbers through; only *spans* may change, and the used length is 0."""
     exchange = Exchange(data, verify=no_bytes, may_change=tuple(spans))
     rig.run([exchange], queue=queue)
 
 
 def no_bytes(used: int, data: bytes) -> str:
-    """Nothing is written to these buffers."""
+    """Return what is wrong with the used length of a buffer that the device must not write to."""
     return f"used length {used} for a buffer that nothing is written to" if used else ""
 
 

@@ -32,7 +32,7 @@ class Log:
         self.view = mmap.mmap(self.fd, LOG_OFFSET + LOG_SIZE + PAGE)
 
     def pages(self) -> set[int]:
-        """Pages marked dirty."""
+        """Return the page numbers that are marked dirty."""
         raw = np.frombuffer(self.view[LOG_OFFSET : LOG_OFFSET + LOG_SIZE], np.uint8)
         bits = np.unpackbits(raw, bitorder="little")
         return {int(page) for page in np.flatnonzero(bits)}
@@ -42,7 +42,7 @@ class Log:
         self.view[:] = bytes(len(self.view))
 
     def strays(self) -> bool:
-        """Whether anything was written around the log."""
+        """Return whether anything was written around the log."""
         return any(self.view[:LOG_OFFSET]) or any(self.view[LOG_OFFSET + LOG_SIZE :])
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class Log:
         os.close(self.fd)
 
     def attach(self, rig: VhostUserRig) -> None:
-        """SET_LOG_BASE; its reply has 0, 8 or 16 bytes, depending on the back-end."""
+        """Send SET_LOG_BASE.  Its reply has 0, 8 or 16 bytes, depending on the back-end."""
         payload = VhostUserLog(mmap_size=LOG_SIZE, mmap_offset=LOG_OFFSET).build()
         rig.fe.send(Request.SET_LOG_BASE, payload, [self.fd])
         rig.fe.expect_reply(Request.SET_LOG_BASE)

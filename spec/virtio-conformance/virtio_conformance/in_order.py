@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a ring whose device uses buffers in order, and may show a batch by its last buffer."""
+"""Read a ring whose device uses buffers in order (IN_ORDER).
+
+Such a device may return a batch of buffers by writing a used element for the last one only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ __all__ = ("collect_in_order",)
 
 
 def collect_in_order(rig: Rig, ring: DriverRing, ids: Sequence[int], limit: float = 2.0) -> None:
-    """Wait until all *ids* are used, in this order; elements may stand for those before them."""
+    """Wait until all *ids* are used, in this order; an element may return those before it too."""
     waiting = list(ids)
     deadline = time.monotonic() + limit
     while waiting:
@@ -32,7 +35,7 @@ def collect_in_order(rig: Rig, ring: DriverRing, ids: Sequence[int], limit: floa
 
 
 def _split(ring: SplitRing, waiting: list[int]) -> bool:
-    """Used elements of a batch: only the last of each run has to be written."""
+    """Read the used elements of a batch, of which only the last one has to be written."""
     now = ring.used_idx
     count = (now - ring.last_used) & 0xFFFF
     if count > len(waiting):
@@ -51,7 +54,7 @@ def _split(ring: SplitRing, waiting: list[int]) -> bool:
 
 
 def _packed(ring: PackedRing, waiting: list[int]) -> bool:
-    """One used descriptor stands for every buffer up to the one that it names."""
+    """Read one used descriptor, which returns every buffer up to the one that it names."""
     flags = int(ring.desc["flags"][ring.used_slot])
     if not bool(flags & AVAIL) == bool(flags & USED) == bool(ring.used_wrap):
         return False

@@ -91,7 +91,7 @@ def _rigs(options: Options, profile: Profile) -> Iterator[_Maker]:
 
 
 def _frees(rig: Rig) -> bool:
-    """Whether one inflated page becomes a hole by its acknowledgement."""
+    """Return whether one inflated page is a hole when it is acknowledged."""
     rig.bring_up()
     page = rig.ram.alloc(PAGE, PAGE, 1)
     rig.submit(rig.place(Exchange(BalloonPfn(pfn=page // PAGE).build())))

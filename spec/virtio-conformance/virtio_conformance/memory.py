@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a guest that does not exist: files in several regions, watched byte by byte.
+"""Guest memory without a guest: files in several regions, compared byte by byte.
 
 Regions have gaps between them, different files, offsets into those files, and guard bytes at both
-ends, so that whatever a back-end writes beside the memory that it was given is noticed.
+ends, which detect writes outside of the memory that the back-end got.
 Contents are compared through ``pread``: reading a hole through a mapping would fill it.
 """
 
@@ -48,13 +48,13 @@ class Region:
         return self.guest + self.size
 
     def bytes_of_file(self) -> Bytes:
-        """The whole file, read without filling holes."""
+        """Return the whole file, read without filling holes."""
         return np.frombuffer(os.pread(self.fd, self.file_size, 0), np.uint8)
 
 
 @dataclass
 class Picture:
-    """What all files held at one moment."""
+    """The contents of all files at one moment."""
 
     files: list[Bytes] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ class GuestRam:
         for region in self.regions:
             try:
                 region.view.close()
-            except BufferError:  # a ring still has a view; it goes with its owner
+            except BufferError:  # a ring still has a view; the mapping is freed with the ring
                 pass
             os.close(region.fd)
         self.regions.clear()
@@ -112,19 +112,19 @@ class GuestRam:
     # -- addresses ---------------------------------------------------------------------------
 
     def region_at(self, addr: int) -> Region:
-        """The region that holds guest-physical *addr*."""
+        """Return the region that holds guest-physical *addr*.  Raise KeyError if none does."""
         for region in self.regions:
             if region.guest <= addr < region.end:
                 return region
         raise KeyError(f"no memory at {addr:#x}")
 
     def user(self, addr: int) -> int:
-        """The front-end address of a guest-physical one."""
+        """Return the front-end address of guest-physical *addr*."""
         region = self.region_at(addr)
         return region.user + addr - region.guest
 
     def alloc(self, size: int, align: int = 16, region: int = 0) -> int:
-        """A fresh range of *size* bytes in a region, guest-physical."""
+        """Return the guest-physical address of a new range of *size* bytes in a region."""
         chosen = self.regions[region]
         start = -(-chosen.next_free // align) * align
         if start + size > chosen.size:
@@ -135,14 +135,14 @@ class GuestRam:
     # -- contents ----------------------------------------------------------------------------
 
     def view(self, addr: int, dtype: str, count: int = 1) -> NDArray[np.generic]:
-        """A live array at *addr*, within one region."""
+        """Return *count* items of guest memory at *addr*, within one region, without a copy."""
         region = self.region_at(addr)
         offset = region.offset + addr - region.guest
         found: NDArray[np.generic] = np.frombuffer(region.view, dtype, count, offset)
         return found
 
     def write(self, addr: int, data: bytes) -> None:
-        """Store bytes; the range may run on into an adjacent region."""
+        """Write bytes; the range may cross into an adjacent region."""
         while data:
             region = self.region_at(addr)
             part = data[: region.end - addr]
@@ -151,7 +151,7 @@ class GuestRam:
             addr, data = addr + len(part), data[len(part) :]
 
     def read(self, addr: int, size: int) -> bytes:
-        """Load bytes without filling holes."""
+        """Return *size* bytes without filling holes."""
         found = b""
         while len(found) < size:
             region = self.region_at(addr)
@@ -161,7 +161,7 @@ class GuestRam:
         return found
 
     def is_hole(self, addr: int, size: int = PAGE) -> bool:
-        """Whether the file has no data at all for this range."""
+        """Return whether the file has no data at all for this range."""
         region = self.region_at(addr)
         start = region.offset + addr - region.guest
         try:
@@ -172,11 +172,11 @@ class GuestRam:
     # -- comparison --------------------------------------------------------------------------
 
     def picture(self) -> Picture:
-        """The contents of every file, guards included."""
+        """Return the contents of every file, including the guard bytes."""
         return Picture([region.bytes_of_file() for region in self.regions])
 
     def changes(self, before: Picture, allowed: Iterable[Span] = ()) -> list[str]:
-        """Ranges that differ from *before* outside the *allowed* spans (guest-physical)."""
+        """Return the ranges that differ from *before* outside the *allowed* guest spans."""
         found: list[str] = []
         for old, region in zip(before.files, self.regions, strict=True):
             differs = old != region.bytes_of_file()
@@ -200,7 +200,7 @@ class GuestRam:
 
 @cache
 def _pattern(size: int) -> bytes:
-    """Bytes that are never zero and differ from page to page."""
+    """Return bytes that are never zero and differ from page to page."""
     index = np.arange(size, dtype=np.uint64)
     return (((index * 2654435761) >> 13) % 255 + 1).astype(np.uint8).tobytes()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be seen of a backend from outside: descriptors, processor time, mappings, signals."""
+"""Observe a back-end from outside: descriptors, processor time, mappings, signals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Process:
-    """A back-end by the process that listens; every figure comes from ``/proc``.
+    """A back-end, given the process that listens; every figure comes from ``/proc``.
 
     A supervisor may listen and hand the connection to a worker, so that descriptors, mappings and
     processor time are those of the process and of all its descendants.
@@ -37,7 +37,7 @@ class Process:
         return None if fields[0] in "ZX" else fields
 
     def fds(self) -> list[str]:
-        """What its descriptors refer to, sorted."""
+        """Return what its descriptors refer to, sorted."""
         return sorted(name for pid in self.family() for name in _descriptors(pid))
 
     def family(self) -> list[int]:
@@ -53,29 +53,30 @@ class Process:
         return found
 
     def mappings(self, of: str) -> int:
-        """How many mappings of files with *of* in their names it has."""
+        """Return how many mappings of files with *of* in their names it has."""
         texts = (_text(pid, "maps") for pid in self.family())
         return sum(of in line for text in texts for line in text.splitlines())
 
     def cpu_seconds(self) -> float:
-        """Processor time of all its threads so far."""
+        """Return the processor time of all its threads so far, in seconds."""
         return sum(map(_ticks, self.family())) / _TICK
 
     def resident_bytes(self) -> int:
-        """Resident memory that is its own (not files, not shared memory)."""
+        """Return its anonymous resident memory in bytes (no files, no shared memory)."""
         lines = (line for pid in self.family() for line in _text(pid, "status").splitlines())
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
     def cpu_share(self, seconds: float = 0.3) -> float:
-        """The share of one processor that it uses over the next *seconds*."""
+        """Return the share of one processor that it uses over the next *seconds*."""
         before, start = self.cpu_seconds(), time.monotonic()
         time.sleep(seconds)
         return (self.cpu_seconds() - before) / (time.monotonic() - start)
 
     def settles(self, limit: float = 2.0, share: float = 0.5) -> bool:
-        """Whether within *limit* seconds it comes to use less than *share* of a processor.
+        """Return whether within *limit* seconds it uses less than *share* of one processor.
 
-        Ticks are 10 ms: a window of 0.2 s tells idle from spinning.
+        Clock ticks are 10 ms, so that a window of 0.2 s is enough to distinguish idle from
+        spinning.
         """
         deadline = time.monotonic() + limit
         while True:
@@ -86,7 +87,7 @@ class Process:
 
 
 def _text(pid: int, name: str) -> str:
-    """A file of a process, empty once it has ended."""
+    """Return the text of a file in ``/proc``; empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -122,20 +123,20 @@ class EventFd:
         os.eventfd_write(self.fd, value)
 
     def take(self) -> int:
-        """Notifications since the last call (an eventfd adds them up)."""
+        """Return the number of notifications since the last call (an eventfd adds them up)."""
         try:
             return os.eventfd_read(self.fd)
         except BlockingIOError:
             return 0
 
     def wait(self, limit: float = 2.0) -> int:
-        """Wait for a notification; 0 when none came within *limit* seconds."""
+        """Return the notifications, waiting for one; 0 if none came within *limit* seconds."""
         if not select.select([self.fd], [], [], limit)[0]:
             return 0
         return self.take()
 
     def close(self) -> None:
-        """Close it; more than once does no harm."""
+        """Close it.  Closing it again has no effect."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -68,7 +68,7 @@ def _chip(status: str, text: str = "") -> str:
 
 
 def _facts(run: Run) -> str:
-    """What was tested, with what, when, and what came of it."""
+    """Return a list of what was tested, with what, when, and the counts of results."""
     counts = Counter(record.outcome for record in run.records)
     told = ", ".join(
         f"{counts[outcome]} {'not applicable' if outcome == NOT_APPLICABLE else outcome}"
@@ -90,7 +90,7 @@ def _facts(run: Run) -> str:
 
 
 def _filter(verdicts: list[Verdict]) -> str:
-    """A search field, and a box for each status with its count."""
+    """Return a search field, and a box for each status with its count."""
     counts = Counter(verdict.status for verdict in verdicts)
     boxes = "".join(
         f'<label><input type=checkbox name="{status}" checked>'
@@ -106,7 +106,7 @@ def _filter(verdicts: list[Verdict]) -> str:
 
 
 def _failures(verdicts: list[Verdict]) -> list[str]:
-    """One card for each broken row, the worst first."""
+    """Return one card for each broken row, the worst first."""
     parts: list[str] = []
     for status in (FAILED, WARNED, FRAGILE, ADVISED):
         broken = [verdict for verdict in verdicts if verdict.status == status]
@@ -120,7 +120,7 @@ def _failures(verdicts: list[Verdict]) -> list[str]:
 
 
 def _card(verdict: Verdict) -> str:
-    """A broken row: what is expected by which sentence, and what was found."""
+    """Return a card for a broken row: the expectation, its source, and what was found."""
     row = verdict.row
     where = e(row.label)
     if verdict.link:
@@ -150,7 +150,7 @@ def _first_line(record: Record) -> str:
 
 
 def _failure(alike: list[Record]) -> str:
-    """The first of failures that are alike in full, the others by name."""
+    """Return the first of similar failures in full, and the names of the others."""
     record = alike[0]
     title = f"<b>found</b> {e(_first_line(record))}"
     if alike[1:]:
@@ -169,7 +169,7 @@ def _failure(alike: list[Record]) -> str:
 
 
 def _evidence(record: Record) -> list[str]:
-    """Rings, exchange and output, and the command that repeats the test."""
+    """Return rings, messages and output, and the command that repeats the test."""
     parts: list[str] = []
     if record.rings.strip():
         parts.append(f"<p>Rings:</p><pre>{e(_narrow(record.rings.splitlines()))}</pre>")
@@ -188,7 +188,7 @@ def _narrow(lines: list[str]) -> str:
 
 
 def _inconclusive(run: Run) -> list[str]:
-    """Tests that failed before they came to their question."""
+    """Return cards for the tests that ended before they reached a verdict."""
     records = [record for record in run.records if record.outcome == INCONCLUSIVE]
     if not records:
         return []
@@ -223,7 +223,7 @@ def _row(verdict: Verdict) -> str:
 
 
 def _why(verdict: Verdict) -> str:
-    """The tests of a row, or why there is none."""
+    """Return how many tests the row has, or why there is none."""
     if verdict.row.untestable:
         return f"<br><span class=soft>{e(verdict.row.untestable)}</span>"
     if verdict.failures:

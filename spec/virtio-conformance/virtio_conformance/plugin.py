@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite as a pytest plugin: options, fixtures, time limits, and a record of what was seen.
+"""The suite as a pytest plugin: options, fixtures, time limits, and a record of the results.
 
 Run ``pytest --pyargs virtio_conformance --vhost-user SOCKET``.  Without one of the three options
 nothing of the suite is collected, so that the plugin does not disturb the other tests of a project
@@ -28,13 +28,13 @@ FAILED = pytest.StashKey[bool]()
 KEPT = pytest.StashKey[Target | None]()
 RIGS = pytest.StashKey[list[Any]]()
 SHOWN = 3
-"""So many of a test's last connections are shown with its failure, and the first one."""
+"""How many of a test's last connections a failure shows, besides the first one."""
 ONLY = {"test_vhost_user": "vhost-user", "test_vfio_user": "vfio-user", "test_pci": "vfio-user"}
-"""Files of the suite that are about one transport, by the start of their names."""
+"""The transport that files of the suite need, by the start of their names."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Command-line options, in a group of their own."""
+    """Declare the command-line options, in a group of their own."""
     from virtio_conformance.options import OPTIONS as DECLARED
 
     group = parser.getgroup("conformance", "vhost-user and vfio-user conformance")
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Read the options; register the mark."""
+    """Read the options and register the mark."""
     config.addinivalue_line("markers", "requirement(id, ...): rows of the catalogue it checks")
     get = config.getoption
     protocol = "vfio-user" if get("vfio_user") else get("protocol")
@@ -78,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def repeat_command(options: Options, nodeid: str) -> str:
-    """The line that runs one test again."""
+    """Return the command line that runs one test again."""
     words = ["virtio-conformance"]
     if options.command:
         words += ["--spawn", options.command]
@@ -101,7 +101,7 @@ def repeat_command(options: Options, nodeid: str) -> str:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Without a backend the suite is not there; files of the other transport neither."""
+    """Ignore the suite if no back-end is given, and the files of the other transport."""
     if collection_path.parent != SUITE or not collection_path.name.startswith("test_"):
         return None
     options = config.stash[OPTIONS]
@@ -118,7 +118,7 @@ def _ours(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that the options leave out, and those of other shards."""
+    """Deselect the tests that the options exclude, and those of other shards."""
     options = config.stash[OPTIONS]
     chosen = [item for item in items if not _ours(item) or _asked_for(item, options)]
     shard = config.getoption("conformance_shard")
@@ -130,7 +130,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _asked_for(item: pytest.Item, options: Options) -> bool:
-    """Whether a test has a row that is to be judged."""
+    """Return whether a test has a row that this run decides."""
     rows = [by_id()[name] for name in _requirements(item)]
     robust = options.robustness or any(row.chapter != "robustness" for row in rows)
     return robust and any(row.in_version(options.spec) for row in rows)
@@ -141,7 +141,7 @@ def _asked_for(item: pytest.Item, options: Options) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Learn what many tests need to know of the program; end the run if there is none."""
+    """Learn what many tests need to know of the program.  End the run if it does not start."""
     if any(map(_ours, session.items)) and not session.config.option.collectonly:
         from virtio_conformance.learn import learn
         from virtio_conformance.probe import probe
@@ -156,7 +156,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """A test that takes longer than the time limit is a finding, not the end of the run."""
+    """Report a test that exceeds the time limit as a finding, and continue the run."""
     if not _ours(item):
         return (yield)
     limit = item.config.stash[OPTIONS].time_limit
@@ -177,7 +177,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach what was sent, what came back, which row is broken, and how to repeat the test."""
+    """Attach the messages, the broken row, and the command that repeats the test."""
     report: pytest.TestReport = yield
     if not _ours(item):
         return report
@@ -192,7 +192,7 @@ def pytest_runtest_makereport(
 def _attach(
     item: pytest.Item, report: pytest.TestReport, error: BaseException, ids: list[str]
 ) -> None:
-    """Put what people need to know of a failure into its report."""
+    """Add the messages, rings, output and command of a failure to its report."""
     targets = item.stash.get(TARGETS, [])
     broken = broken_row(error, str(report.when), ids)
     report.user_properties.append(("broken", broken))
@@ -229,7 +229,7 @@ def broken_row(error: BaseException, when: str, ids: list[str]) -> str:
 
 
 def _requirements(item: pytest.Item) -> list[str]:
-    """Rows that the test checks, those of the other ring layout and transport left out."""
+    """Return the rows that the test checks, without those of the other layout and transport."""
     layout = getattr(getattr(item, "callspec", None), "params", {}).get("packed", "")
     other: tuple[str, ...] = {"split": ("packed.",), "packed": ("split.",)}.get(layout, ())
     foreign = {"vfio-user": ("vu.",), "vhost-user": ("vf.", "pci.")}
@@ -239,7 +239,7 @@ def _requirements(item: pytest.Item) -> list[str]:
 
 
 def _wire(targets: list[Target]) -> list[str]:
-    """What went over the connections; of many, the first and the last ones."""
+    """Return the messages of each connection; of many connections, the first and the last ones."""
     logs = [tap.log.lines() for target in targets for tap in target.taps]
     if len(logs) == 1:
         return logs[0]
@@ -260,13 +260,13 @@ def _rules(ids: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def options(pytestconfig: pytest.Config) -> Options:
-    """What the command line says."""
+    """Return the options of the command line."""
     return pytestconfig.stash[OPTIONS]
 
 
 @pytest.fixture
 def target(options: Options, request: pytest.FixtureRequest) -> Iterator[Target]:
-    """The back-end, started afresh where the suite starts it; its health is checked afterwards."""
+    """Yield the back-end, started afresh if the suite starts it; check its health afterwards."""
     made = request.config.stash.get(KEPT, None) or Target(options)
     request.config.stash[KEPT] = None
     request.node.stash.setdefault(TARGETS, []).append(made)
@@ -285,7 +285,7 @@ def target(options: Options, request: pytest.FixtureRequest) -> Iterator[Target]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End a backend that was kept."""
+    """Stop a back-end that was kept."""
     kept = config.stash.get(KEPT, None)
     if kept is not None:
         kept.stop()
@@ -293,7 +293,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def profile(options: Options) -> Any:
-    """What a valid request is."""
+    """Return the profile of the device under test."""
     from virtio_conformance.profiles import find_profile
 
     return find_profile(options.device)()
@@ -322,7 +322,7 @@ def new_rig(
 
 @pytest.fixture
 def numbering(options: Options, request: pytest.FixtureRequest) -> Any:
-    """The numbers of a balloon's optional queues."""
+    """Return the numbers of a balloon's optional queues."""
     from virtio_conformance.learn import learn
 
     found = learn(options).numbering
@@ -332,25 +332,25 @@ def numbering(options: Options, request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(params=["split", "packed"])
 def packed(request: pytest.FixtureRequest) -> bool:
-    """The ring layout."""
+    """Return whether the test uses packed rings; each test runs with both layouts."""
     return bool(request.param == "packed")
 
 
 @pytest.fixture
 def rig(new_rig: Any, packed: bool) -> Any:
-    """A device with the ring layout under test, connected and nothing more."""
+    """Return a connected device with the ring layout under test.  Nothing is negotiated yet."""
     return new_rig(packed)
 
 
 @pytest.fixture
 def split_rig(new_rig: Any) -> Any:
-    """A device that is driven with split rings."""
+    """Return a connected device that is driven with split rings."""
     return new_rig(False)
 
 
 @pytest.fixture
 def new_client(target: Target, options: Options) -> Iterator[Any]:
-    """Makes vfio-user clients that have said nothing yet; they are closed in the end."""
+    """Yield a function that connects vfio-user clients; close them at the end."""
     from virtio_conformance.vfio_user import Client
 
     made: list[Client] = []
@@ -367,5 +367,5 @@ def new_client(target: Target, options: Options) -> Iterator[Any]:
 
 @pytest.fixture
 def client(new_client: Any) -> Any:
-    """A vfio-user client that has said nothing yet."""
+    """Return a vfio-user client that has sent nothing yet."""
     return new_client()

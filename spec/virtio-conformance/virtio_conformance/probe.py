@@ -84,7 +84,7 @@ def _expect_another(target: Target) -> None:
 
 
 def _why(target: Target, finding: Exception) -> str:
-    """One line for people, without the folder that was made for the program."""
+    """Return one line for people, without the folder that was made for the program."""
     where = target.options.command or target.socket
     protocol = target.options.protocol
     if isinstance(finding, Hang) and target.connections:

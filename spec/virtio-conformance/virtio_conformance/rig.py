@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device brought up over one transport, with rings that requests can be put through.
+"""Bring a device up over one transport, and put requests through its rings.
 
 The tests of rings are written against :class:`Rig` and run over vhost-user
 (:mod:`.rig_vhost_user`) and vfio-user (:mod:`.rig_vfio_user`) alike.
@@ -27,12 +27,12 @@ from virtio_formats.virtio import features as f
 __all__ = ("Placed", "Rig")
 
 RING_SIZE = 64
-"""Descriptors of a ring where a test does not care: far below what any backend supports."""
+"""Descriptors of a ring if a test does not choose a size: far below what any back-end supports."""
 
 
 @dataclass
 class Placed:
-    """A request in guest memory."""
+    """A request in guest memory, with its segments and the id of its buffer."""
 
     exchange: Exchange
     segments: list[Segment]
@@ -41,7 +41,7 @@ class Placed:
 
 
 class Rig(ABC):
-    """One device, one connection, and the driver's side of its rings."""
+    """One device, one connection, and the driver side of its rings."""
 
     transport: str
     can_stop = False
@@ -49,7 +49,7 @@ class Rig(ABC):
     ring_region = 0
     """The region of memory that rings are made in."""
     frees = True
-    """Whether a balloon is known to free the pages that it is given; it need not."""
+    """Whether a balloon is known to free inflated pages; the standard does not require it."""
     frees_reports = True
     """The same for reported ranges."""
 
@@ -68,7 +68,7 @@ class Rig(ABC):
                 self.connect()
             if packed:
                 self.need(f.VIRTIO_F_RING_PACKED, "RING_PACKED")
-        except BaseException:  # nobody has this device yet: a server may wait for its leaving
+        except BaseException:  # no caller can close it; a server may wait for its disconnect
             self.close()
             raise
 
@@ -81,11 +81,11 @@ class Rig(ABC):
     @property
     @abstractmethod
     def offered(self) -> int:
-        """The virtio feature bits that the device offers."""
+        """The virtio feature bits that the device offers, as a mask."""
 
     @abstractmethod
     def negotiate(self, features: int) -> None:
-        """Settle features and hand over memory; a refusal is a finding."""
+        """Negotiate features and share memory.  Raise a finding if either is refused."""
 
     @abstractmethod
     def start_ring(self, index: int, ring: DriverRing, *, base: int | None = None) -> None:
@@ -93,19 +93,19 @@ class Rig(ABC):
 
     @abstractmethod
     def driver_ok(self) -> None:
-        """All rings are there: the driver is ready."""
+        """Report that the driver is ready, after all rings were started."""
 
     @abstractmethod
     def kick(self, index: int) -> None:
-        """Notify the device, whether it asked for that or not."""
+        """Notify the device, even if it does not want a notification."""
 
     @abstractmethod
     def usable(self) -> bool:
-        """Whether the connection answers (true) or was closed (false); a hang is a finding."""
+        """Return True if the connection answers, False if it was closed.  Else raise Hang."""
 
     @abstractmethod
     def read_config(self, offset: int, size: int) -> bytes:
-        """Device configuration."""
+        """Return *size* bytes of the device configuration."""
 
     @abstractmethod
     def write_config(self, offset: int, data: bytes) -> None:
@@ -113,18 +113,18 @@ class Rig(ABC):
 
     @abstractmethod
     def leave(self) -> None:
-        """Close the connection, whatever state it is in."""
+        """Close the connection in any state."""
 
     @property
     def process(self) -> Process:
-        """The backend's process."""
+        """The back-end's process."""
         assert self.target.process is not None
         return self.target.process
 
     # -- bringing it up ----------------------------------------------------------------------
 
     def need(self, bit: int, name: str) -> None:
-        """The test needs a feature; without it, it is not applicable."""
+        """Skip the test as not applicable unless feature *bit* is offered."""
         if not f.has(self.offered, bit):
             not_applicable(f"{name} is not offered")
 
@@ -140,8 +140,8 @@ class Rig(ABC):
         """Negotiate VERSION_1, the ring layout and *bits*; start the rings; return the main one.
 
         *bits* have to be offered (:meth:`need`); *extra* are device features as a mask;
-        *configure* runs between negotiation and the rings, where a driver writes configuration.
-        What fails here is set-up: without an :func:`about` around it, it accuses nobody.
+        *configure* runs after negotiation and before the rings start, to write configuration.
+        A failure here is one of set-up: without an :func:`about` around it, no row is accused.
         """
         if not self.profile.has_requests:
             not_applicable("no device profile, so no valid request is known")
@@ -163,7 +163,7 @@ class Rig(ABC):
     def make_ring(
         self, size: int = RING_SIZE, *, start: int = 0, region: int | None = None
     ) -> DriverRing:
-        """A ring of the layout and event handling that are negotiated, in guest memory."""
+        """Return a new ring in guest memory, with the negotiated layout and event handling."""
         event_idx = f.has(self.features, f.VIRTIO_F_EVENT_IDX)
         kind = PackedRing if self.packed else SplitRing
         region = self.ring_region if region is None else region
@@ -175,18 +175,18 @@ class Rig(ABC):
 
     @property
     def main(self) -> DriverRing:
-        """The ring that requests go to."""
+        """The ring that requests are put into."""
         return self.rings[self.profile.main]
 
     @property
     def main_split(self) -> SplitRing:
-        """The main ring, which is a split one."""
+        """The main ring, if it is a split one."""
         assert isinstance(self.main, SplitRing)
         return self.main
 
     @property
     def main_packed(self) -> PackedRing:
-        """The main ring, which is a packed one."""
+        """The main ring, if it is a packed one."""
         assert isinstance(self.main, PackedRing)
         return self.main
 
@@ -195,7 +195,7 @@ class Rig(ABC):
     def place(
         self, exchange: Exchange, *, cut: Sequence[int] = (), region: int = 1, align: int = 64
     ) -> Placed:
-        """Put a request into memory; *cut* are the sizes of the first descriptors."""
+        """Write a request to memory and return it; *cut* has the sizes of the first descriptors."""
         segments: list[Segment] = []
         writable_at = 0
         if exchange.readable:
@@ -209,7 +209,7 @@ class Rig(ABC):
         return Placed(exchange, segments, writable_at)
 
     def request(self, serial: int = 0, **how: Any) -> Placed:
-        """A valid request of this device, in memory."""
+        """Write a valid request of this device to memory and return it."""
         return self.place(self.profile.exchange(self, serial), **how)
 
     def submit(self, placed: Placed, *, queue: int | None = None, indirect: bool = False) -> Placed:
@@ -223,9 +223,10 @@ class Rig(ABC):
         self, exchanges: Sequence[Exchange | Placed], *, queue: int | None = None,
         watch: bool = True, limit: float | None = None, indirect: bool = False,
     ) -> list[Used]:  # fmt: skip
-        """Put requests through a ring and check everything about them.
+        """Put requests through a ring, check the results, and return the used elements.
 
-        Ids, lengths and answers have to fit, and (with *watch*) nothing else in memory changes.
+        Raise a finding for a wrong id, length or answer, and (with *watch*) for other memory that
+        changed.
         """
         index = self.profile.main if queue is None else queue
         ring = self.rings[index]
@@ -245,16 +246,16 @@ class Rig(ABC):
         return used
 
     def warm_up(self) -> None:
-        """Put one request through; without that nothing can be said of what comes after."""
+        """Put one request through.  If it fails, what comes after is inconclusive."""
         with preparing():
             self.run([self.profile.exchange(self, 0)])
 
     def collect(self, ring: DriverRing, count: int, limit: float | None = None) -> list[Used]:
-        """Wait for buffers; :class:`Hang` after *limit* seconds (default: the answer limit)."""
+        """Return *count* buffers; raise Hang after *limit* seconds (default: the answer limit)."""
         return ring.collect(count, self.target.options.answer_limit if limit is None else limit)
 
     def check(self, placed: Sequence[Placed], used: Sequence[Used]) -> None:
-        """Every request came back once, with a length and an answer that fit."""
+        """Check that every request came back once, with a valid length and answer."""
         by_id = {one.id: one for one in placed}
         for element in used:
             one = by_id.pop(element.id, None)
@@ -275,7 +276,7 @@ class Rig(ABC):
     def allowed(
         self, placed: Sequence[Placed] = (), rings: Sequence[DriverRing] | None = None
     ) -> list[tuple[int, int]]:
-        """Memory that may change: the device's ring areas, writable buffers, effects."""
+        """Return the memory that may change: the device's ring areas, writable buffers, effects."""
         spans: list[tuple[int, int]] = []
         for ring in self.rings.values() if rings is None else rings:
             spans += [*ring.device_span, *ring.publish_span]
@@ -286,7 +287,7 @@ class Rig(ABC):
 
     @property
     def discards(self) -> bool:
-        """Whether a balloon has to free pages: it was not told not to, and can reach them."""
+        """Whether freed pages are expected to become holes: not with discards switched off."""
         return self.target.options.discards
 
     @property
@@ -295,41 +296,41 @@ class Rig(ABC):
         return True
 
     def describe(self) -> list[str]:
-        """Return what the rings were given and how they stand, for a report."""
+        """Return lines for a report: the newest buffers of each ring, and its content."""
         return [
             line for index, ring in self.rings.items()
             for line in (f"queue {index}:", *ring.describe())
         ]  # fmt: skip
 
-    # -- the aftermath -----------------------------------------------------------------------
+    # -- afterwards --------------------------------------------------------------------------
 
     def main_quiet(self, seconds: float) -> None:
-        """Let the device do whatever it does with what it was given."""
+        """Give the device *seconds* to process its buffers."""
         time.sleep(seconds)
 
     def change_configuration(self) -> None:
-        """Have the operator change the device's configuration."""
+        """Run the operator's command that changes the device's configuration."""
         self.target.change_configuration(self.main_quiet)
 
     def expect_quiet(self, seconds: float = 0.1) -> None:
-        """Nothing comes back on the main ring for a while; whatever does is a finding."""
+        """Raise a finding if a buffer comes back on the main ring within *seconds*."""
         self.main_quiet(seconds)
         found = self.main.poll()
         if found:
             raise Finding(f"buffers came back that must not: {found[:4]}")
 
     def survive(self, *, spinning: bool = False) -> None:
-        """After something malformed: no crash, no hang, and with *spinning* no busy loop."""
+        """Check for crashes and hangs after malformed input, and with *spinning* for busy loops."""
         self.target.expect_healthy()
         if not self.target.gone:
             self.usable()
             if spinning and not self.target.options.polls and not self.process.settles():
-                raise Finding("the backend goes on using a whole processor")
+                raise Finding("the back-end continues to use a whole processor")
         self.target.expect_healthy()
 
     def close(self) -> None:
-        """Leave and free everything."""
-        with contextlib.suppress(OSError, AttributeError):  # it may not have come far
+        """Disconnect and free everything."""
+        with contextlib.suppress(OSError, AttributeError):  # connecting may have failed halfway
             self.leave()
         for event in (*self.kicks.values(), *self.calls.values()):
             event.close()

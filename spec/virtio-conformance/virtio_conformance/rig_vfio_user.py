@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bringing a device up over vfio-user, as a guest's virtio-pci driver behind QEMU does it."""
+"""Bring a device up over vfio-user, as QEMU and a guest's virtio-pci driver do it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ("VfioUserRig",)
 
 
 class VfioUserRig(Rig):
-    """A virtio-pci function behind a vfio-user socket."""
+    """A virtio-pci function that a vfio-user server serves."""
 
     transport = "vfio-user"
     map_memory = True
@@ -41,16 +41,16 @@ class VfioUserRig(Rig):
 
     @property
     def offered(self) -> int:
-        """The virtio feature bits offered."""
+        """The virtio feature bits offered, as a mask."""
         return self._offered
 
     @property
     def discards(self) -> bool:
-        """Memory without a descriptor is reached by messages, which free nothing."""
+        """Whether freed pages become holes: not in memory that is accessed by messages."""
         return super().discards and self.with_fds
 
     def negotiate(self, features: int) -> None:
-        """Settle features, hand over memory."""
+        """Negotiate features and share memory.  Raise a finding if either is refused."""
         if not self.pci.accept(features):
             raise Finding(f"features {features:#x} of {self._offered:#x} were refused")
         self.features = features
@@ -93,7 +93,7 @@ class VfioUserRig(Rig):
         self.places = {**getattr(self, "places", {}), index: self.pci.notify_place(index)}
 
     def driver_ok(self) -> None:
-        """The driver is ready."""
+        """Set DRIVER_OK."""
         self.pci.driver_ok()
 
     def kick(self, index: int) -> None:
@@ -102,7 +102,7 @@ class VfioUserRig(Rig):
         self.client.write(bar, offset, index.to_bytes(2, "little"))
 
     def collect(self, ring: DriverRing, count: int, limit: float | None = None) -> list[Used]:
-        """Wait for buffers; a server may send DMA messages at any time, also with mapped memory."""
+        """Return *count* buffers, and serve DMA messages, which a server may always send."""
         found: list[Used] = []
         limit = self.target.options.answer_limit if limit is None else limit
         deadline = time.monotonic() + limit
@@ -110,7 +110,7 @@ class VfioUserRig(Rig):
         while True:
             found += ring.poll()
             if len(found) > count:
-                raise Finding(f"{len(found)} buffers came back where {count} were due")
+                raise Finding(f"{len(found)} buffers came back, expected {count}")
             if len(found) == count:
                 return found
             if time.monotonic() > deadline:
@@ -119,7 +119,7 @@ class VfioUserRig(Rig):
             pause = min(pause * 1.5, 0.005)
 
     def main_quiet(self, seconds: float) -> None:
-        """Let the device work; its messages are served."""
+        """Give the device *seconds* to work, and serve its messages."""
         deadline = time.monotonic() + seconds
         while not self.client.tap.closed and (left := deadline - time.monotonic()) > 0:
             try:
@@ -128,11 +128,11 @@ class VfioUserRig(Rig):
                 return
 
     def usable(self) -> bool:
-        """Whether the connection answers."""
+        """Return whether the connection answers."""
         return self.client.usable()
 
     def read_config(self, offset: int, size: int) -> bytes:
-        """Device configuration."""
+        """Return *size* bytes of the device configuration."""
         return self.pci.read_device(offset, size)
 
     def write_config(self, offset: int, data: bytes) -> None:

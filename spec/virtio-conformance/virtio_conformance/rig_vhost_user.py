@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bringing a device up over vhost-user, in the order in which QEMU does it."""
+"""Bring a device up over vhost-user, in QEMU's order."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ COMMON_PROTOCOL = int(
     P.MQ | P.LOG_SHMFD | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE
     | P.CONFIGURE_MEM_SLOTS | P.STATUS
 )  # fmt: skip
-"""Protocol features that a front-end takes without owing anything more for them.
+"""Protocol features that a front-end can accept without further obligations.
 
-(INFLIGHT_SHMFD without SET_INFLIGHT_FD makes some backends close the connection.)
+(INFLIGHT_SHMFD without SET_INFLIGHT_FD makes some back-ends close the connection.)
 """
 DRIVER_OK = 1 | 2 | 4 | 8
 VHOST_BITS = int(VhostFeature.LOG_ALL | VhostFeature.PROTOCOL_FEATURES)
 
 
 class VhostUserRig(Rig):
-    """A device behind a vhost-user socket."""
+    """A device that a vhost-user back-end serves."""
 
     transport = "vhost-user"
     can_stop = True
@@ -65,11 +65,11 @@ class VhostUserRig(Rig):
 
     @property
     def offered(self) -> int:
-        """The virtio feature bits offered."""
+        """The virtio feature bits offered, as a mask."""
         return self._offered & ~VHOST_BITS
 
     def negotiate(self, features: int) -> None:
-        """Settle features, hand over memory."""
+        """Negotiate features and share memory.  Raise a finding if either is refused."""
         self.fe.negotiate(features, self.protocol)
         self.features = features
         if self.has_status:
@@ -94,7 +94,7 @@ class VhostUserRig(Rig):
             self.fe.vring(Request.SET_VRING_ENABLE, index, 1)
 
     def program(self, index: int, ring: DriverRing, base: int | None = None) -> None:
-        """Size, base and addresses of a ring."""
+        """Send size, base and addresses of a ring."""
         if base is None:
             base = self.start_base(ring)
         self.fe.vring(Request.SET_VRING_NUM, index, ring.size)
@@ -103,17 +103,17 @@ class VhostUserRig(Rig):
 
     @staticmethod
     def start_base(ring: DriverRing) -> int:
-        """The base of a fresh ring: packed rings carry both indices with wrap counters."""
+        """Return the base of a new ring; a packed one has both indices with wrap counters."""
         return ring.base | ring.base << 16 if ring.packed else ring.base
 
     def driver_ok(self) -> None:
-        """The driver is ready."""
+        """Send SET_STATUS with DRIVER_OK, if the back-end has the device status."""
         if self.fe.protocol & P.STATUS:
             self.fe.do(Request.SET_STATUS, VhostUserU64(u64=DRIVER_OK).build())
 
     @property
     def has_status(self) -> bool:
-        """Whether the device status is carried."""
+        """Whether the back-end has the device status (protocol feature STATUS)."""
         return bool(self.fe.protocol & P.STATUS)
 
     def kick(self, index: int) -> None:
@@ -121,37 +121,37 @@ class VhostUserRig(Rig):
         self.kicks[index].signal()
 
     def stop_ring(self, index: int) -> int:
-        """GET_VRING_BASE."""
+        """Send GET_VRING_BASE, which stops the ring, and return the base."""
         return self.fe.get_base(index)
 
     def check_base(self, index: int, base: int) -> None:
-        """What GET_VRING_BASE answered fits what the driver knows, all its buffers being back."""
+        """Check a reply to GET_VRING_BASE against the driver's position; all buffers are back."""
         ring = self.rings[index]
         due = ring.base
         got = base & 0xFFFF
         if got != due:
-            raise Finding(f"GET_VRING_BASE answers {base:#x}, the ring stands at {due:#x}")
+            raise Finding(f"GET_VRING_BASE answers {base:#x}, expected is {due:#x}")
         if ring.packed and base >> 16 != due:
-            raise Finding(f"used half of the base is {base >> 16:#x}, due is {due:#x}")
+            raise Finding(f"used half of the base is {base >> 16:#x}, expected is {due:#x}")
 
     def need_protocol(self, bit: ProtocolFeature) -> None:
-        """The test needs a protocol feature; without it, it is not applicable."""
+        """Skip the test as not applicable unless a protocol feature is offered."""
         if not self._offered & VhostFeature.PROTOCOL_FEATURES:
             not_applicable("protocol features are not offered")
         if not self.fe.get_u64(Request.GET_PROTOCOL_FEATURES) & bit:
             not_applicable(f"protocol feature {bit.name} is not offered")
 
     def need_protocol_early(self) -> None:
-        """Take CONFIG before any virtio feature is settled."""
+        """Accept protocol feature CONFIG before any virtio feature is negotiated."""
         self.need_protocol(P.CONFIG)
         word = VhostUserU64(u64=int(P.CONFIG)).build()
         self.fe.send(Request.SET_PROTOCOL_FEATURES, word)
         self.fe.protocol = P.CONFIG
 
     def try_ring(self, *, size: int = 16, bad_area: int = -1, shift: str = "") -> Picture:
-        """Program ring 0 with impossible values and kick it; refusals and closing are fine.
+        """Program ring 0 with impossible values and kick it; refusals and closing are allowed.
 
-        Returns what memory held before the backend could see any of it.
+        Return the contents of memory before the back-end could access it.
         """
         ring = self.make_ring(16)
         self.rings[0] = ring
@@ -184,17 +184,17 @@ class VhostUserRig(Rig):
         return before
 
     def need_log(self) -> None:
-        """The test needs dirty logging."""
+        """Skip the test as not applicable unless dirty logging is offered."""
         self.need_protocol(P.LOG_SHMFD)
         if not self._offered & VhostFeature.LOG_ALL:
             not_applicable("LOG_ALL is not offered")
 
     def usable(self) -> bool:
-        """Whether the connection answers."""
+        """Return whether the connection answers."""
         return self.fe.usable()
 
     def read_config(self, offset: int, size: int) -> bytes:
-        """Device configuration."""
+        """Return *size* bytes of the device configuration."""
         if not self.fe.protocol & P.CONFIG:
             not_applicable("protocol feature CONFIG is not offered")
         return self.fe.get_config(offset, size)
@@ -206,7 +206,7 @@ class VhostUserRig(Rig):
         self.fe.set_config(offset, data)
 
     def reset_features(self, features: int) -> None:
-        """SET_FEATURES again while rings run."""
+        """Send SET_FEATURES again while rings run."""
         self.fe.set_features(features | (self.fe.features & VhostFeature.PROTOCOL_FEATURES))
 
     def leave(self) -> None:

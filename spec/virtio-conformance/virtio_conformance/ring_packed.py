@@ -23,7 +23,7 @@ AVAIL, USED = packed.VIRTQ_DESC_F_AVAIL, packed.VIRTQ_DESC_F_USED
 
 
 def build_packed_table(segments: Sequence[Segment]) -> bytes:
-    """An indirect table (packed layout): elements in order, only the WRITE flag means anything."""
+    """Return an indirect table (packed layout); of the flags only WRITE has a meaning in it."""
     return b"".join(
         packed.PvirtqDesc(addr=s.addr, len=s.len, id=0, flags=WRITE if s.write else 0).build()
         for s in segments
@@ -53,7 +53,7 @@ class PackedRing(DriverRing):
         self.reset(start)
 
     def reset(self, start: int = 0) -> None:
-        """Clear the ring and begin in slot *start*; descriptors behind it belong to no round."""
+        """Clear the ring and begin in slot *start*; descriptors after it belong to no round."""
         self.desc[:] = 0
         self.driver_event[:] = self.device_event[:] = 0
         self.next_slot = self.used_slot = start
@@ -64,30 +64,30 @@ class PackedRing(DriverRing):
         self.kicked = (start, 1)
         self.lengths.clear()
 
-    # -- by hand -----------------------------------------------------------------------------
+    # -- any values -------------------------------------------------------------------------
 
     def available(self, wrap: int) -> int:
-        """The flag bits that make a descriptor available in a round."""
+        """Return the flag bits of an available descriptor in a round with this wrap counter."""
         return AVAIL if wrap else USED
 
     def write_slot(self, slot: int, addr: int, length: int, id: int, flags: int) -> None:
-        """One descriptor with any values, its flags last."""
+        """Write one descriptor with any values, its flags last."""
         entry = self.desc[slot]
         entry["addr"], entry["len"], entry["id"] = addr, length, id
         full_fence()
         self.desc["flags"][slot] = flags & 0xFFFF
 
     def advance(self, count: int) -> None:
-        """Move the driver's next slot on, over the ring's end if need be."""
+        """Advance the driver's next slot by *count*, past the end of the ring if necessary."""
         self.next_slot += count
         if self.next_slot >= self.size:
             self.next_slot -= self.size
             self.wrap ^= 1
 
-    # -- as a good driver does ---------------------------------------------------------------
+    # -- as a correct driver does ------------------------------------------------------------
 
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
-        """As declared: one descriptor after the other."""
+        """Make a buffer available with one descriptor for each segment, and return its id."""
         writes = any(s.write for s in segments)
         shown = segments
         if indirect:
@@ -119,14 +119,14 @@ class PackedRing(DriverRing):
         return name
 
     def publish(self) -> None:
-        """Write the heads' flags, the last one first, so that the whole batch shows at once."""
+        """Write the flags of the heads, the last one first, so that the batch appears at once."""
         for head, flags in reversed(self.heads):
             full_fence()
             self.desc["flags"][head] = flags
         self.heads.clear()
 
     def poll(self) -> list[Used]:
-        """Buffers that came back since the last call."""
+        """Return the buffers that the device returned since the last call."""
         found: list[Used] = []
         while self.lengths:
             flags = int(self.desc["flags"][self.used_slot])
@@ -159,7 +159,7 @@ class PackedRing(DriverRing):
         return int(bool(flags & AVAIL) == bool(flags & USED) == bool(self.used_wrap))
 
     def state(self) -> list[str]:
-        """Return where the driver stands and the descriptors around there, in words."""
+        """Return the driver's position and the descriptors from there, as lines of text."""
         slots = [(self.used_slot + i) % self.size for i in range(min(6, self.size))]
         return [
             (
@@ -170,7 +170,7 @@ class PackedRing(DriverRing):
         ]
 
     def wants_kick(self) -> bool:
-        """Whether the device asked for a notification."""
+        """Return whether the device wants a notification."""
         full_fence()
         old, self.kicked = self.kicked, (self.next_slot, self.wrap)
         flags = int(self.device_event[1]) & packed.EVENT_FLAGS_MASK
@@ -186,7 +186,7 @@ class PackedRing(DriverRing):
         return before <= event < new
 
     def interrupts(self, mode: str, after: int = 0) -> None:
-        """Ask for notifications."""
+        """Set the driver's event suppression structure."""
         if mode == "event":
             slot, wrap = self.used_slot + after, self.used_wrap
             if slot >= self.size:
@@ -202,12 +202,12 @@ class PackedRing(DriverRing):
 
     @property
     def base(self) -> int:
-        """What GET_VRING_BASE has to answer."""
+        """The correct answer to GET_VRING_BASE, without the used half."""
         return self.next_slot | self.wrap << 15
 
     @property
     def device_span(self) -> list[tuple[int, int]]:
-        """What the device may write."""
+        """Address ranges that the device may write."""
         ring_end = self.ring_addr + packed.ring_size(self.size)
         return [(self.ring_addr, ring_end), (self.device_addr, self.device_addr + 4)]
 

@@ -23,7 +23,7 @@ NEXT, WRITE, INDIRECT = (
 
 
 def build_table(segments: Sequence[Segment]) -> bytes:
-    """An indirect table (split layout) of these segments, chained in order."""
+    """Return an indirect table (split layout) of these segments, chained in order."""
     last = len(segments) - 1
     return b"".join(
         split.VirtqDesc(
@@ -68,19 +68,19 @@ class SplitRing(DriverRing):
         self.chains: dict[int, list[int]] = {}
         self.lengths.clear()
 
-    # -- by hand -----------------------------------------------------------------------------
+    # -- any values -------------------------------------------------------------------------
 
     def write_desc(self, slot: int, addr: int, length: int, flags: int = 0, next: int = 0) -> None:
-        """One descriptor, with any values."""
+        """Write one descriptor with any values."""
         self.desc[slot] = (addr, length, flags, next)
 
     def offer_head(self, head: int) -> None:
-        """Put *head*, any 16-bit value, into the available ring (visible on publish)."""
+        """Write *head*, any 16-bit value, to the available ring; publishing makes it visible."""
         self.avail[2 + self.avail_idx % self.size] = head & 0xFFFF
         self.avail_idx = (self.avail_idx + 1) & 0xFFFF
 
     def set_avail_idx(self, value: int) -> None:
-        """Show the device an arbitrary available index."""
+        """Write any value to the available index."""
         full_fence()
         self.avail[1] = value & 0xFFFF
 
@@ -100,17 +100,17 @@ class SplitRing(DriverRing):
         return int(self.used_words[split.avail_event_offset(self.size) // 2])
 
     def set_used_event(self, value: int) -> None:
-        """The index whose use is to be notified (EVENT_IDX)."""
+        """Write used_event: the index whose use is to be notified (EVENT_IDX)."""
         self.avail[split.used_event_offset(self.size) // 2] = value & 0xFFFF
 
     def set_avail_flags(self, value: int) -> None:
-        """The available ring's flags."""
+        """Write the flags of the available ring."""
         self.avail[0] = value & 0xFFFF
 
-    # -- as a good driver does ---------------------------------------------------------------
+    # -- as a correct driver does ------------------------------------------------------------
 
     def add(self, segments: Sequence[Segment], *, indirect: int = 0, publish: bool = True) -> int:
-        """As declared: one descriptor after the other."""
+        """Make a buffer available with one descriptor for each segment, and return its head."""
         shown = segments
         if indirect:
             self.ram.write(indirect, build_table(segments))
@@ -130,12 +130,12 @@ class SplitRing(DriverRing):
         return slots[0]
 
     def publish(self) -> None:
-        """Show the device what has been added."""
+        """Make all added buffers visible to the device."""
         self.published = self.avail_idx
         self.set_avail_idx(self.avail_idx)
 
     def poll(self) -> list[Used]:
-        """Buffers that came back since the last call."""
+        """Return the buffers that the device returned since the last call."""
         found: list[Used] = []
         now = self.used_idx
         if (now - self.last_used) & 0xFFFF > self.size:
@@ -155,7 +155,7 @@ class SplitRing(DriverRing):
         return (self.used_idx - self.last_used) & 0xFFFF
 
     def state(self) -> list[str]:
-        """Return the indices, flags and used elements, in words."""
+        """Return the indices, flags and used elements, as lines of text."""
         now = self.used_idx
         recent = range(max(now - 4, 0), now) if now >= 4 else range(now)
         entries = [self.elements[at % self.size] for at in recent]
@@ -167,7 +167,7 @@ class SplitRing(DriverRing):
         ]  # fmt: skip
 
     def wants_kick(self) -> bool:
-        """Whether the device asked for a notification."""
+        """Return whether the device wants a notification."""
         full_fence()
         old, self.kicked = self.kicked, self.published
         if not self.event_idx:
@@ -176,7 +176,7 @@ class SplitRing(DriverRing):
         return passed < (self.published - old) & 0xFFFF
 
     def interrupts(self, mode: str, after: int = 0) -> None:
-        """Ask for notifications."""
+        """Set used_event or the available ring's flags."""
         if self.event_idx:
             place = {"on": self.last_used, "off": self.last_used - 1}
             self.set_used_event(place.get(mode, self.last_used + after))
@@ -186,12 +186,12 @@ class SplitRing(DriverRing):
 
     @property
     def base(self) -> int:
-        """What GET_VRING_BASE has to answer."""
+        """The correct answer to GET_VRING_BASE."""
         return self.published
 
     @property
     def device_span(self) -> list[tuple[int, int]]:
-        """What the device may write."""
+        """Address ranges that the device may write."""
         return [(self.used_addr, self.used_addr + split.used_size(self.size))]
 
     @property

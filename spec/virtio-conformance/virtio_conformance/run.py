@@ -148,7 +148,7 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Probe, run the tests, report."""
+    """Probe the program, run the tests, and report."""
     from rich.console import Console
 
     from virtio_conformance.findings import NotStarted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The back-end under test: a socket that somebody serves, or a command that is started afresh."""
+"""The back-end under test: a socket of a running program, or a command to start."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fill(text: str, **places: object) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about the back-end."""
+    """The options of the command line that describe the back-end."""
 
     protocol: str = "vhost-user"
     socket: str = ""
@@ -50,7 +50,7 @@ class Options:
     hint_start: str = ""
     """A shell command that starts a round of free page hinting."""
     hint_done: str = ""
-    """A shell command after which the hints are needed no more."""
+    """A shell command that ends the round of free page hinting."""
     device: str = "none"
     time_limit: float = 10.0
     answer_limit: float = 2.0
@@ -62,13 +62,13 @@ class Options:
     discards: bool = True
     """The balloon frees memory (false for one started with discards switched off)."""
     robustness: bool = True
-    """Send what no sound peer sends, and judge what comes of it."""
+    """Send malformed messages and rings, and check that they do no harm."""
     spec: str = "1.4"
-    """Version of the virtio standard whose statements are judged."""
+    """Version of the virtio standard whose statements are checked."""
 
 
 class Target:
-    """Starts the back-end where there is a command, connects to it, and watches it."""
+    """Starts the back-end if there is a command, connects to it, and watches it."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -78,13 +78,13 @@ class Target:
         self.socket = options.socket
         self.connections = self._changes = 0
         self.taps: list[Tap] = []
-        """What went over every connection so far, for the report."""
+        """Every connection so far, for the report."""
         if options.command:
             self._start()
 
     @property
     def spawned(self) -> bool:
-        """Whether this back-end is ours alone."""
+        """Whether the suite started this back-end."""
         return self.popen is not None
 
     def _start(self) -> None:
@@ -115,12 +115,12 @@ class Target:
     def change_configuration(self, meanwhile: Callable[[float], None]) -> None:
         """Run the operator's command that makes the device change its configuration.
 
-        *meanwhile* is called again and again until it ends: a server may have something to ask.
+        *meanwhile* is called repeatedly until it ends, to serve messages of the server.
         """
         self.operate(self.options.config_change, meanwhile)
 
     def operate(self, command: str, meanwhile: Callable[[float], None]) -> None:
-        """Run a command of the operator's; *meanwhile* is called again and again until it ends."""
+        """Run a command of the operator, and call *meanwhile* repeatedly until it ends."""
         self._changes += 1
         places = {"socket": self.socket, "dir": str(self.folder or "."), "n": self._changes % 7 + 1}
         command = fill(command, **places)
@@ -131,7 +131,7 @@ class Target:
             raise Finding(f"{command} ends with status {running.returncode}")
 
     def connect(self, limit: float | None = None) -> socket.socket:
-        """Return a new connection; raise :class:`Finding` when none comes about.
+        """Return a new connection.  Raise :class:`Finding` if connecting fails.
 
         The first one waits for the program to start, any other one for an answer.
         """
@@ -159,7 +159,7 @@ class Target:
         return options.start_limit if self.connections <= 1 else options.answer_limit
 
     def output(self) -> str:
-        """What the back-end has written, at most the last 20 kB."""
+        """Return the output of the back-end, at most the last 20 kB."""
         if self.folder is None:
             return ""
         try:
@@ -168,13 +168,13 @@ class Target:
             return ""
 
     def plain(self, text: str) -> str:
-        """*text* with the folder that was made for this back-end shown as in its command."""
+        """Return *text* with the folder of this back-end replaced by the names in its command."""
         if self.folder is None:
             return text
         return text.replace(self.socket, "{socket}").replace(str(self.folder), "{dir}")
 
     def how_it_ended(self) -> str:
-        """The exit status and the last lines, for people."""
+        """Return the exit status and the last lines of output, for people."""
         if self.popen is None or self.popen.poll() is None:
             return "it runs"
         code = self.popen.returncode
@@ -190,20 +190,20 @@ class Target:
 
     @property
     def left_in_peace(self) -> bool:
-        """Whether the process ended by itself without an error (serves one connection only)."""
+        """Whether the process ended by itself without an error, after serving one connection."""
         return self.popen is not None and self.popen.poll() == 0
 
     def ends_within(self, limit: float) -> bool:
-        """Whether the program ends within *limit* seconds."""
+        """Return whether the program ends within *limit* seconds."""
         deadline = time.monotonic() + limit
         while not self.gone and time.monotonic() < deadline:
             time.sleep(0.01)
         return self.gone
 
     def ends_after_a_connection(self, limit: float = 3.0) -> bool:
-        """Whether no other connection is to be expected, because the program serves one and ends.
+        """Return whether no other connection is possible, because the program serves one and ends.
 
-        A signal that ended it is another matter, and shows with the next connection.
+        A program that a signal ended returns False; the next connection reports it.
         """
         if self.popen is None or not serves_once(self.options):
             return False
@@ -225,7 +225,7 @@ class Target:
         return found[0] if found else ""
 
     def stop(self) -> None:
-        """End a back-end of ours and remove its folder."""
+        """Stop the back-end if the suite started it, and remove its folder."""
         if self.popen is not None and self.popen.poll() is None:
             self.popen.terminate()
             try:
@@ -238,9 +238,9 @@ class Target:
 
 
 def serves_once(options: Options, limit: float = 1.0) -> bool:
-    """Whether a spawned program ends by itself once a front-end, any front-end, has left.
+    """Return whether a spawned program ends by itself after its first front-end has left.
 
-    It is tried once, with a program of its own.
+    A separate instance of the program is tried once, and the result is kept.
     """
     command = options.command
     if command and command not in _SERVES_ONCE:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What went over a connection, kept short: the first lines, the last ones, and a count between."""
+"""A bounded log of a connection: the first lines, the last lines, and a count between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GAP = re.compile(r"\.\.\. (\d+) messages? left out \.\.\.")
 
 
 class Transcript:
-    """Lines of an exchange; of a long one only both ends are kept."""
+    """The first and last lines of an exchange."""
 
     def __init__(self, first: int = 8, last: int = 32) -> None:
         self._first = first
@@ -22,7 +22,7 @@ class Transcript:
         self._count = 0
 
     def add(self, line: str) -> None:
-        """One more message."""
+        """Add the line of one message."""
         self._count += 1
         if len(self._head) < self._first:
             self._head.append(line)
@@ -30,13 +30,13 @@ class Transcript:
             self._tail.append(line)
 
     def lines(self) -> list[str]:
-        """What is kept, with a line that says how many messages are missing."""
+        """Return the lines that are kept, with a line that says how many messages are missing."""
         missing = self._count - len(self._head) - len(self._tail)
         return [*self._head, *_gap(missing), *self._tail]
 
 
 def shortened(lines: Sequence[str], first: int, last: int) -> list[str]:
-    """At most the *first* and *last* lines; a gap that is there already is counted in."""
+    """Return at most the *first* and *last* lines, and a count of all messages left out."""
     if len(lines) <= first + last + 1:
         return list(lines)
     middle = lines[first : len(lines) - last]

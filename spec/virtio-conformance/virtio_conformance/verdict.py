@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From tests to requirements: which rows of the catalogue a back-end fulfils."""
+"""Derive the status of each requirement from the results of its tests."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ STATUSES = {
     UNDECIDED: "a test ended before it came to the row",
     PASSED: "at least one test of the row passed and none failed",
     NOT_APPLICABLE: "the row does not concern this back-end or this run",
-    UNTESTABLE: "no front-end can see it",
+    UNTESTABLE: "no front-end can observe it",
 }
 """Status of a row, worst first, and what it means."""
 _BROKEN = {"MUST": FAILED, "SHOULD": WARNED, "MAY": WARNED, "ROBUST": FRAGILE, "OURS": ADVISED}
 BROKEN, FRAGILE_ONLY, INCONCLUSIVE_ONLY = 1, 3, 4
-"""Exit statuses: a MUST is broken; only robustness is wanting; only questions are left open."""
+"""Exit statuses: a MUST is broken; only robustness rows are; only inconclusive tests are left."""
 SOURCES = {
     "virtio_basic": "content.tex",
     "virtio_split": "split-ring.tex",
@@ -49,12 +49,12 @@ SOURCES = {
     "virtio_balloon": "device-types/balloon/description.tex",
 }
 MANUAL = "https://gitlab.com/qemu-project/qemu/-/blob"
-"""The manual's sources: its pages on the web are those of the newest version alone."""
+"""The manual's sources; the pages on the web exist for the newest version only."""
 
 
 @dataclass
 class Verdict:
-    """One row, and what this run says about it."""
+    """One row and its status in this run."""
 
     row: Requirement
     chapter: Chapter
@@ -71,7 +71,7 @@ class Verdict:
 
     @property
     def link(self) -> str:
-        """Where the statement stands in the revision that was read; empty for rules of our own."""
+        """URL of the statement in the pinned revision; empty for rules of this suite."""
         name = self.chapter.name
         if name in SOURCES:
             block = index()[name].get(self.row.label, {})

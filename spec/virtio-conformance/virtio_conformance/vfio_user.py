@@ -37,7 +37,7 @@ DEFAULT_CAPABILITIES: dict[str, Any] = {"max_msg_fds": 8, "max_data_xfer_size": 
 
 
 def command_name(command: int) -> str:
-    """The standard's name of a command, or its number."""
+    """Return the standard's name of a command, or its number."""
     try:
         return Command(command).name
     except ValueError:
@@ -46,7 +46,7 @@ def command_name(command: int) -> str:
 
 @dataclass
 class Answer:
-    """A reply: the header's fields, the payload, and descriptors (ours to close)."""
+    """A reply: the header's fields, the payload, and descriptors, which the caller closes."""
 
     id: int
     command: int
@@ -70,14 +70,14 @@ class Client:
         self.ram: GuestRam | None = None
         """Memory in which DMA messages of the server are served."""
         self.dma_messages: list[tuple[int, int, int]] = []
-        """What the server asked for: command, address, count."""
+        """DMA messages of the server: command, address, count."""
         self.short_dma = 0
-        """Serve at most so many bytes of a DMA message (0: all)."""
+        """Maximum bytes to serve of a DMA message (0: all)."""
         self.refuse_dma = False
         self.capabilities: dict[str, Any] = {}
 
     def close(self) -> None:
-        """Leave."""
+        """Disconnect."""
         self.tap.close()
 
     # -- messages ----------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Client:
         size: int | None = None,
         message_id: int | None = None,
     ) -> int:
-        """Send a command; *flags*, *size* and *message_id* override the header.  Returns the id."""
+        """Send a command; *flags*, *size* and *message_id* override the header.  Return the id."""
         if message_id is None:
             self.next_id = message_id = (self.next_id + 1) & 0xFFFF
         length = Header.SIZE + len(payload) if size is None else size
@@ -105,7 +105,7 @@ class Client:
         return message_id
 
     def receive(self, limit: float | None = None) -> Answer:
-        """The next reply; commands of the server that come first are served."""
+        """Return the next reply; serve commands of the server that come before it."""
         while True:
             answer = self._message(limit)
             if answer.flags & HeaderFlags.TYPE_MASK != HeaderFlags.TYPE_COMMAND:
@@ -156,21 +156,21 @@ class Client:
             return refused
 
     def serve_for(self, seconds: float) -> None:
-        """Serve the server's DMA messages for a while; a reply that comes is a finding."""
+        """Serve the server's DMA messages for *seconds*.  Raise a finding for a reply."""
         if not select.select([self.tap.sock], [], [], seconds)[0]:
             return
         try:
             answer = self.receive(seconds + 0.01)
         except Hang:
             return
-        raise Finding(f"a reply to {command_name(answer.command)} that nobody waits for")
+        raise Finding(f"a reply to {command_name(answer.command)} that was not requested")
 
     def ask(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Answer:
-        """Send a command and receive its reply, whose header has to fit."""
+        """Send a command and return its reply, whose header has to match."""
         return self.expect(command, self.send(command, payload, fds))
 
     def expect(self, command: int, message_id: int) -> Answer:
-        """Receive the reply to a command sent before."""
+        """Return the reply to a command that was sent before."""
         answer = self.receive()
         if (answer.id, answer.command) != (message_id, command):
             raise Finding(
@@ -182,7 +182,7 @@ class Client:
         return answer
 
     def do(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Answer:
-        """A command that has to succeed."""
+        """Send a command that has to succeed, and return its reply."""
         answer = self.ask(command, payload, fds)
         if answer.failed:
             raise Finding(f"{command_name(command)} failed with errno {answer.error}")
@@ -191,7 +191,7 @@ class Client:
     # -- session -----------------------------------------------------------------------------
 
     def negotiate(self, capabilities: dict[str, Any] | None = None, minor: int = 0) -> Answer:
-        """VERSION; keeps what the server answers in :attr:`capabilities`."""
+        """Send VERSION and return the reply; keep the server's :attr:`capabilities`."""
         offered = DEFAULT_CAPABILITIES if capabilities is None else capabilities
         data = json.dumps({"capabilities": offered}).encode() + b"\0"
         answer = self.do(Command.VERSION, Version(major=0, minor=minor).build() + data)
@@ -200,12 +200,12 @@ class Client:
         return answer
 
     def info(self) -> DeviceInfo:
-        """DEVICE_GET_INFO."""
+        """Return the reply to DEVICE_GET_INFO."""
         request = DeviceInfo(argsz=16, flags=0, num_regions=0, num_irqs=0)
         return DeviceInfo.parse(self.do(Command.DEVICE_GET_INFO, request.build()).payload)
 
     def region_info(self, index: int, argsz: int = 32) -> tuple[RegionInfo, bytes, list[int]]:
-        """DEVICE_GET_REGION_INFO: the fixed part, what follows it, and descriptors."""
+        """Return the fixed part of a DEVICE_GET_REGION_INFO reply, the rest, and descriptors."""
         request = RegionInfo(argsz=argsz, flags=0, index=index, cap_offset=0, size=0, offset=0)
         answer = self.do(Command.DEVICE_GET_REGION_INFO, request.build())
         if len(answer.payload) < RegionInfo.SIZE:
@@ -214,14 +214,14 @@ class Client:
         return fixed, answer.payload[RegionInfo.SIZE :], answer.fds
 
     def irq_info(self, index: int) -> IrqInfo:
-        """DEVICE_GET_IRQ_INFO."""
+        """Return the reply to DEVICE_GET_IRQ_INFO."""
         request = IrqInfo(argsz=16, flags=0, index=index, count=0)
         return IrqInfo.parse(self.do(Command.DEVICE_GET_IRQ_INFO, request.build()).payload)
 
     def set_irqs(
         self, index: int, start: int, fds: Sequence[int], *, count: int | None = None
     ) -> Answer:
-        """Assign eventfds as triggers (none: take them away); the server's answer."""
+        """Assign eventfds as triggers (none: remove them), and return the reply."""
         number = len(fds) if count is None else count
         kind = IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER
         message = IrqSet(argsz=20, flags=kind, index=index, start=start, count=number)
@@ -230,24 +230,24 @@ class Client:
     # -- regions and memory ------------------------------------------------------------------
 
     def read(self, region: int, offset: int, count: int) -> bytes:
-        """REGION_READ that has to succeed."""
+        """Return the bytes of a REGION_READ that has to succeed."""
         request = RegionAccess(offset=offset, region=region, count=count)
         payload = self.do(Command.REGION_READ, request.build()).payload
         if payload[: RegionAccess.SIZE] != request.build():
             raise Finding(f"REGION_READ of {request} echoes {payload[:16].hex()}")
         if len(payload) != RegionAccess.SIZE + count:
-            raise Finding(f"REGION_READ of {count} bytes brings {len(payload) - 16}")
+            raise Finding(f"REGION_READ of {count} bytes returns {len(payload) - 16}")
         return payload[RegionAccess.SIZE :]
 
     def write(self, region: int, offset: int, data: bytes) -> None:
-        """REGION_WRITE that has to succeed."""
+        """Send a REGION_WRITE that has to succeed."""
         request = RegionAccess(offset=offset, region=region, count=len(data)).build()
         payload = self.do(Command.REGION_WRITE, request + data).payload
         if payload != request:
-            raise Finding(f"REGION_WRITE echoes {payload.hex()}, due is {request.hex()}")
+            raise Finding(f"REGION_WRITE echoes {payload.hex()}, expected {request.hex()}")
 
     def map(self, region: Region, *, with_fd: bool = True) -> Answer:
-        """DMA_MAP of a memory region; the server's answer."""
+        """Send DMA_MAP for a memory region and return the reply."""
         message = DmaMap(
             argsz=32,
             flags=DmaMapFlags.READABLE | DmaMapFlags.WRITEABLE,
@@ -258,12 +258,12 @@ class Client:
         return self.ask(Command.DMA_MAP, message.build(), [region.fd] if with_fd else [])
 
     def unmap(self, region: Region) -> Answer:
-        """DMA_UNMAP of a memory region; the server's answer."""
+        """Send DMA_UNMAP for a memory region and return the reply."""
         message = DmaUnmap(argsz=24, flags=0, address=region.guest, size=region.size)
         return self.ask(Command.DMA_UNMAP, message.build())
 
     def usable(self) -> bool:
-        """Whether the connection still answers (true) or was closed (false); else a hang."""
+        """Return True if the connection answers, False if it was closed.  Else raise Hang."""
         if self.tap.closed:
             return False
         try:

@@ -44,12 +44,12 @@ WITH_REPLY = frozenset(
         Request.GET_SHMEM_CONFIG,
     }
 )
-"""Requests that have a reply of their own whatever is negotiated."""
+"""Requests that always have a reply of their own."""
 
 
 @dataclass
 class Reply:
-    """What came back: the header's fields, the payload, and descriptors (ours to close)."""
+    """A reply: the header's fields, the payload, and descriptors, which the caller closes."""
 
     request: int
     flags: int
@@ -60,12 +60,12 @@ class Reply:
     def u64(self) -> int:
         """The payload as one integer."""
         if len(self.payload) != VhostUserU64.SIZE:
-            raise Finding(f"a reply of {len(self.payload)} bytes where 8 are due", row=REPLY)
+            raise Finding(f"a reply of {len(self.payload)} bytes, expected 8", row=REPLY)
         return VhostUserU64.parse(self.payload).u64
 
 
 def region_payload(region: Region) -> VhostUserMemoryRegion:
-    """How a region is described to the backend."""
+    """Return the description of a region that the back-end gets."""
     return VhostUserMemoryRegion(
         guest_address=region.guest,
         size=region.size,
@@ -75,7 +75,7 @@ def region_payload(region: Region) -> VhostUserMemoryRegion:
 
 
 class FrontEnd:
-    """One connection to a vhost-user backend."""
+    """One connection to a vhost-user back-end."""
 
     def __init__(self, sock: socket.socket, limit: float = 2.0, first: float = 0.0) -> None:
         self.tap = Tap(sock, limit, first)
@@ -84,7 +84,7 @@ class FrontEnd:
         self.acked = 0
 
     def close(self) -> None:
-        """Leave."""
+        """Disconnect."""
         self.tap.close()
 
     # -- messages ----------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class FrontEnd:
         flags: int | None = None,
         size: int | None = None,
     ) -> None:
-        """Send a message; *flags* and *size* override what the header should say."""
+        """Send a message; *flags* and *size* override the correct values of the header."""
         if flags is None:
             flags = VERSION | (HeaderFlag.NEED_REPLY if need_reply else 0)
         length = len(payload) if size is None else size
@@ -111,7 +111,7 @@ class FrontEnd:
         self.tap.send(header.build() + payload, fds)
 
     def receive(self, limit: float | None = None) -> Reply:
-        """The next message from the backend on this connection."""
+        """Return the next message from the back-end on this connection."""
         raw, fds = self.tap.receive(HEADER, limit)
         header = VhostUserHeader.parse(raw)
         if header.size > 65536:
@@ -124,12 +124,12 @@ class FrontEnd:
         return Reply(header.request, header.flags, payload, fds + more)
 
     def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Reply:
-        """Send a request that has a reply, and check that reply's header."""
+        """Send a request, check the header of its reply, and return the reply."""
         self.send(request, payload, fds)
         return self.expect_reply(request)
 
     def expect_reply(self, request: int) -> Reply:
-        """Receive the reply to *request*; its header has to fit."""
+        """Return the reply to *request*, whose header has to match."""
         reply = self.receive()
         if reply.request != request:
             raise Finding(
@@ -138,18 +138,18 @@ class FrontEnd:
                 row=REPLY,
             )
         if reply.flags != VERSION | HeaderFlag.REPLY:
-            told = f"reply flags {reply.flags:#x}, due is version 1 and the reply bit"
+            told = f"reply flags {reply.flags:#x}, expected version 1 and the reply bit"
             raise Finding(told, row=REPLY)
         return reply
 
     def do(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """Send a request that has to succeed; with REPLY_ACK the backend confirms it."""
+        """Send a request that has to succeed; with REPLY_ACK the back-end confirms it."""
         result = self.attempt(request, payload, fds)
         if result:
             raise Finding(f"{request_name(request)} was refused ({result})")
 
     def attempt(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
-        """Send a request; the backend's verdict (0 is success, also where none is due)."""
+        """Send a request and return the back-end's result; 0 for success, or without REPLY_ACK."""
         if not self.protocol & ProtocolFeature.REPLY_ACK:
             self.send(request, payload, fds)
             return 0
@@ -157,17 +157,17 @@ class FrontEnd:
         return self.expect_reply(request).u64
 
     def barrier(self) -> None:
-        """All messages sent so far have been processed when this returns."""
+        """Return after all messages sent so far were processed."""
         self.ask(Request.GET_FEATURES)
 
     # -- negotiation -------------------------------------------------------------------------
 
     def get_u64(self, request: int) -> int:
-        """The answer of a request without payload."""
+        """Send a request without payload and return its 64-bit answer."""
         return self.ask(request).u64
 
     def negotiate(self, features: int, protocol: int) -> None:
-        """The handshake as QEMU does it; *features* and *protocol* limit what is taken."""
+        """Negotiate in QEMU's order; *features* and *protocol* are masks of what is accepted."""
         self.features = self.get_u64(Request.GET_FEATURES)
         if self.features & VhostFeature.PROTOCOL_FEATURES:
             offered = self.get_u64(Request.GET_PROTOCOL_FEATURES)
@@ -178,16 +178,16 @@ class FrontEnd:
         self.set_features(self.acked)
 
     def set_features(self, features: int) -> None:
-        """SET_FEATURES, which has to be accepted."""
+        """Send SET_FEATURES, which has to be accepted."""
         self.do(Request.SET_FEATURES, VhostUserU64(u64=features).build())
 
     def set_memory(self, ram: GuestRam) -> None:
-        """Hand over the whole memory in one table."""
+        """Share the whole memory in one table."""
         table = VhostUserMemory.of([region_payload(region) for region in ram.regions])
         self.do(Request.SET_MEM_TABLE, table.build(), [region.fd for region in ram.regions])
 
     def add_region(self, region: Region) -> int:
-        """ADD_MEM_REG; the backend's verdict."""
+        """Send ADD_MEM_REG and return the back-end's result (0: success)."""
         body = region_payload(region)
         message = VhostUserMemRegMsg(
             padding=0,
@@ -199,7 +199,7 @@ class FrontEnd:
         return self.attempt(Request.ADD_MEM_REG, message.build(), [region.fd])
 
     def remove_region(self, region: Region, fds: Sequence[int] = ()) -> int:
-        """REM_MEM_REG; the backend's verdict."""
+        """Send REM_MEM_REG and return the back-end's result (0: success)."""
         message = VhostUserMemRegMsg(
             padding=0,
             guest_address=region.guest,
@@ -212,7 +212,7 @@ class FrontEnd:
     # -- rings -------------------------------------------------------------------------------
 
     def vring(self, request: int, index: int, num: int) -> None:
-        """A request with a vring state, which has to succeed."""
+        """Send a request with a vring state, which has to succeed."""
         self.do(request, VhostVringState(index=index, num=num).build())
 
     def vring_addr(
@@ -224,7 +224,7 @@ class FrontEnd:
         flags: int = 0,
         log: int = 0,
     ) -> None:
-        """SET_VRING_ADDR from guest-physical areas (descriptors, driver, device)."""
+        """Send SET_VRING_ADDR for guest-physical areas (descriptors, driver, device)."""
         desc, driver, device = (ram.user(area) for area in areas)
         message = VhostVringAddr(
             index=index, flags=flags, descriptor=desc, used=device, available=driver, log=log
@@ -232,12 +232,12 @@ class FrontEnd:
         self.do(Request.SET_VRING_ADDR, message.build())
 
     def vring_fd(self, request: int, index: int, fd: int | None) -> None:
-        """SET_VRING_KICK, _CALL or _ERR, with a descriptor or the flag that there is none."""
+        """Send SET_VRING_KICK, _CALL or _ERR, with a descriptor or with the flag for none."""
         word = index | (VringFd.INVALID_FD if fd is None else 0)
         self.do(request, VhostUserU64(u64=word).build(), [] if fd is None else [fd])
 
     def get_base(self, index: int) -> int:
-        """GET_VRING_BASE: stops the ring, answers where it stands."""
+        """Send GET_VRING_BASE, which stops the ring, and return the base."""
         reply = self.ask(Request.GET_VRING_BASE, VhostVringState(index=index, num=0).build())
         if len(reply.payload) != VhostVringState.SIZE:
             raise Finding(f"GET_VRING_BASE answers with {len(reply.payload)} bytes")
@@ -249,7 +249,7 @@ class FrontEnd:
     # -- configuration -----------------------------------------------------------------------
 
     def get_config(self, offset: int, size: int) -> bytes:
-        """Read configuration space; an error reply is an empty result."""
+        """Return bytes of the configuration space; nothing for an error reply."""
         request = VhostUserConfig(offset=offset, size=size, flags=0, region=bytes(size))
         reply = self.ask(Request.GET_CONFIG, request.build())
         if not reply.payload:
@@ -259,14 +259,14 @@ class FrontEnd:
         return VhostUserConfig.parse(reply.payload).region
 
     def set_config(self, offset: int, data: bytes, flags: int = 0) -> int:
-        """Write configuration space; the backend's verdict."""
+        """Write configuration space and return the back-end's result (0: success)."""
         message = VhostUserConfig(offset=offset, size=len(data), flags=flags, region=data)
         return self.attempt(Request.SET_CONFIG, message.build())
 
     # -- health ------------------------------------------------------------------------------
 
     def usable(self) -> bool:
-        """Whether the connection still answers (true) or was closed (false); else a hang."""
+        """Return True if the connection answers, False if it was closed.  Else raise Hang."""
         if self.tap.closed:
             return False
         try:

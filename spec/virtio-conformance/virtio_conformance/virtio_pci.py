@@ -22,7 +22,7 @@ CONFIG = PciRegion.CONFIG
 
 @dataclass(frozen=True)
 class Capability:
-    """One entry of the PCI capability list: where it lies, its id, its raw bytes."""
+    """One entry of the PCI capability list: its offset, its id, its raw bytes."""
 
     at: int
     id: int
@@ -31,7 +31,7 @@ class Capability:
 
 @dataclass(frozen=True)
 class Structure:
-    """One virtio structure: its capability, and where it says that the structure lies."""
+    """One virtio structure: its capability, and the location that this gives."""
 
     cap: Capability
     type: int
@@ -57,7 +57,7 @@ class VirtioPci:
     # -- configuration space -----------------------------------------------------------------
 
     def config(self, offset: int, size: int) -> int:
-        """A little-endian register of PCI configuration space."""
+        """Return a little-endian register of PCI configuration space."""
         return int.from_bytes(self.client.read(CONFIG, offset, size), "little")
 
     def set_config(self, offset: int, size: int, value: int) -> None:
@@ -70,7 +70,7 @@ class VirtioPci:
         at, seen = self.config(0x34, 1) & 0xFC, set[int]()
         while at:
             if at < 0x40 or at in seen:
-                raise Finding(f"the capability list goes to {at:#x} (loop or header)")
+                raise Finding(f"the capability list points to {at:#x} (loop or header)")
             seen.add(at)
             cap_id, following, length = self.client.read(CONFIG, at, 3)
             size = length if cap_id == CapId.VENDOR else 12 if cap_id == CapId.MSIX else 2
@@ -80,7 +80,7 @@ class VirtioPci:
             at = following & 0xFC
 
     def find(self, kind: int) -> Structure:
-        """The first structure of a type."""
+        """Return the first structure of a type.  Raise a finding if there is none."""
         for found in self.structures:
             if found.type == kind:
                 return found
@@ -89,7 +89,7 @@ class VirtioPci:
     # -- registers ---------------------------------------------------------------------------
 
     def get(self, name: str) -> int:
-        """A common configuration register by its name in the standard."""
+        """Return a common configuration register, by its name in the standard."""
         offset, size = _register(name)
         common = self.find(CapType.COMMON_CFG)
         return int.from_bytes(self.client.read(common.bar, common.offset + offset, size), "little")
@@ -104,7 +104,7 @@ class VirtioPci:
             self.client.write(common.bar, common.offset + offset + part, data)
 
     def device_features(self) -> int:
-        """The 64 feature bits offered."""
+        """Return the 64 feature bits that are offered."""
         found = 0
         for select in (0, 1):
             self.set("device_feature_select", select)
@@ -126,7 +126,7 @@ class VirtioPci:
         raise Finding("device_status does not become 0 after a reset")
 
     def accept(self, features: int) -> bool:
-        """Reset and negotiate up to FEATURES_OK; whether the device agreed."""
+        """Reset and negotiate up to FEATURES_OK.  Return whether the device accepted."""
         self.reset()
         self.set("device_status", ACKNOWLEDGE)
         self.set("device_status", ACKNOWLEDGE | DRIVER)
@@ -135,7 +135,7 @@ class VirtioPci:
         return bool(self.get("device_status") & FEATURES_OK)
 
     def driver_ok(self) -> None:
-        """The last step of initialisation."""
+        """Set DRIVER_OK, the last step of initialisation."""
         self.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
 
     def set_queue(
@@ -157,7 +157,7 @@ class VirtioPci:
             self.set("queue_enable", 1)
 
     def notify_place(self, index: int) -> tuple[int, int]:
-        """BAR and offset of a queue's notification register."""
+        """Return BAR and offset of a queue's notification register."""
         self.set("queue_select", index)
         notify = self.find(CapType.NOTIFY_CFG)
         return notify.bar, notify.offset + self.get("queue_notify_off") * notify.multiplier
@@ -165,7 +165,7 @@ class VirtioPci:
     # -- device configuration ----------------------------------------------------------------
 
     def read_device(self, offset: int, size: int) -> bytes:
-        """Bytes of the device configuration."""
+        """Return *size* bytes of the device configuration."""
         place = self.find(CapType.DEVICE_CFG)
         return self.client.read(place.bar, place.offset + offset, size)
 
@@ -183,7 +183,7 @@ class VirtioPci:
 
 
 def structure(cap: Capability) -> Structure:
-    """What a vendor capability says, by the layout of ``struct virtio_pci_cap``."""
+    """Return the structure that a vendor capability (``struct virtio_pci_cap``) describes."""
     if len(cap.raw) < 16:
         raise Finding(f"the vendor capability at {cap.at:#x} has {len(cap.raw)} bytes")
     kind, bar, ident = cap.raw[3], cap.raw[4], cap.raw[5]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A socket that carries descriptors, has a time limit, and remembers what went over it."""
+"""A socket that carries descriptors, has a time limit, and logs its messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_FDS = 253
 
 
 def connect(path: str, limit: float = 5.0) -> socket.socket:
-    """A connection to a Unix socket that may not be there yet."""
+    """Return a connection to a Unix socket; wait for the socket.  Raise Hang after *limit* s."""
     deadline = time.monotonic() + limit
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -29,31 +29,31 @@ def connect(path: str, limit: float = 5.0) -> socket.socket:
         except (FileNotFoundError, ConnectionRefusedError):
             sock.close()
             if time.monotonic() > deadline:
-                raise Hang(f"nobody listens on the socket within {limit} s") from None
+                raise Hang(f"no program listens on the socket within {limit} s") from None
             time.sleep(0.02)
         else:
             return sock
 
 
 def peer_pid(sock: socket.socket) -> int:
-    """The process that listens at the other end."""
+    """Return the id of the process that listens at the other end."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int(struct.unpack("3i", raw)[0])
 
 
 class Tap:
-    """A stream socket with descriptors; messages leave their lines in ``log``."""
+    """A stream socket with descriptors; ``log`` has a line for each message."""
 
     def __init__(self, sock: socket.socket, limit: float = 2.0, first: float = 0.0) -> None:
         self.sock = sock
         self.limit = limit
         self.first = first
-        """Time limit until the first byte comes, if it is longer: the program may still start."""
+        """Time limit for the first byte if it exceeds *limit*: the program may still start."""
         self.log = Transcript()
         self.closed = False
 
     def note(self, line: str) -> None:
-        """Put a line into the log."""
+        """Add a line to the log."""
         self.log.add(line)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -70,7 +70,7 @@ class Tap:
             raise Closed("the connection was closed while sending") from None
 
     def receive(self, size: int, limit: float | None = None) -> tuple[bytes, list[int]]:
-        """Exactly *size* bytes and the descriptors that came with them."""
+        """Return exactly *size* bytes and the descriptors that came with them."""
         data, fds = b"", list[int]()
         deadline = time.monotonic() + (max(self.limit, self.first) if limit is None else limit)
         while len(data) < size:
@@ -103,7 +103,7 @@ class Tap:
             os.close(fd)
 
     def silent(self, seconds: float) -> bool:
-        """Whether nothing at all (not even an end) comes for a while."""
+        """Return whether nothing at all (not even an end of file) comes for *seconds*."""
         self.sock.settimeout(seconds)
         try:
             return not self.sock.recv(1, socket.MSG_PEEK) and self._ended()
@@ -117,7 +117,7 @@ class Tap:
         return False
 
     def wait_closed(self, limit: float = 1.0) -> bool:
-        """Whether the backend closes the connection within *limit* seconds (drains the rest)."""
+        """Return whether the connection is closed within *limit* seconds; discard all input."""
         deadline = time.monotonic() + limit
         while not self.closed:
             try:

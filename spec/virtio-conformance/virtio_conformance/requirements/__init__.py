@@ -119,7 +119,7 @@ class Chapter:
 
 @cache
 def chapters() -> tuple[Chapter, ...]:
-    """The whole catalogue, in the order of :data:`CHAPTERS`."""
+    """Return the whole catalogue, in the order of :data:`CHAPTERS`."""
     return tuple(_load(name) for name in CHAPTERS)
 
 
@@ -155,21 +155,21 @@ def retired() -> dict[str, str]:
 
 @cache
 def index() -> dict[str, dict[str, dict[str, Any]]]:
-    """Chapter → label → ``{"strengths": [...], "sha256": ..., "line": ...}``, from the sources."""
+    """Return chapter → label → ``{"strengths": [...], "sha256": ..., "line": ...}``."""
     text = (files(__package__) / "index.json").read_text(encoding="utf-8")
     loaded: dict[str, dict[str, dict[str, Any]]] = json.loads(text)["chapters"]
     return loaded
 
 
 def revisions() -> dict[str, str]:
-    """The pinned revision of each specification."""
+    """Return the pinned revision of each specification."""
     text = (files(__package__) / "index.json").read_text(encoding="utf-8")
     pinned: dict[str, str] = json.loads(text)["revisions"]
     return pinned
 
 
 def gaps(chapter: Chapter) -> list[str]:
-    """What separates a chapter from its sources: statements missing, counted twice or misjudged."""
+    """Return how a chapter differs from its sources: statements missing, counted twice, misread."""
     expected = {
         (label, at): strength
         for label, block in index().get(chapter.name, {}).items()

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent / "index.json"
 
 
 def build(virtio: Path, interop: Path) -> dict[str, Any]:
-    """The index of these sources; a label that occurs twice in one file is an error."""
+    """Return the index of these sources.  Raise ValueError for a label used twice in one file."""
     folders = {**dict.fromkeys(VIRTIO_FILES, virtio), **dict.fromkeys(INTEROP_FILES, interop)}
     chapters = {
         name: _entries(read_blocks(folders[name] / file))

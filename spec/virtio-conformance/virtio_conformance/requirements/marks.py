@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which conformance test checks which requirement, read from the tests' marks.
+"""Find which conformance test checks which requirement, from the marks of the tests.
 
 ``python -m virtio_conformance.requirements.marks`` writes the ``tests`` lines of the catalogue;
 a unit test fails while they differ from the marks.
@@ -19,7 +19,7 @@ SUITE = Path(__file__).parent.parent / "suite"
 
 
 def marked_tests(suite: Path = SUITE) -> dict[str, list[str]]:
-    """Requirement id → ``file.py::test`` names, sorted, from ``@pytest.mark.requirement``."""
+    """Return requirement id → sorted ``file.py::test`` names, from the requirement marks."""
     found: dict[str, list[str]] = {}
     for path in sorted(suite.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the normative statements in the specifications' own sources and counts them.
+"""Find the normative statements in the sources of the specifications and count them.
 
-The sources are not part of this project.  What is kept of them is a small index
-(``index.json``): for every block of device requirements the strengths of its statements in order,
-and a digest of the block, so that the catalogue can be checked for completeness anywhere, and a
-new revision of a specification shows as blocks whose digest differs.
+The sources are not part of this project.  ``index.json`` has, for every block of device
+requirements, the strengths of its statements in order and a digest.  The catalogue can therefore
+be checked for completeness without the sources, and the digests show what a new revision of a
+specification changed.
 
 A *statement* is one occurrence of a requirement word (MUST, SHOULD NOT, MAY, ...).  In the virtio
-sources the device's statements stand in ``\\devicenormative`` blocks; the two QEMU documents speak
-of both sides in running text, so there every sentence with such a word counts, section by section.
+sources the device's statements are in ``\\devicenormative`` blocks.  The two QEMU documents
+describe both sides in running text, so that every sentence with such a word counts, section by
+section.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Block:
 
     @classmethod
     def of(cls, label: str, text: str, line: int = 0) -> Block:
-        """The block of *text*; the digest ignores how the lines are wrapped."""
+        """Return the block of *text*.  The digest ignores how the lines are wrapped."""
         flat = " ".join(text.split())
         found = tuple(_strength(match) for match in _WORD.finditer(flat))
         digest = hashlib.sha256(flat.encode()).hexdigest()[:16]
@@ -74,7 +75,7 @@ def _strength(match: re.Match[str]) -> str:
 
 
 def virtio_blocks(source: str) -> list[Block]:
-    """The device requirement blocks of one TeX file, in order."""
+    """Return the device requirement blocks of one TeX file, in order."""
     blocks: list[Block] = []
     label, lines, begin = "", list[str](), 0
     for number, line in enumerate([*source.splitlines(), "\\section{end}"], 1):
@@ -132,7 +133,7 @@ _MODAL = re.compile(r"\b(?:must|shall|should)\b", re.IGNORECASE)
 
 
 def html_blocks(page: str) -> list[Block]:
-    """The statements of a Sphinx page (QEMU's interop manual), by section or message name.
+    """Return the statements of a page of QEMU's interop manual, by section or message name.
 
     A definition-list term in capitals (``VHOST_USER_SET_FEATURES``) starts a block of its own.
     """
@@ -178,6 +179,6 @@ def plain_html(page: str) -> str:
 
 
 def read_blocks(path: Path) -> list[Block]:
-    """The blocks of a source file, by its suffix (``.tex`` or ``.html``)."""
+    """Return the blocks of a source file, by its suffix (``.tex`` or ``.html``)."""
     text = path.read_text(encoding="utf-8")
     return virtio_blocks(text) if path.suffix == ".tex" else html_blocks(text)

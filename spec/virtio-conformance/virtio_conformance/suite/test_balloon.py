@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory balloon: what its requests do to memory, judged by memory and nothing else."""
+"""The memory balloon: the effect of its requests, observed in guest memory only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from virtio_conformance.rig import Rig
 
 @pytest.fixture(autouse=True)
 def only_balloons(profile: Any) -> None:
-    """These tests are for one device type."""
+    """Skip these tests for other device types."""
     if profile.name != "balloon":
         not_applicable("for memory balloons")
 

@@ -31,7 +31,7 @@ SPINS = 2_000_000
 
 @pytest.fixture(autouse=True)
 def only_balloons(profile: Any) -> None:
-    """These tests are for one device type."""
+    """Skip these tests for other device types."""
     if profile.name != "balloon":
         not_applicable("for memory balloons")
 
@@ -46,7 +46,7 @@ def rounds() -> Iterator[int]:
 
 
 def write_at_once(rig: Rig, queue: int, chosen: list[int]) -> None:
-    """Spin until every buffer is used and write to every page, the last one first."""
+    """Busy-wait until every buffer is used, and write to every page, the last one first."""
     ring = rig.rings[queue]
     due = ring.outstanding
     for _ in range(SPINS):

@@ -25,7 +25,7 @@ LIMIT = 5.0
 
 @pytest.fixture
 def queue(split_rig: Rig, profile: Any, numbering: Numbering, options: Any) -> int:
-    """The hinting queue of a device that runs, with an operator at hand."""
+    """Return the number of the hinting queue of a running device."""
     if profile.name != "balloon":
         not_applicable("for memory balloons")
     if not options.hint_start:
@@ -36,7 +36,7 @@ def queue(split_rig: Rig, profile: Any, numbering: Numbering, options: Any) -> i
 
 
 def command_id(rig: Rig) -> int:
-    """The command id in the configuration space."""
+    """Return the command id in the configuration space."""
     return int.from_bytes(rig.read_config(8, 4), "little")
 
 
@@ -108,7 +108,7 @@ def test_hints_after_done(split_rig: Rig, queue: int) -> None:
 
 
 def table(rig: Rig, queue: int) -> tuple[int, int]:
-    """The span of descriptors of a queue, which its driver writes."""
+    """Return the address range of the queue's descriptors, which its driver writes."""
     first = rig.rings[queue].areas[0]
     return first, first + 2 * PAGE
 

@@ -25,7 +25,7 @@ F = BalloonFeature
 
 @pytest.fixture(autouse=True)
 def only_balloons(profile: Any) -> None:
-    """These tests are for one device type."""
+    """Skip these tests for other device types."""
     if profile.name != "balloon":
         not_applicable("for memory balloons")
 
@@ -97,7 +97,7 @@ def up(rig: Rig, numbering: Numbering, feature: BalloonFeature, role: str) -> in
 
 
 def stat(tag: int, value: int) -> bytes:
-    """One statistics entry."""
+    """Return one statistics entry."""
     return BalloonStat(tag=tag, val=value).build()
 
 
@@ -115,7 +115,7 @@ STATISTICS = {
 @pytest.mark.requirement("balloon.stats.any-order", "balloon.stats.unknown-tags")
 @pytest.mark.parametrize("what", ["plain", "reversed", "unknown"])
 def test_statistics(rig: Rig, what: str) -> None:
-    """Statistics of any tags and order are taken; the other queues go on."""
+    """Statistics of any tags and order are accepted; the other queues continue to work."""
     row = "balloon.stats.unknown-tags" if what == "unknown" else "balloon.stats.any-order"
     bring_up(rig, F.STATS_VQ, {"stats": 2})
     with about(row):
@@ -131,7 +131,7 @@ def test_statistics(rig: Rig, what: str) -> None:
 @pytest.mark.requirement("balloon.robust.stats")
 @pytest.mark.parametrize("what", STATISTICS)
 def test_statistics_that_no_driver_sends(rig: Rig, what: str) -> None:
-    """Three buffers at a time, of odd lengths and with odd entries; the other queues go on."""
+    """Three statistics buffers at once, with malformed entries: the other queues still work."""
     bring_up(rig, F.STATS_VQ, {"stats": 2})
     ring = rig.rings[2]
     for _ in range(3):  # the second and third come although the device has one already
@@ -185,7 +185,7 @@ def test_kept_statistics_over_a_stop(rig: Rig) -> None:
 
 @pytest.mark.requirement("balloon.stats.kept")
 def test_kept_statistics_over_a_reset(rig: Rig) -> None:
-    """A reset ends the keeping: nothing of the old ring is used, the new driver starts clean."""
+    """After a reset the kept buffer is not used, and the new driver starts without it."""
     if not isinstance(rig, VfioUserRig):
         not_applicable("a driver's reset is seen over vfio-user alone")
     bring_up(rig, F.STATS_VQ, {"stats": 2})
@@ -206,7 +206,7 @@ def test_kept_statistics_over_a_reset(rig: Rig) -> None:
 
 
 def hint(rig: Rig, queue: int, cmd_id: int, count: int = 4) -> int:
-    """A block of hints under an id that nobody has issued; the pages, which have to stay."""
+    """Send hints under an id that was never issued, and return the first page."""
     start = pages(rig, count)
     ring = rig.rings[queue]
     opening = rig.place(Exchange(BalloonCmdId(cmd_id=cmd_id).build()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is offered, what is accepted, and the configuration space before anything is settled."""
+"""Offered and accepted features, and the configuration space before negotiation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_version_1_is_offered(split_rig: Rig) -> None:
 
 @pytest.mark.requirement("basic.features.only-supported", "basic.features.no-sr-iov")
 def test_only_known_bits_are_offered(split_rig: Rig) -> None:
-    """Nothing is offered that has no meaning here."""
+    """No feature is offered that has no meaning on this transport."""
     rig = split_rig
     known = rig.profile.known_features | sum(1 << bit for bit in DEFINED)
     if rig.transport == "vhost-user":
@@ -61,7 +61,7 @@ def test_offer_is_closed(split_rig: Rig) -> None:
 
 
 def offered_bits(rig: Rig) -> list[int]:
-    """The bits besides VERSION_1 that a front-end may take without owing more."""
+    """Return the bits besides VERSION_1 that have no further obligations for a front-end."""
     skip = {f.VIRTIO_F_VERSION_1, f.VIRTIO_F_ACCESS_PLATFORM, f.VIRTIO_F_SR_IOV, 24, 26, 30}
     return [bit for bit in range(64) if f.has(rig.offered, bit) and bit not in skip]
 
@@ -69,7 +69,7 @@ def offered_bits(rig: Rig) -> list[int]:
 @pytest.mark.requirement("basic.features.subsets")
 @pytest.mark.parametrize("which", ["each-alone", "all-but-one", "all", "none"])
 def test_subsets_are_accepted(new_rig: Callable[..., Rig], which: str) -> None:
-    """Any subset of the offer that is closed is accepted."""
+    """Any subset of the offer whose dependencies are complete is accepted."""
     rig = new_rig(False)
     bits = offered_bits(rig)
     everything = sum(1 << bit for bit in bits) | V1
@@ -134,7 +134,7 @@ def test_the_same_set_again(new_rig: Callable[..., Rig]) -> None:
 
 @pytest.mark.requirement("basic.config.readable-early")
 def test_configuration_before_features(split_rig: Rig) -> None:
-    """Configuration can be read before features are settled."""
+    """Configuration can be read before features are negotiated."""
     rig = split_rig
     size = rig.profile.config_size
     if not size:
@@ -149,7 +149,7 @@ def test_configuration_before_features(split_rig: Rig) -> None:
 
 @pytest.mark.requirement("basic.status.idle-before-driver-ok")
 def test_nothing_before_driver_ok(rig: Rig) -> None:
-    """Before DRIVER_OK no buffer is taken and nobody is notified."""
+    """Before DRIVER_OK no buffer is taken and no notification is sent."""
     ring = rig.bring_up(ready=False)
     if not rig.has_status:
         not_applicable("without PROTOCOL_F_STATUS vhost-user does not carry DRIVER_OK")

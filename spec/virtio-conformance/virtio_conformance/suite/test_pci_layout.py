@@ -25,13 +25,13 @@ VIRTIO_F_ADMIN_VQ = 41
 
 @pytest.fixture
 def pci(split_rig: VfioUserRig) -> VirtioPci:
-    """The function, nothing negotiated."""
+    """Return the function before any negotiation."""
     return split_rig.pci
 
 
 @pytest.fixture
 def offered(split_rig: VfioUserRig) -> int:
-    """The features offered."""
+    """Return the offered features."""
     return split_rig.offered
 
 
@@ -285,7 +285,7 @@ def test_queue_sizes(pci: VirtioPci) -> None:
 
 @pytest.mark.requirement("pci.common.admin-index", "pci.common.admin-num")
 def test_administration_queues(pci: VirtioPci, offered: int) -> None:
-    """Administration queues come behind all others and fit 16 bits."""
+    """Administration queues follow all others, and their numbers fit 16 bits."""
     if not has(offered, VIRTIO_F_ADMIN_VQ):
         not_applicable("ADMIN_VQ is not offered")
     require(pci.accept(1 << 32 | 1 << VIRTIO_F_ADMIN_VQ), "ADMIN_VQ is refused")

@@ -161,7 +161,7 @@ def test_queue_reset(rig: VfioUserRig) -> None:
 
 @pytest.mark.requirement("basic.status.needs-reset", "basic.status.needs-reset-notified")
 def test_needs_reset(split_rig: VfioUserRig) -> None:
-    """A device that gives up a queue says so, and notifies the driver of it."""
+    """A device that stops serving a queue sets DEVICE_NEEDS_RESET and notifies the driver."""
     rig = split_rig
     rig.bring_up(size=16)
     ring = rig.main_split
@@ -184,7 +184,7 @@ def test_needs_reset(split_rig: VfioUserRig) -> None:
     except Finding:
         told = "the queue is dead and DEVICE_NEEDS_RESET is not set"
         raise Finding(told, row="basic.status.needs-reset") from None
-    not_applicable("a malformed chain is no error state for this device: the queue goes on")
+    not_applicable("a malformed chain is no error state for this device: the queue continues")
 
 
 REGISTERS = [

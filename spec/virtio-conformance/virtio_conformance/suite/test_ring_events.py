@@ -18,13 +18,13 @@ QUIET = 0.05
 
 
 def one(rig: Rig, serial: int) -> None:
-    """One request through the main ring; without it nothing is known of notifications."""
+    """Put one request through the main ring; without it, notifications prove nothing."""
     with preparing():
         rig.run([rig.profile.exchange(rig, serial)], watch=False)
 
 
 def notified(rig: Rig, limit: float = QUIET) -> int:
-    """Notifications of the main ring that are there or come soon."""
+    """Return the pending notifications of the main ring, after a short wait."""
     return rig.calls[rig.profile.main].wait(limit)
 
 

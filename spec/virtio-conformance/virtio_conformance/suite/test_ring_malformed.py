@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rings written wrongly.  Of any backend one can demand: no crash, no hang, no write that was not
-allowed, an idle processor, and that other queues and the next connection work."""
+"""Malformed rings.  Required of any back-end: no crash, no hang, no write that is not allowed, no
+busy loop, and that other queues and the next connection work."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from virtio_formats.virtio.features import VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING
 
 END = 1 << 64
 SETTLE = 0.15
-"""Seconds that a backend gets to do whatever it does with a malformed ring."""
+"""Seconds that a back-end gets to process a malformed ring."""
 
 
 def aftermath(
     rig: Rig, before: Picture, spans: list[tuple[int, int]], again: Callable[..., Rig] | None = None
 ) -> None:
-    """No crash, no hang, no stray write; the other queue and a new connection still work."""
+    """Check for crashes, hangs and stray writes, the other queue, and a new connection."""
     rested = rests(rig)
     rig.survive(spinning=not rested)
     rig.ram.expect_untouched(before, spans)
@@ -43,14 +43,14 @@ def aftermath(
 
 
 def rests(rig: Rig) -> bool:
-    """Let the backend do its work; whether it was at rest for most of that time."""
+    """Wait :data:`SETTLE` seconds; return whether the back-end was idle for most of them."""
     before = rig.process.cpu_seconds()
     rig.main_quiet(SETTLE)
     return rig.process.cpu_seconds() - before < SETTLE / 4
 
 
 def offer(rig: Rig, head: int) -> Picture:
-    """Publish *head* on the split ring and notify; what memory held just before."""
+    """Publish *head* on the split ring and notify; return the memory just before."""
     ring = rig.main
     assert isinstance(ring, SplitRing)
     ring.offer_head(head)
@@ -69,7 +69,7 @@ def up(rig: Rig, *bits: int) -> SplitRing:
 
 
 def buffer(rig: Rig) -> int:
-    """An address of 64 bytes that a malformed descriptor may point to."""
+    """Return the address of 64 bytes that a malformed descriptor may point to."""
     return rig.ram.alloc(64, 64, 1)
 
 
@@ -99,7 +99,7 @@ def test_descriptor_loop(new_rig: Callable[..., Rig], shape: str, length: int) -
 @pytest.mark.requirement("ring.next-range", "ring.others-live")
 @pytest.mark.parametrize("following", [16, 17, 255, 0x8000, 0xFFFF])
 def test_next_beyond_the_table(new_rig: Callable[..., Rig], following: int) -> None:
-    """A next index that lies beyond the table; what follows it in memory looks inviting."""
+    """A next index beyond the table, where memory happens to hold a valid descriptor."""
     rig = new_rig(False)
     ring = up(rig)
     where = buffer(rig)
@@ -249,7 +249,7 @@ def test_malformed_indirect_table(new_rig: Callable[..., Rig], shape: str) -> No
 
 @pytest.mark.requirement("ring.indirect-unnegotiated")
 def test_indirect_without_negotiation(new_rig: Callable[..., Rig]) -> None:
-    """An indirect descriptor although the feature was not taken: no harm, whatever comes of it."""
+    """An indirect descriptor although the feature was not negotiated does no harm."""
     rig = new_rig(False)
     ring = up(rig)
     placed = rig.submit(rig.request(1), indirect=True)
@@ -263,7 +263,7 @@ def test_indirect_without_negotiation(new_rig: Callable[..., Rig]) -> None:
 
 @pytest.mark.requirement("ring.return-or-stop")
 def test_bad_buffers_among_good_ones(new_rig: Callable[..., Rig], packed: bool) -> None:
-    """After a bad buffer the queue either goes on, every good one coming back once, or stops."""
+    """After a bad buffer the queue either stops or returns every good one exactly once."""
     rig = new_rig(packed)
     ring = rig.bring_up(size=16)
     rig.warm_up()
@@ -378,7 +378,7 @@ def test_malformed_packed_indirect_table(new_rig: Callable[..., Rig], shape: str
 @pytest.mark.requirement("ring.addresses")
 @pytest.mark.parametrize("size", [0, 3, 65535, 65536, 0xFFFFFFFF])
 def test_ring_sizes(new_rig: Callable[..., Rig], size: int) -> None:
-    """Ring sizes that are no size; refused or harmless."""
+    """Invalid ring sizes are refused or harmless."""
     rig = new_rig(False)
     if not isinstance(rig, VhostUserRig):
         not_applicable("over vfio-user the register has 16 bits; see the tests of PCI")

@@ -20,13 +20,13 @@ QUIET = 0.06
 
 
 def one(rig: Rig, serial: int) -> None:
-    """One request through the main ring; without it nothing is known of notifications."""
+    """Put one request through the main ring; without it, notifications prove nothing."""
     with preparing():
         rig.run([rig.profile.exchange(rig, serial)], watch=False)
 
 
 def signals(rig: Rig, limit: float = QUIET) -> int:
-    """Notifications of the main ring that are there or come soon."""
+    """Return the pending notifications of the main ring, after a short wait."""
     return rig.calls[rig.profile.main].wait(limit)
 
 
@@ -59,7 +59,7 @@ def test_silent_when_unwanted(rig: Rig) -> None:
 @pytest.mark.requirement("split.used-notify.event-ignored")
 @pytest.mark.parametrize("event", [0, 1, 0x7FFF, 0xFFFF])
 def test_used_event_without_event_idx(split_rig: Rig, event: int) -> None:
-    """Without EVENT_IDX the word behind the available ring means nothing."""
+    """Without EVENT_IDX the word after the available ring has no meaning."""
     rig = split_rig
     rig.bring_up()
     ring = rig.main_split
@@ -256,7 +256,7 @@ def test_buffers_that_come_as_the_device_goes_to_rest(rig: Rig, event_idx: bool)
 
 @pytest.mark.requirement("split.used.len-first", "packed.desc.used-final")
 def test_elements_are_complete_when_they_show(rig: Rig) -> None:
-    """Looked at the moment they show, used elements already have their id and length."""
+    """Used elements have their id and length at the moment when the used index shows them."""
     ring = rig.bring_up(size=8)
     placed = rig.request()
     (expected,) = rig.run([placed], watch=False)

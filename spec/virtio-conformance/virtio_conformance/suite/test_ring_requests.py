@@ -218,7 +218,7 @@ def test_around_the_ring(rig: Rig, size: int) -> None:
 @pytest.mark.requirement("split.used.index-wrap")
 @pytest.mark.parametrize("start", [65535, 65533, 32767])
 def test_index_past_65535(rig: Rig, start: int) -> None:
-    """Free-running indices go on past 65535 without a stumble."""
+    """Free-running indices continue from 65535 to 0."""
     if rig.packed or not rig.can_stop:
         not_applicable("only a split ring over vhost-user can start at any index")
     rig.negotiate((1 << 32 | rig.profile.features) & rig.offered)
@@ -235,7 +235,7 @@ def test_index_past_65535(rig: Rig, start: int) -> None:
 
 @pytest.mark.requirement("split.used.id", "packed.order.used-consecutive", "ring.return-or-stop")
 def test_a_full_ring_at_once(rig: Rig) -> None:
-    """As many requests as the ring holds, shown at once, all come back once."""
+    """As many requests as the ring holds, published at once, all come back once."""
     ring = rig.bring_up(size=32)
     per = len(rig.request().segments)
     rig.run([rig.profile.exchange(rig, serial) for serial in range(ring.size // per)])
@@ -267,7 +267,7 @@ def test_packed_descriptors_of_another_round(new_rig: Callable[..., Rig]) -> Non
 
 @pytest.mark.requirement("basic.features.in-order")
 def test_in_order_use(rig: Rig) -> None:
-    """With IN_ORDER buffers come back in the order in which they went."""
+    """With IN_ORDER buffers come back in the order in which they were made available."""
     from virtio_conformance.in_order import collect_in_order
 
     ring = rig.bring_up(VIRTIO_F_IN_ORDER, size=32)

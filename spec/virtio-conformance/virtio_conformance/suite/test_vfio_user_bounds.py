@@ -35,7 +35,7 @@ LINE = 0x3C
 
 @pytest.fixture
 def session(client: Client) -> Client:
-    """A client that has negotiated."""
+    """Return a client that has negotiated."""
     client.negotiate()
     return client
 
@@ -57,7 +57,7 @@ def test_report_of_one_range_leaves_the_others(new_rig: MakeRig) -> None:
 
 @pytest.mark.requirement("vf.migration.end")
 def test_reads_after_the_end_of_the_stream(new_rig: MakeRig) -> None:
-    """Read on after the last data, the stream stays empty."""
+    """Reads after the end of the stream return nothing."""
     rig = new_rig(False)
     need(rig.client, Feature.MIG_DEVICE_STATE, FeatureFlags.SET)
     rig.bring_up(size=16)
@@ -77,7 +77,7 @@ def test_reads_after_the_end_of_the_stream(new_rig: MakeRig) -> None:
 
 
 def writes(client: Client, count: int, *places: tuple[int, int, int]) -> bytes:
-    """A REGION_WRITE_MULTI payload that announces *count* writes of (region, offset, value)."""
+    """Return a REGION_WRITE_MULTI payload that announces *count* (region, offset, value)."""
     if not client.capabilities.get("write_multiple"):
         not_applicable("write_multiple is not offered")
     return WriteMulti(wr_cnt=count).build() + b"".join(
@@ -88,7 +88,7 @@ def writes(client: Client, count: int, *places: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture
 def multiple(client: Client) -> Client:
-    """A client that has negotiated several writes in one message."""
+    """Return a client that has negotiated several writes in one message."""
     client.negotiate({"max_msg_fds": 8, "write_multiple": True})
     return client
 

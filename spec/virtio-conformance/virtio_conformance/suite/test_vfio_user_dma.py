@@ -23,27 +23,27 @@ MakeRig = Callable[..., VfioUserRig]
 
 @pytest.fixture
 def session(client: Client) -> Client:
-    """A client that has negotiated."""
+    """Return a client that has negotiated."""
     client.negotiate()
     return client
 
 
 @pytest.fixture
 def ram() -> Any:
-    """Guest memory."""
+    """Return guest memory."""
     made = GuestRam()
     yield made
     made.close()
 
 
 def held(target: Any) -> int:
-    """Descriptors and mappings of our memory in the server."""
+    """Return how many descriptors and mappings of our memory the server has."""
     process: Process = target.process
     return sum(NAME in n for n in process.fds()) + process.mappings(NAME)
 
 
 def map_request(flags: int = 3, offset: int = 0, address: int = 0, size: int = PAGE) -> bytes:
-    """A DMA_MAP payload of any values."""
+    """Return a DMA_MAP payload with any values."""
     return DmaMap(argsz=32, flags=flags, offset=offset, address=address, size=size).build()
 
 
@@ -159,7 +159,7 @@ def test_device_state_outlives_the_client(new_client: Callable[[], Client]) -> N
 
 
 def by_messages(new_rig: MakeRig, packed: bool) -> VfioUserRig:
-    """A running device in memory that has no descriptor."""
+    """Return a running device whose memory has no descriptor."""
     rig = new_rig(packed)
     rig.with_fds = False
     return rig
@@ -205,7 +205,7 @@ def test_small_transfer_limit(new_client: Callable[[], Client], new_rig: MakeRig
 @pytest.mark.requirement("vf.dma.read-short", "vf.dma.write-short")
 @pytest.mark.parametrize("how", ["short", "refused"])
 def test_dma_that_fails(new_rig: MakeRig, how: str) -> None:
-    """Short answers and errors to DMA messages are borne."""
+    """Short replies and errors to DMA messages do no harm."""
     rig = by_messages(new_rig, False)
     rig.bring_up(size=16)
     rig.warm_up()

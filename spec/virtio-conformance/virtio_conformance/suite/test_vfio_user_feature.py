@@ -35,7 +35,7 @@ S = DeviceState
 
 @pytest.fixture
 def session(client: Client) -> Client:
-    """A client that has negotiated, and has reset what a client before it left behind."""
+    """Return a client that has negotiated and has reset what an earlier client left."""
     client.negotiate()
     if client.info().flags & DeviceFlags.RESET:
         client.do(Command.DEVICE_RESET)
@@ -45,19 +45,19 @@ def session(client: Client) -> Client:
 def feature(
     client: Client, index: int, action: int, data: bytes = b"", argsz: int = 4096
 ) -> Answer:
-    """One DEVICE_FEATURE command."""
+    """Send one DEVICE_FEATURE command and return the reply."""
     head = DeviceFeature(argsz=argsz, flags=index | action).build()
     return client.ask(Command.DEVICE_FEATURE, head + data)
 
 
 def need(client: Client, index: Feature, action: int) -> None:
-    """The test needs a device feature."""
+    """Skip the test as not applicable unless the device has a feature."""
     if feature(client, index, PROBE | action).failed:
         not_applicable(f"device feature {index.name} is not supported")
 
 
 def state(client: Client) -> int:
-    """The migration state."""
+    """Return the migration state."""
     answer = feature(client, Feature.MIG_DEVICE_STATE, GET)
     require(not answer.failed, f"reading the state failed with errno {answer.error}")
     return MigState.parse(answer.payload[8:16]).device_state
@@ -71,7 +71,7 @@ def go(client: Client, to: int) -> Answer:
 
 @pytest.mark.requirement("vf.feature.echo")
 def test_probe_echoes(session: Client) -> None:
-    """The reply to PROBE repeats the request; a feature that nobody knows fails."""
+    """The reply to PROBE repeats the request; an unknown feature fails."""
     for index in (Feature.MIGRATION, Feature.MIG_DEVICE_STATE, Feature.DMA_LOGGING_START):
         answer = feature(session, index, PROBE | GET, argsz=8)
         if not answer.failed:
@@ -92,14 +92,14 @@ def test_migration_flags(session: Client) -> None:
 
 
 def arcs(client: Client) -> list[tuple[int, int]]:
-    """The arcs of this device: those of PRE_COPY only where it has that state."""
+    """Return the arcs of this device; those of PRE_COPY only if it has that state."""
     answer = feature(client, Feature.MIGRATION, GET)
     pre_copy = Migration.parse(answer.payload[8:16]).flags & MigrationFlags.PRE_COPY
     return [arc for arc in MIG_ARCS if pre_copy or S.PRE_COPY not in arc]
 
 
 def reachable(edges: list[tuple[int, int]], start: int) -> set[int]:
-    """States with a path from *start* that has no saving state in its interior."""
+    """Return the states with a path from *start* that has no saving state in its interior."""
     found, front = {start}, [start]
     while front:
         here = front.pop(0)
@@ -147,7 +147,7 @@ def test_transitions_that_are_not_allowed(session: Client) -> None:
 
 
 def stream(client: Client) -> bytes:
-    """The whole migration stream, read in small pieces."""
+    """Return the whole migration stream, read in small pieces."""
     found = b""
     while True:
         answer = client.do(Command.MIG_DATA_READ, MigData(argsz=8 + 64, size=64).build())
@@ -161,7 +161,7 @@ def stream(client: Client) -> bytes:
 
 @pytest.mark.requirement("vf.migration.complete")
 def test_state_saved_and_loaded(new_rig: Callable[..., VfioUserRig]) -> None:
-    """A device saved and loaded again goes on where its rings stood; stopped, it is silent."""
+    """A loaded device continues at its ring positions; a stopped one does nothing."""
     rig = new_rig(False)
     need(rig.client, Feature.MIG_DEVICE_STATE, SET)
     rig.bring_up(size=16)
@@ -191,7 +191,7 @@ def test_state_saved_and_loaded(new_rig: Callable[..., VfioUserRig]) -> None:
 @pytest.mark.requirement("vf.migration.complete")
 @pytest.mark.parametrize("what", ["garbage", "nothing", "flood"])
 def test_loading_garbage(session: Client, what: str) -> None:
-    """State that is no state is refused, and RESET leads back to RUNNING."""
+    """Malformed state is refused, and RESET leads back to RUNNING."""
     need(session, Feature.MIG_DEVICE_STATE, SET)
     require(not go(session, S.RESUMING).failed, "RESUMING failed")
     data = {"garbage": b"\xde\xad" * 400, "nothing": b"", "flood": bytes(1 << 16)}[what]
@@ -212,14 +212,14 @@ def test_loading_garbage(session: Client, what: str) -> None:
 
 
 def start_log(rig: VfioUserRig, ranges: list[tuple[int, int]], page: int = PAGE) -> Answer:
-    """DMA_LOGGING_START."""
+    """Send DMA_LOGGING_START."""
     data = LoggingControl(page_size=page, num_ranges=len(ranges), reserved=0).build()
     data += b"".join(LoggingRange(iova=a, length=n).build() for a, n in ranges)
     return feature(rig.client, Feature.DMA_LOGGING_START, SET, data)
 
 
 def report(rig: VfioUserRig, iova: int, length: int, page: int = PAGE) -> set[int]:
-    """DMA_LOGGING_REPORT: addresses of pages written; bits outside have to be zero."""
+    """Return the written pages of DMA_LOGGING_REPORT; bits outside the range have to be zero."""
     data = LoggingReport(iova=iova, length=length, page_size=page).build()
     answer = feature(rig.client, Feature.DMA_LOGGING_REPORT, GET, data, argsz=1 << 16)
     require(not answer.failed, f"DMA_LOGGING_REPORT failed with errno {answer.error}")

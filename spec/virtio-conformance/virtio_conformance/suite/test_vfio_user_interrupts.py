@@ -20,14 +20,14 @@ FUNCTION_MASK = 1 << 14
 
 
 def act(rig: VfioUserRig, index: int, action: int, start: int = 0) -> None:
-    """Mask or unmask one interrupt; a refusal is a finding."""
+    """Mask or unmask one interrupt.  Raise a finding if that is refused."""
     flags = IrqSetFlags.DATA_NONE | action
     message = IrqSet(argsz=20, flags=flags, index=index, start=start, count=1).build()
     rig.client.do(Command.DEVICE_SET_IRQS, message)
 
 
 def line_up(new_rig: MakeRig) -> tuple[VfioUserRig, EventFd]:
-    """A running device with its interrupt line on an eventfd."""
+    """Return a running device with its interrupt line on an eventfd."""
     rig = new_rig(False)
     rig.use_msix = False
     if not rig.client.irq_info(PciIrq.INTX).count:
@@ -96,7 +96,7 @@ def test_masked_vector(split_rig: VfioUserRig) -> None:
 
 
 def msix_registers(rig: VfioUserRig) -> tuple[int, tuple[int, int], tuple[int, int]]:
-    """Where the MSI-X capability is, and BAR and offset of its table and pending bits."""
+    """Return the offset of the MSI-X capability, and BAR and offset of table and PBA."""
     found = [cap for cap in rig.pci.capabilities if cap.id == CapId.MSIX]
     if not found:
         not_applicable("the device has no MSI-X")

@@ -38,7 +38,7 @@ INFO = DeviceInfo(argsz=16, flags=0, num_regions=0, num_irqs=0).build()
 
 @pytest.fixture
 def session(client: Client) -> Client:
-    """A client that has negotiated."""
+    """Return a client that has negotiated."""
     client.negotiate()
     return client
 
@@ -72,7 +72,7 @@ def test_version_without_data(client: Client) -> None:
 
 @pytest.mark.requirement("vf.version.major")
 def test_other_major_version(client: Client) -> None:
-    """A major version that nobody has is refused or the connection closed."""
+    """An unknown major version is refused, or the connection is closed."""
     try:
         answer = client.ask(Command.VERSION, Version(major=77, minor=0).build() + b"{}\0")
     except Closed:
@@ -128,7 +128,7 @@ def test_device_info(session: Client) -> None:
 
 @pytest.mark.requirement("vf.region.info", "vf.version.fds-default")
 def test_region_info(client: Client) -> None:
-    """Every region has an info; a short argsz gets the fixed part and the size that is due."""
+    """Every region has an info; a short argsz gets the fixed part and the required argsz."""
     client.negotiate({})  # no max_msg_fds: one descriptor in a message at most
     for index in range(client.info().num_regions):
         fixed, more, fds = client.region_info(index, 4096)
@@ -223,7 +223,7 @@ def test_interrupts_that_make_no_sense(
 
 @pytest.mark.requirement("vf.region.read", "vf.access.supported")
 def test_configuration_space_can_be_read(session: Client) -> None:
-    """Reads echo their request and bring exactly what was asked for, in any width."""
+    """Reads echo their request and return exactly the requested bytes, in any width."""
     whole = session.read(CONFIG, 0, 64)
     for width in (1, 2, 4):
         parts = b"".join(session.read(CONFIG, at, width) for at in range(0, 64, width))
@@ -350,7 +350,7 @@ def test_payloads_of_wrong_size(session: Client, command: Command, length: int) 
 @pytest.mark.requirement("vf.robust.reply")
 @pytest.mark.parametrize("command", [1, 4, 9, 11, 12], ids=str)
 def test_reply_that_nobody_asked_for(session: Client, command: int) -> None:
-    """A reply out of nowhere does no harm."""
+    """An unsolicited reply does no harm."""
     poke(session, command, bytes(32), flags=HeaderFlags.TYPE_REPLY)
 
 

@@ -19,7 +19,7 @@ INFO = DeviceInfo(argsz=16, flags=0, num_regions=0, num_irqs=0).build()
 
 @pytest.fixture
 def session(client: Client) -> Client:
-    """A client that has negotiated."""
+    """Return a client that has negotiated."""
     client.negotiate()
     return client
 
@@ -59,7 +59,7 @@ def test_surplus_descriptors(session: Client, target: Any) -> None:
 
 @pytest.mark.requirement("vf.disconnect.no-exit", "vf.disconnect.cleanup")
 def test_clients_come_and_go(target: Any, new_client: Any) -> None:
-    """The server outlives its clients and keeps nothing of them."""
+    """The server outlives its clients and leaks nothing of them."""
     held = -1
     for turn in range(4):
         client = new_client()

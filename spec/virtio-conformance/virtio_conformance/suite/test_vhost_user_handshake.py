@@ -22,14 +22,14 @@ V1 = 1 << 32
 
 
 def ready(rig: VhostUserRig, protocol: int = COMMON_PROTOCOL) -> FrontEnd:
-    """A front-end that has negotiated VERSION_1 and handed over memory."""
+    """Return a front-end that has negotiated VERSION_1 and shared memory."""
     rig.protocol = protocol
     rig.negotiate(V1 & rig.offered)
     return rig.fe
 
 
 def word(value: int) -> bytes:
-    """A 64-bit payload."""
+    """Return a 64-bit payload."""
     return VhostUserU64(u64=value).build()
 
 
@@ -173,7 +173,7 @@ def test_bad_queue_index_is_not_acknowledged(
 
 @pytest.mark.requirement("vu.backend-channel.ack")
 def test_backend_channel(split_rig: VhostUserRig) -> None:
-    """The backend channel's descriptor is taken and acknowledged; nothing is sent unasked."""
+    """The back-end channel's descriptor is acknowledged; no unsolicited message is sent."""
     split_rig.need_protocol(P.BACKEND_REQ)
     fe = ready(split_rig)
     ours, theirs = socket.socketpair()
@@ -182,7 +182,7 @@ def test_backend_channel(split_rig: VhostUserRig) -> None:
         theirs.close()
         ours.settimeout(0.1)
         try:
-            require(ours.recv(1, socket.MSG_PEEK), "the backend closed its channel at once")
+            require(ours.recv(1, socket.MSG_PEEK), "the back-end closed its channel at once")
         except TimeoutError:
             pass
         require(fe.usable(), "the connection ended")
@@ -190,7 +190,7 @@ def test_backend_channel(split_rig: VhostUserRig) -> None:
 
 @pytest.mark.requirement("vu.backend.iotlb-gated", "vu.backend.notifier-gated")
 def test_nothing_unasked_on_the_backend_channel(split_rig: VhostUserRig) -> None:
-    """During plain work no IOTLB and no host notifier message comes."""
+    """While requests are served no IOTLB and no host notifier message is sent."""
     rig = split_rig
     rig.need_protocol(P.BACKEND_REQ)
     rig.bring_up()
@@ -213,7 +213,7 @@ def test_nothing_unasked_on_the_backend_channel(split_rig: VhostUserRig) -> None
 
 @pytest.mark.requirement("vu.backend.config-change", "vu.suspended")
 def test_configuration_change_is_announced(split_rig: VhostUserRig, options: Options) -> None:
-    """A change brings CONFIG_CHANGE_MSG on the backend channel, but not while suspended."""
+    """A change brings CONFIG_CHANGE_MSG on the back-end channel, but not while suspended."""
     rig = split_rig
     if not options.config_change:
         not_applicable("--config-change says how to make the device change its configuration")
@@ -327,7 +327,7 @@ def test_reset_owner(split_rig: VhostUserRig) -> None:
 
 @pytest.mark.requirement("vu.close-rarely", "program.healthy")
 def test_a_whole_session_stays_open(split_rig: VhostUserRig) -> None:
-    """A good session from handshake to stop never loses the connection."""
+    """A correct session keeps its connection from handshake to stop."""
     rig = split_rig
     rig.bring_up()
     for serial in range(3):
@@ -349,7 +349,7 @@ def test_any_request_first(split_rig: VhostUserRig, request_type: Request) -> No
     except Closed:
         pass
     except Hang:
-        # half of a message may be missing in the backend's eyes: give it the rest
+        # the back-end may be waiting for the rest of a message: send it
         try:
             fe.tap.send(bytes(4096))
             fe.tap.wait_closed(0.3)
@@ -392,7 +392,7 @@ def save_state(rig: VhostUserRig) -> bytes:
 
 @pytest.mark.requirement("vu.state.load", "vu.state.transparent", "vu.state.read-all")
 def test_device_state_loaded(split_rig: VhostUserRig, new_rig: object) -> None:
-    """A saved state can be loaded again, and the device goes on where its rings stood."""
+    """A saved state can be loaded again, and the device continues at its ring positions."""
     rig = split_rig
     rig.need_protocol(P.DEVICE_STATE)
     state = save_state(rig)
@@ -417,7 +417,7 @@ def load_state(rig: VhostUserRig, state: bytes) -> None:
 
 @pytest.mark.requirement("vu.state.load")
 def test_device_state_of_garbage(split_rig: VhostUserRig) -> None:
-    """Garbage is refused by CHECK_DEVICE_STATE (or the connection ends), never swallowed."""
+    """Garbage is refused by CHECK_DEVICE_STATE (or the connection ends), never accepted."""
     rig = split_rig
     rig.need_protocol(P.DEVICE_STATE)
     save_state(rig)

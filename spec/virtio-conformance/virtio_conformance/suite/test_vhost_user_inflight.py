@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inflight region: what a backend writes down, and what the next one makes of it."""
+"""The inflight region: what a back-end records, and how the next one resubmits it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SIZE = 16
 
 
 def inflight_region(rig: VhostUserRig, queues: int = 0) -> tuple[VhostUserInflight, int]:
-    """GET_INFLIGHT_FD for all queues of the profile."""
+    """Return the reply to GET_INFLIGHT_FD for all queues of the profile."""
     count = queues or max(rig.profile.queues, default=0) + 1
     request = VhostUserInflight(mmap_size=0, mmap_offset=0, num_queues=count, queue_size=SIZE)
     reply = rig.fe.ask(Request.GET_INFLIGHT_FD, request.build())
-    require(len(reply.fds) == 1, f"GET_INFLIGHT_FD brings {len(reply.fds)} descriptors")
+    require(len(reply.fds) == 1, f"GET_INFLIGHT_FD returns {len(reply.fds)} descriptors")
     raw = reply.payload.ljust(VhostUserInflight.SIZE, b"\0")
     return VhostUserInflight.parse(raw), reply.fds[0]
 
@@ -44,7 +44,7 @@ def need_inflight(rig: VhostUserRig) -> None:
 
 @pytest.mark.requirement("vu.inflight.get")
 def test_inflight_region_is_fresh(rig: VhostUserRig) -> None:
-    """GET_INFLIGHT_FD brings a region of a plausible size that holds nothing."""
+    """GET_INFLIGHT_FD returns an empty region of a plausible size."""
     need_inflight(rig)
     answer, fd = inflight_region(rig)
     due = 16 * SIZE * (max(rig.profile.queues) + 1)
@@ -61,7 +61,7 @@ def test_inflight_region_is_fresh(rig: VhostUserRig) -> None:
 
 
 def start_with(rig: VhostUserRig, answer: VhostUserInflight, fd: int) -> None:
-    """SET_INFLIGHT_FD, then all rings."""
+    """Send SET_INFLIGHT_FD, then start all rings."""
     rig.fe.do(Request.SET_INFLIGHT_FD, answer.build(), [fd])
     for index in rig.profile.queues:
         rig.start_ring(index, rig.rings.get(index) or rig.make_ring(SIZE))
@@ -100,7 +100,7 @@ def test_inflight_region_after_work(rig: VhostUserRig) -> None:
 
 @pytest.mark.requirement("vu.inflight.resubmit", "vu.reconnect")
 def test_inflight_buffers_are_served_after_a_crash(new_rig: MakeRig) -> None:
-    """Buffers that a crashed backend had taken are served once, those used are not again."""
+    """Buffers that a crashed back-end had taken are served once; used ones are not repeated."""
     rig = new_rig(False)
     need_inflight(rig)
     if rig.profile.name == "fs":
@@ -123,7 +123,7 @@ def test_inflight_buffers_are_served_after_a_crash(new_rig: MakeRig) -> None:
 
 
 def forge(rig: VhostUserRig, answer: VhostUserInflight, fd: int, heads: list[int]) -> None:
-    """Write a split region as a backend leaves it that crashed after taking *heads*."""
+    """Write the split region of a back-end that crashed after taking *heads*."""
     per = answer.mmap_size // (max(rig.profile.queues) + 1)
     at = answer.mmap_offset + per * rig.profile.main
     with mmap.mmap(fd, answer.mmap_size + answer.mmap_offset) as view:
@@ -145,7 +145,7 @@ def one_request(rig: VhostUserRig) -> None:
 
 @pytest.mark.requirement("vu.robust.inflight")
 def test_inflight_region_never_set(rig: VhostUserRig) -> None:
-    """INFLIGHT_SHMFD is settled and no region comes: served, or refused, but no harm done."""
+    """INFLIGHT_SHMFD without a region: rings are served or refused, without harm."""
     need_inflight(rig)
     try:
         one_request(rig)
@@ -192,7 +192,7 @@ def resume_from(rig: VhostUserRig, answer: VhostUserInflight, fd: int, base: int
 
 
 def prepared(rig: VhostUserRig, count: int) -> tuple[VhostUserInflight, int, list[Placed]]:
-    """A fresh region, rings that are not started, and requests in the main one."""
+    """Return a new region, rings that are not started, and requests in the main one."""
     need_inflight(rig)
     if rig.profile.name == "fs":
         not_applicable("requests of this device need one before them on each connection")
@@ -221,7 +221,7 @@ def test_inflight_buffers_in_the_order_of_their_counters(new_rig: MakeRig) -> No
 
 @pytest.mark.requirement("vu.inflight.batch", "vu.inflight.resubmit")
 def test_inflight_batch_that_was_used_already(new_rig: MakeRig) -> None:
-    """Of a crash between the used index and the marks, the batch list is believed."""
+    """After a crash between used index and in-flight marks, the batch list decides."""
     rig = new_rig(False)
     answer, fd, placed = prepared(rig, 4)
     ring = rig.main_split

@@ -20,14 +20,14 @@ MakeRig = Callable[..., VhostUserRig]
 
 @pytest.fixture
 def log() -> Iterator[Log]:
-    """A dirty log."""
+    """Return a dirty log."""
     made = Log()
     yield made
     made.close()
 
 
 def span_pages(addr: int, size: int) -> set[int]:
-    """Pages of an address range."""
+    """Return the page numbers of an address range."""
     return set(range(addr // PAGE, (addr + size - 1) // PAGE + 1)) if size else set()
 
 
@@ -37,7 +37,7 @@ def set_ring_flags(rig: VhostUserRig, flags: int, log_addr: int = 0) -> None:
 
 
 def run_logged(rig: VhostUserRig, log: Log, serial: int) -> tuple[set[int], set[int], set[int]]:
-    """One request: pages marked, pages that had to be, pages that were allowed to be."""
+    """Run one request; return the pages marked, those required, and those allowed."""
     log.clear()
     if serial % 2:  # up to a page's end, or over it
         rig.ram.alloc(PAGE - 64, PAGE, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory tables: handed over, replaced, added to, taken from, and made up wrongly."""
+"""Memory tables: set, replaced, extended, reduced, and malformed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MakeRig = Callable[..., VhostUserRig]
 
 
 def files(rig: VhostUserRig) -> int:
-    """How many descriptors and mappings of our memory the backend holds."""
+    """Return how many descriptors and mappings of our memory the back-end has."""
     descriptors = sum(NAME in name for name in rig.process.fds())
     return descriptors + rig.process.mappings(NAME)
 
@@ -107,7 +107,7 @@ def test_descriptor_with_a_removal(new_rig: MakeRig) -> None:
 
 @pytest.mark.requirement("vu.ring.reconfigure-live", "vu.robust.leak")
 def test_table_replaced(split_rig: VhostUserRig) -> None:
-    """A new table replaces the old one; rings in it go on, nothing of the old one is kept."""
+    """A new table replaces the old one, of which nothing is kept; rings continue."""
     rig = split_rig
     rig.bring_up()
     rig.warm_up()
@@ -122,7 +122,7 @@ def test_table_replaced(split_rig: VhostUserRig) -> None:
 
 @pytest.mark.requirement("vu.mem.table-replaced")
 def test_other_memory_for_stopped_rings(split_rig: VhostUserRig) -> None:
-    """After a stop a wholly other memory can be handed over, as a guest's reboot may need."""
+    """After a stop a completely different memory can be set, as after a guest's reboot."""
     rig = split_rig
     rig.bring_up()
     rig.warm_up()
@@ -211,7 +211,7 @@ MOST_SLOTS = 512
 def table(
     fe: FrontEnd, regions: list[VhostUserMemoryRegion], fds: list[int], count: int = -1
 ) -> None:
-    """SET_MEM_TABLE with any contents; refusals and closing are fine."""
+    """Send SET_MEM_TABLE with any contents; refusals and closing are allowed."""
     raw = VhostUserMemory.of(regions).build()
     if count >= 0:
         raw = count.to_bytes(4, "little") + raw[4:]

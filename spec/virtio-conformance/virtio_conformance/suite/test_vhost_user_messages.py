@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages sent wrongly, and a front-end that misbehaves: an error or a closed connection."""
+"""Malformed messages and a misbehaving front-end get an error or a closed connection."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAIN = [r for r in Request if r not in (Request.POSTCOPY_ADVISE, Request.POSTCO
 
 
 def negotiated(rig: VhostUserRig) -> VhostUserRig:
-    """VERSION_1 and memory."""
+    """Negotiate VERSION_1 and share memory."""
     rig.negotiate((1 << 32) & rig.offered)
     return rig
 
@@ -45,7 +45,7 @@ def poke(
 
 
 def next_one(rig: VhostUserRig, new_rig: MakeRig) -> None:
-    """Leave; the next front-end is served as the first was (if the backend lives on)."""
+    """Disconnect; the next front-end is served like the first (if the back-end still runs)."""
     rig.survive()
     rig.leave()
     if rig.target.ends_after_a_connection():
@@ -76,7 +76,7 @@ def test_payload_too_long(split_rig: VhostUserRig, new_rig: MakeRig, request_typ
 @pytest.mark.requirement("vu.robust.size")
 @pytest.mark.parametrize("size", [4097, 1 << 20, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_size_beyond_all_messages(split_rig: VhostUserRig, new_rig: MakeRig, size: int) -> None:
-    """A header that announces more than any message has is not waited for without end."""
+    """A header with an impossible size does not make the back-end wait forever."""
     rig = negotiated(split_rig)
     try:
         rig.fe.send(Request.SET_FEATURES, bytes(64), size=size)
@@ -84,7 +84,7 @@ def test_size_beyond_all_messages(split_rig: VhostUserRig, new_rig: MakeRig, siz
     except Closed:
         closed = True
     rig.target.expect_healthy()
-    require(closed, f"the backend waits for a payload of {size} bytes")
+    require(closed, f"the back-end waits for a payload of {size} bytes")
     next_one(rig, new_rig)
 
 
@@ -229,7 +229,7 @@ def test_replaced_descriptors_are_closed(split_rig: VhostUserRig, request_type: 
 
 @pytest.mark.requirement("vu.robust.leak")
 def test_repeated_ring_setup_keeps_memory_flat(split_rig: VhostUserRig) -> None:
-    """The same ring messages a thousand times leave nothing behind."""
+    """The same ring messages a thousand times do not increase memory use."""
     rig = negotiated(split_rig)
     for turn in range(1200):
         rig.fe.vring(Request.SET_VRING_NUM, 0, 64)
@@ -297,7 +297,7 @@ def test_messages_in_random_order(split_rig: VhostUserRig, new_rig: MakeRig, see
 @pytest.mark.requirement("vu.robust.size", "vu.robust.unknown")
 @pytest.mark.parametrize("seed", range(6))
 def test_random_bytes(split_rig: VhostUserRig, new_rig: MakeRig, seed: int) -> None:
-    """Noise instead of messages."""
+    """Random bytes instead of messages."""
     dice = random.Random(seed)
     try:
         split_rig.fe.tap.send(dice.randbytes(3000))
@@ -317,7 +317,7 @@ def test_random_bytes(split_rig: VhostUserRig, new_rig: MakeRig, seed: int) -> N
 def test_idle_backend(rig: VhostUserRig) -> None:
     """With running rings and nothing to do, no processor time is used."""
     if rig.target.options.polls:
-        not_applicable("the backend polls by design")
+        not_applicable("the back-end polls by design")
     rig.bring_up()
     rig.warm_up()
     rig.main_quiet(0.1)
@@ -327,13 +327,13 @@ def test_idle_backend(rig: VhostUserRig) -> None:
 
 @pytest.mark.requirement("vu.reconnect", "vu.robust.leak")
 def test_many_connections(new_rig: MakeRig) -> None:
-    """Front-ends that come and go leave nothing behind, and each is served."""
+    """Each of many front-ends is served, and none leaves descriptors or mappings."""
     rig = new_rig(False)
     rig.bring_up()
     rig.warm_up()
     rig.leave()
     if rig.target.ends_after_a_connection():
-        not_applicable("the backend serves one connection and ends")
+        not_applicable("the back-end serves one connection and ends")
     held = -1
     for turn in range(5):
         with about("vu.reconnect"):
@@ -376,7 +376,7 @@ def test_front_end_dies_at_any_moment(new_rig: MakeRig, moment: str) -> None:
         fresh.bring_up()
         fresh.run([fresh.profile.exchange(fresh, 1)])
     if not rig.target.options.polls:
-        require(fresh.process.settles(), "the backend uses a whole processor")
+        require(fresh.process.settles(), "the back-end uses a whole processor")
 
 
 @pytest.mark.requirement("vu.program.sigterm", "vu.program.no-daemon")
@@ -385,7 +385,7 @@ def test_sigterm(new_rig: MakeRig, moment: str) -> None:
     """The program stays in the foreground and ends on SIGTERM, in whatever state."""
     rig = new_rig(False)
     if rig.target.popen is None:
-        not_applicable("the backend was not started by the suite")
+        not_applicable("the back-end was not started by the suite")
     if moment == "running":
         rig.bring_up()
     row = "vu.program.no-daemon"

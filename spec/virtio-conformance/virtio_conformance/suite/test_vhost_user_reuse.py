@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is set a second time counts alone: status, connections, regions, the log, in-flight data."""
+"""A second setting replaces the first: status, connections, regions, log, in-flight data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
 
 @pytest.fixture
 def log() -> Iterator[Log]:
-    """A dirty log."""
+    """Return a dirty log."""
     made = Log()
     yield made
     made.close()
@@ -48,7 +48,7 @@ def test_status_of_a_running_device(split_rig: VhostUserRig) -> None:
     rig.bring_up()
     ready = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
     got = rig.fe.get_u64(Request.GET_STATUS) & 0xFF
-    require(got == ready, f"status {got:#x} of a device that was told {ready:#x}")
+    require(got == ready, f"status {got:#x} where {ready:#x} was written")
     got = status(rig, 0)
     require(got == 0, f"status {got:#x} after 0 was written", row="basic.reset.status-zero")
 
@@ -176,7 +176,7 @@ def test_region_added_while_logging(new_rig: MakeRig, log: Log) -> None:
 
 
 def largest(rig: VhostUserRig) -> int:
-    """The largest of a few ring sizes that the back-end takes."""
+    """Return the largest of a few ring sizes that the back-end accepts."""
     for size in (4096, 1024, 512, 256):
         message = VhostVringState(index=0, num=size).build()
         if not rig.fe.attempt(Request.SET_VRING_NUM, message):
@@ -217,7 +217,7 @@ def test_used_ring_of_many_pages(split_rig: VhostUserRig, log: Log, part: int) -
 
 @pytest.mark.requirement("vu.robust.leak")
 def test_logs_do_not_pile_up(split_rig: VhostUserRig, log: Log) -> None:
-    """Setting the log again and again holds one of them."""
+    """Setting the log repeatedly keeps only the newest one open."""
     rig = split_rig
     rig.need_log()
     rig.bring_up()

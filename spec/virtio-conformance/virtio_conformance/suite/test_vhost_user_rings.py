@@ -20,7 +20,7 @@ MakeRig = Callable[..., VhostUserRig]
 
 
 def half_up(rig: VhostUserRig, *, kick: bool, enable: bool) -> None:
-    """All rings programmed; the main one started and enabled only as asked for."""
+    """Program all rings; start and enable the main one only as requested."""
     if not rig.profile.has_requests:
         not_applicable("no device profile, so no valid request is known")
     packed = 1 << 34 if rig.packed else 0
@@ -40,13 +40,13 @@ def half_up(rig: VhostUserRig, *, kick: bool, enable: bool) -> None:
 
 
 def stop_all(rig: VhostUserRig) -> dict[int, int]:
-    """Stop every ring; where each stands."""
+    """Stop every ring and return their bases."""
     return {index: rig.stop_ring(index) for index in rig.rings}
 
 
 @pytest.mark.requirement("vu.ring.no-kick-needed")
 def test_started_without_a_kick(rig: VhostUserRig) -> None:
-    """SET_VRING_KICK starts a ring that has buffers already; nobody has to kick it."""
+    """SET_VRING_KICK starts a ring that has buffers already; no kick is needed."""
     half_up(rig, kick=False, enable=True)
     if rig.profile.name == "fs":
         not_applicable("the first request of this device has to open it")
@@ -199,7 +199,7 @@ def test_no_descriptor(new_rig: MakeRig, request_type: Request) -> None:
 @pytest.mark.requirement("vu.base.resume", "vu.base.get", "vu.base.set")
 @pytest.mark.parametrize("size", [4, 5, 16])
 def test_stop_and_resume(rig: VhostUserRig, size: int) -> None:
-    """Stopped and started again at the base it told, a ring loses and repeats nothing."""
+    """A ring that is started again at its base neither loses nor repeats buffers."""
     if not rig.packed and size == 5:
         not_applicable("split rings have sizes that are powers of two")
     ring = rig.bring_up(size=size)
