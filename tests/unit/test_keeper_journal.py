@@ -21,7 +21,7 @@ class Found(NamedTuple):
 
 
 def reopened(journal):
-    """What another process finds: a new open file of the same memfd."""
+    """Return what another process reads, over a new open file of the same memfd."""
     fd = os.open(f"/proc/self/fd/{journal.fd}", os.O_RDWR)
     try:
         found = Journal(fd, 1)

@@ -71,7 +71,7 @@ class Keeper:
                 time.sleep(0.01)
 
     def pid(self):
-        """The worker's process id."""
+        """Return the worker's process id."""
         with self.control() as client:
             return client.execute("query-status")["pid"]
 

@@ -131,7 +131,7 @@ class Server:
             self.sock.sendall(data[at:])
 
     def answer(self, size=8):
-        """The next answer; a child that died instead of answering is replaced."""
+        """Return the next answer; replace a child that dies instead of answering."""
         data = b""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
@@ -300,7 +300,7 @@ def test_descriptors_do_not_leak():
 
 
 async def run_stopping(run):
-    """``closed`` stops the loop in the children; here it must not."""
+    """Run *run* without stopping the loop, which ``closed`` does in the children."""
     loop = asyncio.get_running_loop()
     loop.stop = lambda: None
     await run()

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--hint-done": {
         "metavar": "SHELL",
         "default": "",
-        "help": "shell command after which the hints are needed no more; {dir}",
+        "help": "shell command that ends the round of hinting; {dir}",
     },
     "--device": {
         "type": profile_named,
@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--no-robustness": {
         "action": "store_true",
-        "help": "send nothing malformed: judge the specifications alone",
+        "help": "send nothing malformed; check the specifications only",
     },
     "--spec": {
         "choices": ["1.2", "1.3", "1.4"],
@@ -80,11 +80,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--keep": {
         "action": "store_true",
-        "help": "keep a spawned back-end while tests pass: faster, and it meets many front-ends",
+        "help": "keep a spawned back-end while tests pass: faster, and it serves many front-ends",
     },
     "--polls": {
         "action": "store_true",
-        "help": "the back-end polls its rings: using a processor is no finding",
+        "help": "the back-end polls its rings: a busy processor is not a finding",
     },
     "--no-discards": {
         "action": "store_true",

@@ -29,7 +29,7 @@ class Record:
 
     name: str
     outcome: str = PASSED
-    """``passed``, ``failed``, ``inconclusive`` (it did not come to its question) or ``n/a``."""
+    """``passed``, ``failed``, ``inconclusive`` (it ended before its check) or ``n/a``."""
     seconds: float = 0.0
     requirements: list[str] = field(default_factory=list)
     """Rows that the test checks."""

@@ -29,7 +29,7 @@ NOT_RUN = 2
 EPILOG = """\
 examples:
   virtio-conformance --vhost-user backend.sock
-      the control plane of whatever listens there
+      the control plane of the back-end that listens there
   virtio-conformance --vhost-user backend.sock --device blk --html report.html
   virtio-conformance --spawn 'my-backend --socket {socket}' --device blk --jobs 4
   virtio-conformance --spawn 'my-server --vfio-user {socket}' --protocol vfio-user
@@ -38,11 +38,11 @@ examples:
   virtio-conformance --spawn '...' --baseline known.json
 
 exit status:
-  0  no requirement of a specification is broken, and the back-end is robust
+  0  no MUST of a specification is broken, and the back-end is robust
   1  a MUST of a specification is broken
   2  nothing was tested: a wrong command line, or no back-end
   3  no MUST is broken, but malformed input does harm (never with --no-robustness)
-  4  nothing is found broken, but some tests did not come to their question
+  4  nothing is found broken, but some tests were inconclusive: they failed in set-up
 With --baseline only failures count that are not in the file.
 """
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Judge a vhost-user or vfio-user back-end by the standards; no VM needed.",
+        description="Test a vhost-user or vfio-user back-end against the standards; no VM needed.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

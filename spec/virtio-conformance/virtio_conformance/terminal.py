@@ -113,7 +113,7 @@ def _failure(console: Console, record: Record) -> None:
         console.print(f"[bold]expected:[/] {escape(row.text)} ({row.id}, {row.strength})")
         console.print(f"          [dim]{escape(row.label)}; {escape(row.source)}[/]")
     else:
-        console.print("[bold]expected:[/] nothing yet: the test did not come to its question")
+        console.print("[bold]expected:[/] nothing yet: the test ended before its check")
     console.print(f"[bold]found:[/]    {escape(record.observed)}")
     for line in record.rings.splitlines():
         console.print(f"  [dim]{escape(line)}[/]", no_wrap=True, crop=True)
