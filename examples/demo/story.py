@@ -76,8 +76,12 @@ class Story:
             self.console.print(f"[green]•[/] {title}: {self.rows[-1].measured}")
         self.export(socket, folder)
         self.picture(socket, folder / "memory-map.png")
-        self.row("data kept by the guest", "intact" if self.guest.intact() else "DAMAGED",
-                 "intact", self.guest.intact())  # fmt: skip
+        self.row(
+            "data kept by the guest",
+            "intact" if self.guest.intact() else "DAMAGED",
+            "intact",
+            self.guest.intact(),
+        )
         self.console.print(self.table())
         self.console.print(f"exported bitmap and picture: {folder}")
         return all(row.good for row in self.rows)
@@ -87,16 +91,28 @@ class Story:
         start = self.guest.resident()
         self.guest.dirty()
         full = self.guest.resident()
-        self.row("RAM file, memory in use", mib(full), f"≥ {mib(self.guest.freed)} more",
-                 full - start >= 0.9 * self.guest.freed)  # fmt: skip
+        self.row(
+            "RAM file, memory in use",
+            mib(full),
+            f"≥ {mib(self.guest.freed)} more",
+            full - start >= 0.9 * self.guest.freed,
+        )
         self.guest.free()
         goal = full - 0.95 * self.guest.freed
         self.wait(lambda: self.guest.resident() <= goal)
         back = full - self.guest.resident()
-        self.row("RAM file, memory freed", mib(self.guest.resident()), f"≤ {mib(goal)}",
-                 self.guest.resident() <= goal)  # fmt: skip
-        self.row("given back to the host", f"{100 * back / self.guest.freed:.1f} %", "≥ 95 %",
-                 back >= 0.95 * self.guest.freed)  # fmt: skip
+        self.row(
+            "RAM file, memory freed",
+            mib(self.guest.resident()),
+            f"≤ {mib(goal)}",
+            self.guest.resident() <= goal,
+        )
+        self.row(
+            "given back to the host",
+            f"{100 * back / self.guest.freed:.1f} %",
+            "≥ 95 %",
+            back >= 0.95 * self.guest.freed,
+        )
 
     def wait_for_balloon(self, target: int, tolerance: int) -> None:
         """Wait until the guest has *target* bytes, give or take *tolerance*."""
@@ -109,8 +125,12 @@ class Story:
             self.ctl("balloon", value=target)
             self.wait_for_balloon(target, size // 100)
             actual = self.ctl("query-balloon")["actual"]
-            self.row(f"{name}: guest has", mib(actual), f"{mib(target)} ± 1 %",
-                     abs(actual - target) <= size // 100)  # fmt: skip
+            self.row(
+                f"{name}: guest has",
+                mib(actual),
+                f"{mib(target)} ± 1 %",
+                abs(actual - target) <= size // 100,
+            )
 
     def hint(self) -> None:
         """Check that a hinting round covers the guest's free memory."""
@@ -119,16 +139,24 @@ class Story:
         self.wait(lambda: self.ctl("query-round")["state"] != "running")
         done = self.ctl("query-round")
         hinted = self.ctl("query-skip-bitmap")["pages"]["hinted"] * 4096
-        self.row(f"round {round_id}: free memory hinted", f"{100 * hinted / free:.1f} %", "≥ 90 %",
-                 done["complete"] and hinted >= 0.9 * free)  # fmt: skip
+        self.row(
+            f"round {round_id}: free memory hinted",
+            f"{100 * hinted / free:.1f} %",
+            "≥ 90 %",
+            done["complete"] and hinted >= 0.9 * free,
+        )
 
     def statistics(self) -> None:
         """Request statistics from the guest."""
         self.ctl("set-guest-stats-interval", seconds=1)
         self.wait(lambda: self.ctl("query-guest-stats")["last-update"] > 0)
         stats = self.ctl("query-guest-stats")["stats"]
-        self.row("statistics", f"{len(stats)} figures, {mib(stats['stat-free-memory'])} free",
-                 "at least 10", len(stats) >= 10)  # fmt: skip
+        self.row(
+            "statistics",
+            f"{len(stats)} figures, {mib(stats['stat-free-memory'])} free",
+            "at least 10",
+            len(stats) >= 10,
+        )
 
     def export(self, socket: Path, folder: Path) -> None:
         """Export the bitmap."""

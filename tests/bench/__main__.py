@@ -38,9 +38,11 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="write page and plots again, no run")
     given = parser.parse_args()
     options = Options("full" if given.full else "quick" if given.quick else "short")
-    names = [] if given.report else given.only or [
-        name for name in PARTS if not (given.no_lab and name in LAB)
-    ]  # fmt: skip
+    names = (
+        []
+        if given.report
+        else given.only or [name for name in PARTS if not (given.no_lab and name in LAB)]
+    )
     target = given.out / "benchmarks.json"
     for name in names:
         print(f"{name} ({options.form}) …", flush=True)

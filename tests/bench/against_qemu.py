@@ -48,9 +48,10 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(1024, 512, 256, 0.5, 2), "short": Size(2048, 1024, 512, 0.7, 3),
+    "quick": Size(1024, 512, 256, 0.5, 2),
+    "short": Size(2048, 1024, 512, 0.7, 3),
     "full": Size(4096, 2048, 1024, 0.8, 5),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -237,7 +238,7 @@ def _turns(bench: Bench, device: Device) -> dict[str, Any]:
         return {
             name: {k: after[k] - before.get(name, {}).get(k, 0) for k in COUNTED}
             for name, after in _queues(device).items()
-        }  # fmt: skip
+        }
 
 
 COUNTED = ("taken", "kicked", "notified")
@@ -253,9 +254,13 @@ def _queues(device: Device) -> dict[str, dict[str, int]]:
 
 def _own_device() -> list[str]:
     own = {
-        "driver": "virtio-balloon-pci", "id": "own", "addr": "0x10",
-        "free-page-reporting": True, "free-page-hint": True, "iothread": "io0",
-    }  # fmt: skip
+        "driver": "virtio-balloon-pci",
+        "id": "own",
+        "addr": "0x10",
+        "free-page-reporting": True,
+        "free-page-hint": True,
+        "iothread": "io0",
+    }
     return [
         "-msg", "timestamp=on", "-object", "iothread,id=io0", "-device", json.dumps(own),
     ]  # fmt: skip
@@ -263,16 +268,21 @@ def _own_device() -> list[str]:
 
 def _ours(name: str, slot: int, backend: Backend) -> Device:
     return Device(
-        name, slot, lambda value: backend.ctl("balloon", value=value) and None,
-        lambda: int(backend.ctl("query-balloon")["actual"]), backend,
-    )  # fmt: skip
+        name,
+        slot,
+        lambda value: backend.ctl("balloon", value=value) and None,
+        lambda: int(backend.ctl("query-balloon")["actual"]),
+        backend,
+    )
 
 
 def _contenders(vm: Machine, vhost: Backend, vfio: Backend) -> list[Device]:
     own = Device(
-        IN_PROCESS, 0x10, lambda value: vm.qmp("balloon", value=value) and None,
+        IN_PROCESS,
+        0x10,
+        lambda value: vm.qmp("balloon", value=value) and None,
         lambda: int(vm.qmp("query-balloon")["actual"]),
-    )  # fmt: skip
+    )
     return [own, _ours("vhost-user", 0x11, vhost), _ours("vfio-user", 0x12, vfio)]
 
 
@@ -366,18 +376,28 @@ def _write(
     }
     ratios = _ratios(kept, again)
     table = part.table(
-        "Medians", "what", "in-process", "vhost-user", "vfio-user", "vhost-user / in-process",
-        "vfio-user / vhost-user", "vfio-user / in-process",
-    )  # fmt: skip
+        "Medians",
+        "what",
+        "in-process",
+        "vhost-user",
+        "vfio-user",
+        "vhost-user / in-process",
+        "vfio-user / vhost-user",
+        "vfio-user / in-process",
+    )
     for what in kept["vhost-user"]:
         cells = [kept[d.name][what].median if what in kept[d.name] else None for d in bench.devices]
         unit = "" if "MiB" in what else f", {_unit(what)}"
         table.rows.append([what + unit, *cells, *ratios[what]])
     _judge(part, ratios)
     economy = part.table(
-        "Kicks and interrupts of our devices in their last turn (stock driver)", "transport",
-        "queue", "buffers", "kicks handled", "interrupts",
-    )  # fmt: skip
+        "Kicks and interrupts of our devices in their last turn (stock driver)",
+        "transport",
+        "queue",
+        "buffers",
+        "kicks handled",
+        "interrupts",
+    )
     for name, queues in counters.items():
         for queue, q in queues.items():
             economy.rows.append([name, queue, q["taken"], q["kicked"], q["notified"]])
@@ -386,18 +406,27 @@ def _write(
 def _write_floor(part: Part, own: Device, ours: Device, floor: Device) -> None:
     """Measure inflating without discarding: the guest's work and the round trips."""
     table = part.table(
-        "The floor: vhost-user with `--no-discard`, in the same turns", "what", "in-process",
-        "vhost-user", FLOOR, f"{FLOOR} / in-process", f"vhost-user / {FLOOR}",
+        "The floor: vhost-user with `--no-discard`, in the same turns",
+        "what",
+        "in-process",
+        "vhost-user",
+        FLOOR,
+        f"{FLOOR} / in-process",
+        f"vhost-user / {FLOOR}",
         note="No device can be faster than the guest hands pages over; where the floor is above "
         "half of in-process, half cannot be reached.",
-    )  # fmt: skip
+    )
     for what in ("inflate", "deflate"):
         times = [Samples(what, "s", d.found[what]) for d in (own, ours, floor)]
         part.keep(times[2], device=FLOOR)
         table.rows.append(
-            [what + ", s", *(t.median for t in times), ratio(times[2], times[0]),
-             ratio(times[1], times[2])]
-        )  # fmt: skip
+            [
+                what + ", s",
+                *(t.median for t in times),
+                ratio(times[2], times[0]),
+                ratio(times[1], times[2]),
+            ]
+        )
 
 
 def _ratios(
@@ -424,14 +453,20 @@ def _judge(part: Part, ratios: dict[str, tuple[float | None, float, float | None
         found = {what: row[column] for what, row in ratios.items()}
         part.goal(
             f"{name}: inflate at least 2 times faster than in-process (time of ours / theirs)",
-            found["inflate"] or 0, 0.5, unit="x",
-        )  # fmt: skip
+            found["inflate"] or 0,
+            0.5,
+            unit="x",
+        )
         part.goal(
             f"{name}: CPU time of the device for it (ours / theirs)",
-            found["inflate, device CPU"] or 0, 0.5, unit="x",
-        )  # fmt: skip
+            found["inflate, device CPU"] or 0,
+            0.5,
+            unit="x",
+        )
         for what in ("deflate", "report", "hint, each GiB"):
             part.goal(
                 f"{name}: {what} no slower than in-process (within 5 %)",
-                found[what] or 0, 1.05, unit="x",
-            )  # fmt: skip
+                found[what] or 0,
+                1.05,
+                unit="x",
+            )

@@ -57,10 +57,15 @@ def run(options: Options) -> Part:
 def _ranges(part: Part, options: Options) -> None:
     memory = make_memory((0, GUEST))
     table = part.table(
-        "Million ranges a second into the bitmap", "ranges", "batch", "ours", "NumPy alone", "C",
+        "Million ranges a second into the bitmap",
+        "ranges",
+        "batch",
+        "ours",
+        "NumPy alone",
+        "C",
         "C / ours",
         "memcpy of the records, GB/s",
-    )  # fmt: skip
+    )
     kinds: list[tuple[str, int | str]] = [(f"order {order}", order) for order in ORDERS]
     kinds += [("orders 0 to 10 mixed", "mixed"), ("mixed, by address", "sorted")]
     kinds += [("unaligned, 1 to 2000 pages", "ragged")]
@@ -79,8 +84,11 @@ def _ranges(part: Part, options: Options) -> None:
             if kind in (9, 10, "mixed") and batch in (1024, 65536):
                 part.goal(
                     f"buddy-aligned ranges into the bitmap, {title}, batches of {batch}",
-                    ours.median, 40, at_most=False, unit="M/s",
-                )  # fmt: skip
+                    ours.median,
+                    40,
+                    at_most=False,
+                    unit="M/s",
+                )
     memory.close()
 
 
@@ -187,13 +195,16 @@ def _whole(part: Part, options: Options, size: int, title: str) -> None:
     moved = {"combine": 3 * nbytes, "combine to new memory": 3 * nbytes}
     moved |= {"count": nbytes, "extents": nbytes}
     table = part.table(
-        f"A guest of {title}: {nbytes >> 20} MiB of bitmap", "what", "ms", "GB/s moved",
+        f"A guest of {title}: {nbytes >> 20} MiB of bitmap",
+        "what",
+        "ms",
+        "GB/s moved",
         "share of the copy's",
         note="Moved: bytes read and written, for the copies too. Copy and combine write to memory "
         "that was used before (two bitmaps are combined into an earlier result, as "
         "`combined(into=...)` does); new memory, which the kernel has to find and to clear "
         "first, has rows of its own.",
-    )  # fmt: skip
+    )
     for name, samples in found.items():
         part.keep(samples, table="whole", guest=title)
         speed = moved.get(name, 2 * nbytes) / samples.median
@@ -239,11 +250,13 @@ print(json.dumps([built, empty, rss() - before, 2 * 16 * TIB // 4096 // 8]))
 def _building(part: Part) -> None:
     """All structures for a guest of 16 TiB, in a process of their own."""
     results = [
-        json.loads(subprocess.run(
-            [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout)
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True, cwd=ROOT
+            ).stdout
+        )
         for _ in range(3)
-    ]  # fmt: skip
+    ]
     seconds = part.keep(Samples("build 16 TiB", "s", [r[0] for r in results]))
     _, empty, full, bitmaps = results[-1]
     table = part.table("All structures for a guest of 16 TiB", "what", "")

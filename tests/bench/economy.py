@@ -47,10 +47,16 @@ def run(options: Options) -> Part:
         ),
     ]
     table = part.table(
-        "For each batch of reports", "transport", "event index", "buffers a batch", "kicks handled",
-        "interrupts", "interrupts a thousand buffers", "system calls a thousand buffers",
+        "For each batch of reports",
+        "transport",
+        "event index",
+        "buffers a batch",
+        "kicks handled",
+        "interrupts",
+        "interrupts a thousand buffers",
+        "system calls a thousand buffers",
         "which",
-    )  # fmt: skip
+    )
     worst = 0.0
     for transport in TRANSPORTS:
         for features in (PLAIN, EVENT):
@@ -60,8 +66,10 @@ def run(options: Options) -> Part:
                 for name in ("kicks", "interrupts", "calls"):
                     part.keep(
                         Samples(name, "per batch", [found[name] / found["batches"]]),
-                        transport=transport, event_idx=has_event, batch=batch,
-                    )  # fmt: skip
+                        transport=transport,
+                        event_idx=has_event,
+                        batch=batch,
+                    )
                 kicks, interrupts = (found[n] / found["batches"] for n in ("kicks", "interrupts"))
                 worst = max(worst, kicks, interrupts)
                 thousand = 1000 / (found["batches"] * batch)
@@ -140,5 +148,8 @@ class _Strace:
         lines = self._out.read_text().splitlines()
         self._out.unlink()
         rows = [re.findall(r"\S+", line) for line in lines]
-        return {row[-1]: int(row[3]) for row in rows if len(row) >= 5 and row[3].isdigit()
-                and row[-1] != "total"}  # fmt: skip
+        return {
+            row[-1]: int(row[3])
+            for row in rows
+            if len(row) >= 5 and row[3].isdigit() and row[-1] != "total"
+        }

@@ -79,8 +79,10 @@ def _trips(options: Options, *, storm: bool) -> dict[str, Samples]:
         echo = _Echo()
         found = {name: Samples(name, "us") for name in (*TRANSPORTS, "echo")}
         trips: dict[str, Callable[[], None]] = {
-            "vhost-user": _trip(vhost), "vfio-user": _trip(vfio), "echo": echo.trip,
-        }  # fmt: skip
+            "vhost-user": _trip(vhost),
+            "vfio-user": _trip(vfio),
+            "echo": echo.trip,
+        }
         fronts = {"vhost-user": vhost, "vfio-user": vfio}
         with quiet():
             for _ in range(TRIPS[options.form] // share):
@@ -181,8 +183,10 @@ def _statistics(part: Part, options: Options) -> None:
     """Measure from the operator's request, over the used buffer, to the driver's new buffer."""
     table = part.table(
         "Statistics: from the operator's command until the new figures can be read",
-        "transport", "p50, us", "p99, us",
-    )  # fmt: skip
+        "transport",
+        "p50, us",
+        "p99, us",
+    )
     with (
         Backend("vhost-user") as one,
         Backend("vfio-user") as two,
@@ -190,8 +194,9 @@ def _statistics(part: Part, options: Options) -> None:
         connect("vfio-user", two.socket) as vfio,
     ):
         turns = {
-            "vhost-user": _ask(one, vhost), "vfio-user": _ask(two, vfio),
-        }  # fmt: skip
+            "vhost-user": _ask(one, vhost),
+            "vfio-user": _ask(two, vfio),
+        }
         found = interleaved(turns, TRIPS[options.form] // 10)
     for name, samples in found.items():
         values = [v * 1e6 for v in samples.values]

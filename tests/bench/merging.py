@@ -22,14 +22,21 @@ def add_table(part: Part, options: Options) -> None:
     """Add the table."""
     table = part.table(
         "A batch of reported blocks of 4 MiB becomes byte ranges, microseconds",
-        "blocks", "merged once (ours)", "merged twice (as before PageRanges)", "twice / once",
-    )  # fmt: skip
+        "blocks",
+        "merged once (ours)",
+        "merged twice (as before PageRanges)",
+        "twice / once",
+    )
     for count in COUNTS:
         found = interleaved(_contenders(count), options.turns)
         table.rows.append(
-            [count, found["once"].median * 1e6, found["twice"].median * 1e6,
-             ratio(found["twice"], found["once"])]
-        )  # fmt: skip
+            [
+                count,
+                found["once"].median * 1e6,
+                found["twice"].median * 1e6,
+                ratio(found["twice"], found["once"]),
+            ]
+        )
 
 
 def _contenders(count: int) -> dict[str, Turn]:

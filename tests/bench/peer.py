@@ -27,8 +27,12 @@ COMPILER = ("gcc", "-O2", "-Wall", "-shared", "-fPIC")
 """-O2 is what Debian builds QEMU and its libraries with."""
 
 u8, u16, u32, u64, ptr = (
-    ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p,
-)  # fmt: skip
+    ctypes.c_uint8,
+    ctypes.c_uint16,
+    ctypes.c_uint32,
+    ctypes.c_uint64,
+    ctypes.c_void_p,
+)
 
 
 class Work:
@@ -92,9 +96,10 @@ class Job:
         self.bitmap = _shared_words(-(-memory.end >> 18) + 1)
         is_packed = f.has(features, f.VIRTIO_F_RING_PACKED)
         sizes = (
-            (packed.ring_size(size), 4, 4) if is_packed
+            (packed.ring_size(size), 4, 4)
+            if is_packed
             else (split.desc_size(size), split.avail_size(size), split.used_size(size))
-        )  # fmt: skip
+        )
         areas = (addresses.desc, addresses.driver, addresses.device)
         self._views = [memory.window(a, n) for a, n in zip(areas, sizes, strict=True)]
         self._regions = (_Region * len(memory.regions))(

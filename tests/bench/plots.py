@@ -10,14 +10,21 @@ from typing import Any
 __all__ = ("draw",)
 
 COLOURS = {
-    "batch": "#1f6feb", "scalar": "#8b949e", "library": "#d29922", "lean": "#2da44e",
-    "copy": "#57606a", "numpy": "#a371f7",
-}  # fmt: skip
+    "batch": "#1f6feb",
+    "scalar": "#8b949e",
+    "library": "#d29922",
+    "lean": "#2da44e",
+    "copy": "#57606a",
+    "numpy": "#a371f7",
+}
 LABELS = {
-    "batch": "our batch engine", "numpy": "the same in NumPy alone",
-    "scalar": "our scalar engine", "library": "C, like a library",
-    "lean": "C, leanest", "copy": "copying the bytes",
-}  # fmt: skip
+    "batch": "our batch engine",
+    "numpy": "the same in NumPy alone",
+    "scalar": "our scalar engine",
+    "library": "C, like a library",
+    "lean": "C, leanest",
+    "copy": "copying the bytes",
+}
 
 
 def draw(whole: dict[str, Any], out: Path) -> dict[str, list[str]]:
@@ -56,10 +63,13 @@ def _rings(part: dict[str, Any]) -> Any:
                 points = sorted(
                     (s["params"]["size"], statistics.median(s["values"]))
                     for s in part["samples"]
-                    if s["name"] == name and s["params"].get("role") == role
-                    and s["params"]["packed"] == packed and not s["params"]["indirect"]
-                    and s["params"]["guest"] == "128 GiB" and "table" not in s["params"]
-                )  # fmt: skip
+                    if s["name"] == name
+                    and s["params"].get("role") == role
+                    and s["params"]["packed"] == packed
+                    and not s["params"]["indirect"]
+                    and s["params"]["guest"] == "128 GiB"
+                    and "table" not in s["params"]
+                )
                 if points:
                     axis.plot(
                         *zip(*points, strict=True),
@@ -93,9 +103,11 @@ def _bitmap(part: dict[str, Any]) -> Any:
                 statistics.median(s["values"])
                 for kind in kinds
                 for s in part["samples"]
-                if s["params"].get("table") == "ranges" and s["name"] == name
-                and s["params"]["kind"] == kind and s["params"]["batch"] == least
-            ]  # fmt: skip
+                if s["params"].get("table") == "ranges"
+                and s["name"] == name
+                and s["params"]["kind"] == kind
+                and s["params"]["batch"] == least
+            ]
             places = [i + 0.27 * (number - 1) for i in range(len(rates))]
             axis.bar(places, rates, 0.27, label=label, color=colour)
         axis.axhline(40, color="#cf222e", lw=0.8)

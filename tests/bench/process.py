@@ -33,9 +33,14 @@ def run(options: Options) -> Part:
     _start(part, options)
     table = part.table(
         "Idle, and memory with a 4 GiB guest after every page was reported and ballooned",
-        "transport", "idle for", "CPU time used, ms", "context switches", "resident, MiB",
-        "of it anonymous", "of it guest memory and bitmaps",
-    )  # fmt: skip
+        "transport",
+        "idle for",
+        "CPU time used, ms",
+        "context switches",
+        "resident, MiB",
+        "of it anonymous",
+        "of it guest memory and bitmaps",
+    )
     for transport in TRANSPORTS:
         _idle(part, options, transport, table.rows)
     return part
@@ -43,9 +48,13 @@ def run(options: Options) -> Part:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of all threads of a process, as the scheduler counts it (nanoseconds)."""
-    return sum(
-        int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")
-    ) * 1e-9  # fmt: skip
+    return (
+        sum(
+            int(path.read_text().split()[0])
+            for path in Path(f"/proc/{pid}/task").glob("*/schedstat")
+        )
+        * 1e-9
+    )
 
 
 def switches(pid: int) -> int:

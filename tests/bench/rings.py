@@ -100,11 +100,14 @@ def _row(
     each = {
         name: part.keep(
             samples.per(buffers * 1e-9, "ns/buffer"),
-            role=case.role, packed=case.packed, indirect=case.indirect, size=case.size,
+            role=case.role,
+            packed=case.packed,
+            indirect=case.indirect,
+            size=case.size,
             guest=guest,
         )
         for name, samples in found.items()
-    }  # fmt: skip
+    }
     table.rows.append(
         [case.size, buffers]
         + [
@@ -177,25 +180,34 @@ def _scalar(part: Part, options: Options) -> None:
             for name in ("batch", "scalar"):
                 part.keep(
                     found[name].per(buffers * 1e-9, "ns/buffer"),
-                    role=role, packed=packed, indirect=False, size=1024, guest="128 GiB",
+                    role=role,
+                    packed=packed,
+                    indirect=False,
+                    size=1024,
+                    guest="128 GiB",
                     table="scalar",
-                )  # fmt: skip
+                )
             times = ratio(found["scalar"], found["batch"])
             table.rows.append([case.name, times])
             if role == "hint":
                 part.goal(
                     f"batch engine at least 20 times the scalar one ({case.name}, 1024)",
-                    times, 20, at_most=False, unit="x",
-                )  # fmt: skip
+                    times,
+                    20,
+                    at_most=False,
+                    unit="x",
+                )
 
 
 def _judge(part: Part) -> None:
     def pick(name: str, **wanted: object) -> list[Samples]:
         return [
-            s for s in part.samples
-            if s.name == name and "table" not in s.params
+            s
+            for s in part.samples
+            if s.name == name
+            and "table" not in s.params
             and all(s.params[k] == v for k, v in wanted.items())
-        ]  # fmt: skip
+        ]
 
     for role in ROLES:
         for packed in (False, True):
@@ -208,21 +220,27 @@ def _judge(part: Part) -> None:
             part.goal(
                 f"{role}, {kind}: batch no slower than the C library loop at 1024 and more "
                 f"(worst: {batch[worst_lib[1]].params['size']})",
-                worst_lib[0], 1, unit="x",
-            )  # fmt: skip
+                worst_lib[0],
+                1,
+                unit="x",
+            )
             part.goal(
                 f"{role}, {kind}: batch at most 3 times the leanest C loop at 1024 and more "
                 f"(worst: {batch[worst_lean[1]].params['size']})",
-                worst_lean[0], 3, unit="x",
-            )  # fmt: skip
+                worst_lean[0],
+                3,
+                unit="x",
+            )
             if role in ("hint", "inflate"):
                 flat = [s.median for s in batch if int(str(s.params["size"])) >= 256]
                 c_flat = [s.median for s in lib if int(str(s.params["size"])) >= 256]
                 part.goal(
                     f"{role}, {kind}: cost a buffer flat from 256 to 32768: maximum / median "
                     f"(C library: {max(c_flat) / sorted(c_flat)[len(c_flat) // 2]:.2f})",
-                    max(flat) / sorted(flat)[len(flat) // 2], 1.5, unit="x",
-                )  # fmt: skip
+                    max(flat) / sorted(flat)[len(flat) // 2],
+                    1.5,
+                    unit="x",
+                )
     warm = {"role": "hint", "packed": False, "size": 1024, "guest": "4 GiB"}
     ours, c, bare = (pick(n, **warm)[0] for n in ("batch", "library", "lean"))
     part.goal("hint, split, 1024, guest of 4 GiB: batch / C library", ratio(ours, c), 1, unit="x")

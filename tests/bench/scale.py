@@ -47,9 +47,15 @@ def run(options: Options) -> Part:
         ),
     ]
     table = part.table(
-        "Served by `vballoon serve`", "machines", "processes", "buffers a second",
-        "buffers a CPU second", "of one machine's", "memory, MiB", "memory a machine, MiB",
-    )  # fmt: skip
+        "Served by `vballoon serve`",
+        "machines",
+        "processes",
+        "buffers a second",
+        "buffers a CPU second",
+        "of one machine's",
+        "memory, MiB",
+        "memory a machine, MiB",
+    )
     base: float | None = None
     for machines in COUNTS:
         for one_each in (False, True):
@@ -59,8 +65,9 @@ def run(options: Options) -> Part:
             rate = part.keep(Samples("buffers", "1/s", rates), machines=machines, one_each=one_each)
             cpu = part.keep(
                 Samples("buffers a CPU second", "1/s", per_cpu),
-                machines=machines, one_each=one_each,
-            )  # fmt: skip
+                machines=machines,
+                one_each=one_each,
+            )
             base = base or cpu.median
             processes = machines if one_each else 1
             table.rows.append(
@@ -70,10 +77,14 @@ def run(options: Options) -> Part:
             if machines == 100 and not one_each:
                 part.goal(
                     "100 machines in one process: buffers a CPU second / one machine's",
-                    cpu.median / base, 0.5, at_most=False, unit="x",
-                )  # fmt: skip
-                part.goal("memory for each of 100 machines in one process", mib / machines, 2,
-                          unit="MiB")  # fmt: skip
+                    cpu.median / base,
+                    0.5,
+                    at_most=False,
+                    unit="x",
+                )
+                part.goal(
+                    "memory for each of 100 machines in one process", mib / machines, 2, unit="MiB"
+                )
     return part
 
 

@@ -64,9 +64,7 @@ class Role:
 
 
 ROLES = {
-    "hint": Role(
-        "hint", BalloonFeature.FREE_PAGE_HINT, 2, Work.RANGES, Provenance.HINTED, 1, 1
-    ),
+    "hint": Role("hint", BalloonFeature.FREE_PAGE_HINT, 2, Work.RANGES, Provenance.HINTED, 1, 1),
     "report": Role(
         "report", BalloonFeature.PAGE_REPORTING, 2, Work.RANGES, Provenance.REPORTED, REPORT, REPORT
     ),
@@ -76,7 +74,7 @@ ROLES = {
     "walk": Role(
         "walk", BalloonFeature.FREE_PAGE_WALK, 2, Work.WALK, Provenance.WALKED, 1, WALK_RECORDS
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -156,9 +154,13 @@ class Subject:
     def __init__(self, case: Case, memory: GuestMemory, arena: Arena, payloads: Payloads) -> None:
         self.case, self.role, self.memory, self.payloads = case, ROLES[case.role], memory, payloads
         self.load: FullRing = make_load(
-            memory, case.size, case.features, arena,
-            parts=self.role.parts, indirect=case.indirect,
-        )  # fmt: skip
+            memory,
+            case.size,
+            case.features,
+            arena,
+            parts=self.role.parts,
+            indirect=case.indirect,
+        )
         self.buffers = self.load.buffers
         each = {Work.RANGES: 0, Work.PFNS: 4 * PFNS, Work.WALK: WALK_BUFFER}[self.role.work]
         self._each = each
@@ -248,8 +250,12 @@ class OurSubject(Subject):
         super().__init__(case, memory, arena, payloads)
         self._patches = [mock.patch(name, None) for name in COMPILED] if engine == "numpy" else []
         ring = make_virtqueue(
-            memory, case.size, self.load.addresses, case.features, engine=engine  # type: ignore[arg-type]
-        )  # fmt: skip
+            memory,
+            case.size,
+            self.load.addresses,
+            case.features,
+            engine=engine,  # type: ignore[arg-type]
+        )
         self.features = case.features | int(self.role.feature)
         self.notified = 0
         self.queues = {

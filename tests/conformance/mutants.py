@@ -111,9 +111,10 @@ def judge(mutant: Mutant, *, thorough: bool = False) -> None:
 def failures(run: Run) -> list[Record]:
     """Return the tests that failed or were inconclusive, except those of advisory rows."""
     return [
-        record for record in run.records
+        record
+        for record in run.records
         if record.outcome in ("failed", "inconclusive") and record.broken not in ADVISORY
-    ]  # fmt: skip
+    ]
 
 
 def expect_sound(protocol: str) -> None:

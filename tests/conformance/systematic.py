@@ -52,9 +52,15 @@ AREAS = (
 LEFT_OUT = ("resume", "state", "persist", "serving", "compiled", "packing", "testing", "client")
 """Parts of names of files: not used in this run, or no concern of a conformance suite."""
 COMPARISONS: dict[type[ast.cmpop], str] = {
-    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
-    ast.In: "not in", ast.NotIn: "in",
-}  # fmt: skip
+    ast.Lt: "<=",
+    ast.LtE: "<",
+    ast.Gt: ">=",
+    ast.GtE: ">",
+    ast.Eq: "!=",
+    ast.NotEq: "==",
+    ast.In: "not in",
+    ast.NotIn: "in",
+}
 ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "-", ast.Sub: "+"}
 BOUNDS = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
 
@@ -114,8 +120,11 @@ def _inside(function: ast.FunctionDef) -> Iterator[ast.AST]:
         yield node
         if isinstance(node, (ast.FunctionDef, ast.JoinedStr, ast.Raise)):
             continue
-        todo += [child for child in ast.iter_child_nodes(node)
-                 if not (isinstance(node, ast.AnnAssign) and child is node.annotation)]  # fmt: skip
+        todo += [
+            child
+            for child in ast.iter_child_nodes(node)
+            if not (isinstance(node, ast.AnnAssign) and child is node.annotation)
+        ]
 
 
 def _changes(source: Source, node: ast.AST) -> Iterator[tuple[int, str, str]]:

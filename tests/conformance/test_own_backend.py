@@ -22,8 +22,11 @@ from virtio_conformance.record import Run
 pytestmark = pytest.mark.timeout(600)  # all of it waits in the first test's fixture
 AT_ONCE = 4
 FEATURES = "+RING_PACKED,+IN_ORDER,+EVENT_IDX,+INDIRECT_DESC"
-ONE_TRANSPORT = {"test_vhost_user": "vhost-user", "test_vfio_user": "vfio-user",
-                 "test_pci": "vfio-user"}  # fmt: skip
+ONE_TRANSPORT = {
+    "test_vhost_user": "vhost-user",
+    "test_vfio_user": "vfio-user",
+    "test_pci": "vfio-user",
+}
 BY_ENGINE = ("test_ring_requests.py", "test_ring_notify.py", "test_balloon_queues.py")
 """Files that are run over the scalar engine too: what it does otherwise is in there."""
 LEAST = {("vhost-user", "batch"): 600, ("vfio-user", "batch"): 550}
@@ -66,10 +69,13 @@ def slices() -> list[Slice]:
     found: list[Slice] = []
     for protocol in ("vhost-user", "vfio-user"):
         files = sorted(
-            path.name for path in SUITE.glob("test_*.py")
-            if all(protocol == only or not path.name.startswith(start)
-                   for start, only in ONE_TRANSPORT.items())
-        )  # fmt: skip
+            path.name
+            for path in SUITE.glob("test_*.py")
+            if all(
+                protocol == only or not path.name.startswith(start)
+                for start, only in ONE_TRANSPORT.items()
+            )
+        )
         long = [name for name in files if "malformed" in name or "user_messages" in name]
         rest = [name for name in files if name not in long]
         found += [Slice(protocol, "batch", (name,)) for name in long]
@@ -100,9 +106,10 @@ def test_every_applicable_row_passes(
 ) -> None:
     records = [record for run in runs[protocol, engine] for record in run.records]
     failed = [
-        f"{r.name}: {r.broken}: {r.observed}\n  {r.repeat}" for r in records
+        f"{r.name}: {r.broken}: {r.observed}\n  {r.repeat}"
+        for r in records
         if r.outcome in ("failed", "inconclusive") and r.broken not in ADVISORY
-    ]  # fmt: skip
+    ]
     assert not failed, "\n".join(failed)
     passed = sum(record.outcome == "passed" for record in records)
     assert passed >= LEAST.get((protocol, engine), 100)

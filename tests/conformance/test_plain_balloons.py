@@ -17,9 +17,15 @@ from virtio_conformance.verdict import exit_status, verdicts
 pytestmark = pytest.mark.timeout(600)  # both runs are in the first test's fixture
 PROGRAM = Path(__file__).parent / "others" / "plain_balloon.py"
 NUMBERINGS = {"fixed": "as the standard does", "dense": "as Linux does"}
-FILES = ("test_balloon.py", "test_balloon_queues.py", "test_balloon_acknowledged.py",
-         "test_features.py", "test_ring_requests.py", "test_vhost_user_rings.py",
-         "test_vhost_user_reuse.py")  # fmt: skip
+FILES = (
+    "test_balloon.py",
+    "test_balloon_queues.py",
+    "test_balloon_acknowledged.py",
+    "test_features.py",
+    "test_ring_requests.py",
+    "test_vhost_user_rings.py",
+    "test_vhost_user_reuse.py",
+)
 """Test files whose result depends on the numbering or on an interpretation of the standard."""
 LEAST = 130
 
@@ -53,8 +59,11 @@ def test_a_balloon_true_to_its_numbering_is_not_accused(
     runs: dict[str, Run], numbering: str
 ) -> None:
     run = runs[numbering]
-    failed = {record.name: record.broken for record in run.records
-              if record.outcome in ("failed", "inconclusive")}  # fmt: skip
+    failed = {
+        record.name: record.broken
+        for record in run.records
+        if record.outcome in ("failed", "inconclusive")
+    }
     assert failed == {"test_balloon_queues.py::test_numbering": "balloon.queues.numbering"}
     assert exit_status(run, verdicts(run)) == 0
     assert any(NUMBERINGS[numbering] in note for note in run.notes)

@@ -46,8 +46,10 @@ elif how == "stops":  # after the handshake
                   (8).to_bytes(4, "little") + (1 << 30 | 1 << 32).to_bytes(8, "little"))
 time.sleep(60)
 """
-TESTS = ("test_vhost_user_rings.py::test_silence_when_stopped[split]",
-         "test_vhost_user_messages.py::test_random_bytes[0]")  # fmt: skip
+TESTS = (
+    "test_vhost_user_rings.py::test_silence_when_stopped[split]",
+    "test_vhost_user_messages.py::test_random_bytes[0]",
+)
 
 
 WAYS = ("absent", "deaf", "silent", "drips", "stops")

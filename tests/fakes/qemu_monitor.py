@@ -116,8 +116,12 @@ class FakeQemu:
                 return
 
     def _talk(self, connection: socket.socket) -> None:
-        greeting = {"QMP": {"version": {"qemu": {"major": 11, "minor": 1, "micro": 3},
-                                        "package": ""}, "capabilities": []}}  # fmt: skip
+        greeting = {
+            "QMP": {
+                "version": {"qemu": {"major": 11, "minor": 1, "micro": 3}, "package": ""},
+                "capabilities": [],
+            }
+        }
         connection.sendall(json.dumps(greeting).encode() + b"\r\n")
         buffer = ""
         while self.status != "ended" and not self.dead:

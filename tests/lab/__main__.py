@@ -51,9 +51,13 @@ def _status(_: argparse.Namespace) -> None:
 
 def _machine(options: argparse.Namespace) -> Machine:
     return Machine(
-        kernel=options.kernel, machine=options.machine, memory=options.memory,
-        smp=options.smp, append=options.append, extra=options.extra,
-    )  # fmt: skip
+        kernel=options.kernel,
+        machine=options.machine,
+        memory=options.memory,
+        smp=options.smp,
+        append=options.append,
+        extra=options.extra,
+    )
 
 
 def _boot(options: argparse.Namespace) -> None:

@@ -65,9 +65,12 @@ class Backend:
         """Start the server and connect to its control socket."""
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 preexec_fn=_die_with_parent,
-            )  # fmt: skip
+            )
         deadline = time.monotonic() + 20
         while not (self.socket.exists() and self.control_socket.exists()):
             assert self._process.poll() is None, f"vballoon serve ended: {self.words()}"
@@ -113,14 +116,21 @@ class Backend:
         bus = {"bus": port} if machine == "q35" else {}
         if self.transport == "vfio-user":
             return {
-                "driver": "vfio-user-pci", "id": id_,
-                "socket": {"type": "unix", "path": str(self.socket)}, **bus,
-            }  # fmt: skip
+                "driver": "vfio-user-pci",
+                "id": id_,
+                "socket": {"type": "unix", "path": str(self.socket)},
+                **bus,
+            }
         return {
-            "driver": "vhost-user-test-device-pci", "id": id_, "chardev": f"c-{id_}",
-            "virtio-id": 5, "num_vqs": ROLES, "vq_size": 128,
-            "config_size": self.config_size, **bus,
-        }  # fmt: skip
+            "driver": "vhost-user-test-device-pci",
+            "id": id_,
+            "chardev": f"c-{id_}",
+            "virtio-id": 5,
+            "num_vqs": ROLES,
+            "vq_size": 128,
+            "config_size": self.config_size,
+            **bus,
+        }
 
     def device(self, machine: str, *, port: str = "rp0", id_: str = "balloon0") -> list[str]:
         """Return QEMU arguments that attach this back-end as *id_*, hot-pluggable."""

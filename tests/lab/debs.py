@@ -44,9 +44,14 @@ def run_bytes(command: list[str]) -> bytes:
 def run_status(command: list[str]) -> tuple[int, str]:
     """Run a tool; its exit status, and its output and error output as they came."""
     done = subprocess.run(
-        command, text=True, errors="replace", stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-    )  # fmt: skip
+        command,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 

@@ -101,9 +101,13 @@ class Machine:
         self._started = time.monotonic()
         with open(self.folder / "qemu.log", "wb") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=qemu.environment(), preexec_fn=_die_with_parent,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=qemu.environment(),
+                preexec_fn=_die_with_parent,
+            )
         self._qmp = Qmp(self._socket("qmp.sock"))
         self._guest = Guest(self._socket("agent.sock"), self.obituary)
 

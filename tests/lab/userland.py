@@ -107,9 +107,10 @@ def _python(tree: Path) -> None:
     shutil.copytree(library, inside, ignore=skip, symlinks=False)
     packages = Path(sysconfig.get_paths()["purelib"])
     shutil.copytree(
-        packages, tree / "packages",
+        packages,
+        tree / "packages",
         ignore=lambda _, names: [name for name in names if LEFT_OUT.match(name)],
-    )  # fmt: skip
+    )
     (tree / "python/bin").mkdir(parents=True)
     program = tree / "python/bin/python"
     shutil.copy2(Path(sys.executable).resolve(), program)
@@ -139,9 +140,11 @@ def _compile(*folders: Path) -> None:
     """Compile at home: an emulated processor takes half a minute for what NumPy imports."""
     for folder in folders:
         compileall.compile_dir(
-            folder, quiet=2, workers=0,
+            folder,
+            quiet=2,
+            workers=0,
             invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-        )  # fmt: skip
+        )
 
 
 def _libraries(tree: Path, binaries: list[Path]) -> None:

@@ -97,9 +97,15 @@ class LocalDevice:
             pci = {"driver": "vfio-user-pci", "id": id_, "socket": path, **where}
             return ["-device", json.dumps(pci)]
         device = {
-            "driver": "vhost-user-test-device-pci", "id": id_, "chardev": f"c-{id_}",
-            "virtio-id": 5, "num_vqs": 6, "vq_size": 128, "config_size": 24, **where,
-        }  # fmt: skip
+            "driver": "vhost-user-test-device-pci",
+            "id": id_,
+            "chardev": f"c-{id_}",
+            "virtio-id": 5,
+            "num_vqs": 6,
+            "vq_size": 128,
+            "config_size": 24,
+            **where,
+        }
         chardev = f"socket,id=c-{id_},path={self._socket}"
         return ["-chardev", chardev, "-device", json.dumps(device)]
 

@@ -181,7 +181,7 @@ def test_the_pci_function_is_decoded_without_complaint(kernel: str, machine: str
             memory=MEMORY,
             binaries=["usr/bin/lspci"],
             extra=backend.device(machine),
-        ) as vm,  # fmt: skip
+        ) as vm,
     ):
         vm.guest.load("virtio_balloon")
         works(vm, backend)
@@ -194,9 +194,10 @@ def test_the_pci_function_is_decoded_without_complaint(kernel: str, machine: str
         text = text.replace("VirtIO: <unknown>", "")
         assert not re.search(r"unknown|invalid|\?\?|<chain|access denied", text, re.I), text
         vectors = [
-            line.split() for line in vm.guest.sh("cat /proc/interrupts").splitlines()
+            line.split()
+            for line in vm.guest.sh("cat /proc/interrupts").splitlines()
             if re.search(r"virtio\d+-(inflate|deflate|stats|reporting)", line)
-        ]  # fmt: skip
+        ]
         assert vectors, "no MSI-X vector of the balloon in /proc/interrupts"
         assert all("MSI" in " ".join(words) for words in vectors)
         assert sum(int(words[1]) for words in vectors) > 0

@@ -33,8 +33,9 @@ def test_prometheus_scrapes_a_guest_and_a_server_that_is_gone(tmp_path: Path) ->
         words = [f"web={backend.control_socket}", f"gone={tmp_path / 'none'}"]
         scraped = subprocess.Popen(
             [sys.executable, "-m", "vballoon", "metrics", "--listen", "127.0.0.1:0", *words],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         try:
             assert scraped.stdout is not None
             url = scraped.stdout.readline().split()[-1]

@@ -100,9 +100,13 @@ class TestConfig:
         config = ConfigSpace(walk=True)
         config.fields.num_pages, config.fields.free_page_hint_cmd_id = 7, 9
         echo = BalloonConfig(
-            num_pages=1, actual=2, free_page_hint_cmd_id=3, poison_val=4,
-            free_page_walk_cmd_id=5, free_page_walk_min_order=6,
-        )  # fmt: skip
+            num_pages=1,
+            actual=2,
+            free_page_hint_cmd_id=3,
+            poison_val=4,
+            free_page_walk_cmd_id=5,
+            free_page_walk_min_order=6,
+        )
         assert config.write(0, echo.build())
         assert config.fields == BalloonConfig(
             num_pages=7, actual=2, free_page_hint_cmd_id=9, poison_val=4
@@ -228,8 +232,9 @@ class TestState:
         rig.send(3, (rig.bytes((2).to_bytes(4, "little")),), (rig.pages(4096, 512),))
         assert rig.balloon.skipmap.count(Provenance.HINTED) == 512
         rig.balloon.load(state)
-        assert [rig.balloon.skipmap.count(p) for p in Provenance if p is not Provenance.REPORTED] \
-            == [0, 0, 0]  # fmt: skip
+        assert [
+            rig.balloon.skipmap.count(p) for p in Provenance if p is not Provenance.REPORTED
+        ] == [0, 0, 0]
         assert rig.balloon.hints.round is not None
         assert rig.balloon.hints.round.void_reason is not None
         assert rig.balloon.config.fields.free_page_hint_cmd_id == CMD_ID_DONE

@@ -90,8 +90,11 @@ def test_a_walk(rig: Rig) -> None:
         walker.end(),
     )
     assert len(back) == 4
-    assert walked(rig) == [[FIRST, FIRST + 1024], [FIRST + 2048, FIRST + 2049],
-                           [FIRST + 4096, FIRST + 4099]]  # fmt: skip
+    assert walked(rig) == [
+        [FIRST, FIRST + 1024],
+        [FIRST + 2048, FIRST + 2049],
+        [FIRST + 4096, FIRST + 4099],
+    ]
     done = rig.event("ROUND_COMPLETED")
     assert (done["round"], done["complete"], done["pages"]) == (walker.round, True, 1028)
     assert rig.content(FIRST) == 0x5A  # never discarded

@@ -180,8 +180,12 @@ def test_parse_size(text, value):
 
 def test_size_text():
     assert [size_text(n) for n in (0, 1023, 1536, 1 << 30, 1 << 52)] == [
-        "0 B", "1023 B", "1.5 KiB", "1 GiB", "4096 TiB",
-    ]  # fmt: skip
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "1 GiB",
+        "4096 TiB",
+    ]
 
 
 # status
@@ -213,8 +217,10 @@ def test_export_in_all_formats(sock, tmp_path, capsys):
     assert main(["export", sock, str(out), "--format", "ranges", "--format", "png"]) == 0
     assert "256 pages" in capsys.readouterr().out
     assert (out / "ranges.csv").read_text().splitlines() == [
-        "provenance,first_pfn,pages", "ballooned,0,256", "hinted,512,512",
-    ]  # fmt: skip
+        "provenance,first_pfn,pages",
+        "ballooned,0,256",
+        "hinted,512,512",
+    ]
     with Image.open(out / "map.png") as image:
         assert image.size[0] > 256 * 3
     assert SkipExport(out).bitmap(H).count() == 512
@@ -290,8 +296,12 @@ def test_colours_and_letters():
     assert low.colour(1) == COLOURS["ballooned"]
     assert low.colour(2) not in (COLOURS["resident"], COLOURS["ballooned"]), "a page shows"
     assert [low.dominant(i) for i in range(5)] == [
-        "resident", "ballooned", "resident", "resident", None,
-    ]  # fmt: skip
+        "resident",
+        "ballooned",
+        "resident",
+        "resident",
+        None,
+    ]
     assert [high.dominant(i) for i in range(4)] == [None, "hinted", "walked", None]
 
 
@@ -343,7 +353,11 @@ def test_output_into_a_closed_pipe_is_no_traceback(sock):
 
     done = subprocess.run(
         f"{sys.executable} -m vballoon ctl {sock} help | head -c 10",
-        shell=True, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2],
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"PYTHONPATH": import_path()},
-    )  # fmt: skip
+    )
     assert done.stderr == ""

@@ -39,8 +39,13 @@ def test_the_page_is_current():
 def test_the_events_are_those_that_are_sent():
     text = PAGE.read_text()
     source = "".join(p.read_text() for p in (PAGE.parents[1] / "device" / "vballoon").rglob("*.py"))
-    for name in ("BALLOON_CHANGE", "ROUND_COMPLETED", "FRONTEND_CONNECTED",
-                 "FRONTEND_DISCONNECTED", "QUEUE_BROKEN"):  # fmt: skip
+    for name in (
+        "BALLOON_CHANGE",
+        "ROUND_COMPLETED",
+        "FRONTEND_CONNECTED",
+        "FRONTEND_DISCONNECTED",
+        "QUEUE_BROKEN",
+    ):
         assert f"| `{name}` |" in text
         assert f'"{name}"' in source
 

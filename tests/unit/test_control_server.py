@@ -157,8 +157,10 @@ def test_before_a_guest_is_there(path, command, arguments):
 
 def test_statistics_and_their_interval(client, server, balloon):
     assert client.execute("query-guest-stats") == {
-        "stats": {}, "last-update": 0, "driver-running": True,
-    }  # fmt: skip
+        "stats": {},
+        "last-update": 0,
+        "driver-running": True,
+    }
     client.execute("set-guest-stats-interval", {"seconds": 1000})
     assert balloon.requested == 1
     assert client.execute("query-guest-stats") == {
@@ -201,13 +203,18 @@ def test_query_skip_bitmap(client, balloon):
     balloon.memory.regions[0].view[20 * 4096] = 1
     shown = client.execute("query-skip-bitmap")
     assert shown["pages"] == {
-        "ballooned": 10, "reported": 9, "hinted": 0, "walked": 0,
-    }  # fmt: skip
+        "ballooned": 10,
+        "reported": 9,
+        "hinted": 0,
+        "walked": 0,
+    }
     assert shown["reported-ever"] == 10
     assert shown["guest-size"] == 6 * MIB
     assert shown["regions"][1] == {
-        "guest-phys-addr": 1 << 32, "size": 2 * MIB, "file-offset": 4 * MIB,
-    }  # fmt: skip
+        "guest-phys-addr": 1 << 32,
+        "size": 2 * MIB,
+        "file-offset": 4 * MIB,
+    }
 
 
 def test_export(client, balloon, tmp_path):
@@ -442,9 +449,13 @@ def test_another_user_gets_no_descriptor_of_guest_memory(client, tmp_path):
     socket_path.parent.chmod(0o755)
     folder = os.open(socket_path.parent, os.O_RDONLY)
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_USER, str(folder)], pass_fds=[folder],
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", OTHER_USER, str(folder)],
+        pass_fds=[folder],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     os.close(folder)
     assert done.returncode == 0, done.stderr
     _, refused, answered = map(json.loads, done.stdout.splitlines())

@@ -47,10 +47,11 @@ STATS = {"stats": {"stat-available-memory": 5 * MIB}, "last-update": 1}
 BITMAP = {"page-size": 4096, "pages": {"ballooned": 8, "reported": 2}}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
-                                                                 max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 def test_an_answer_becomes_a_sample():

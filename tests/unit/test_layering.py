@@ -113,9 +113,11 @@ def _packages(module: str, names: list[str]) -> list[str]:
             said.append(f"{module} imports {other}")
         if other in OWN - {top} and other not in MAY_IMPORT[top]:
             said.append(f"{module} imports {name}: {top} does not depend on {other}")
-        if top == "vfio_user" and other == "virtio_formats" and not name.startswith(
-            VFIO_USER_FORMATS
-        ):  # fmt: skip
+        if (
+            top == "vfio_user"
+            and other == "virtio_formats"
+            and not name.startswith(VFIO_USER_FORMATS)
+        ):
             said.append(f"{module} imports {name}: vfio_user knows no virtio")
     return said
 
@@ -155,9 +157,12 @@ def _io(module: str, names: list[str]) -> list[str]:
         other = name.split(".")[0]
         if other in IO and not shell:
             said.append(f"{module} imports {other}: only shells do")
-        if other in MAPPING and top == "vballoon" and not any(
-            module == m or module.startswith(m + ".") for m in MAPPING_MODULES
-        ) and rest[0] not in IO_ROOMS:  # fmt: skip
+        if (
+            other in MAPPING
+            and top == "vballoon"
+            and not any(module == m or module.startswith(m + ".") for m in MAPPING_MODULES)
+            and rest[0] not in IO_ROOMS
+        ):
             said.append(f"{module} imports {other}: only memory maps guest memory")
     return said
 

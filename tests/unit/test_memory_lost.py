@@ -15,6 +15,10 @@ from tests.roots import REPOSITORY
 def test_the_back_end_survives(case, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.fakes.lost_memory", case, str(tmp_path)],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)

@@ -70,8 +70,12 @@ def test_each_field_is_fetched_once(what: str) -> None:
         try:
             done = subprocess.run(
                 [sys.executable, "-c", READER, str(fd), what, str(SECONDS)],
-                pass_fds=[fd], capture_output=True, text=True, timeout=60, check=False,
-            )  # fmt: skip
+                pass_fds=[fd],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
         finally:
             writer.kill()
     os.close(fd)

@@ -144,11 +144,17 @@ def test_bits_of_a_bad_round_are_refused(skipmap, tmp_path, fate):
         match={"no round": "no round", "void": "void: the device"}.get(fate, "incomplete"),
     ):
         export.bitmap(H)
-    told = SkipExport(tmp_path / "out", accept_incomplete=fate in ("running", "incomplete"),
-                      accept_void=fate in ("void", "no round"))  # fmt: skip
+    told = SkipExport(
+        tmp_path / "out",
+        accept_incomplete=fate in ("running", "incomplete"),
+        accept_void=fate in ("void", "no round"),
+    )
     assert told.bitmap(H).count() == 10
-    wrong = SkipExport(tmp_path / "out", accept_incomplete=fate in ("void", "no round"),
-                       accept_void=fate in ("running", "incomplete"))  # fmt: skip
+    wrong = SkipExport(
+        tmp_path / "out",
+        accept_incomplete=fate in ("void", "no round"),
+        accept_void=fate in ("running", "incomplete"),
+    )
     with pytest.raises(UsageError):
         wrong.bitmap(H)
 
@@ -161,9 +167,13 @@ def test_skippable_follows_the_safety_rule(filled, tmp_path):
     written = PageBitmap(export.layout)
     written.set_ranges(PageRanges([0, 600, 1 << 20], [1, 700, (1 << 20) + 1]))
     assert export.skippable(written).extents().tolist() == [
-        [1, 10], [100, 103], [200, 300], [500, 600], [700, 900],
+        [1, 10],
+        [100, 103],
+        [200, 300],
+        [500, 600],
+        [700, 900],
         [(1 << 20) + 1, (1 << 20) + 512],
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(("poison", "safe"), [(None, True), (0, True), (0xAAAAAAAA, False)])

@@ -84,8 +84,11 @@ def test_reported_is_only_what_is_still_a_hole(skipmap, memory):
     low.view[7 * 4096 + 13] = 1  # the guest takes page 7 back
     high.view[50 * 4096] = 1
     assert skipmap.valid_now(Provenance.REPORTED).extents().tolist() == [
-        [0, 7], [8, 100], [1 << 20, (1 << 20) + 50], [(1 << 20) + 51, (1 << 20) + 100],
-    ]  # fmt: skip
+        [0, 7],
+        [8, 100],
+        [1 << 20, (1 << 20) + 50],
+        [(1 << 20) + 51, (1 << 20) + 100],
+    ]
     assert skipmap.count(R) == 200
 
 

@@ -156,9 +156,13 @@ def test_every_request_but_the_crypto_ones_has_a_rule():
 def test_requests_and_features_have_the_published_numbers():
     """Spot checks against the list in the document, not against the table."""
     assert [vu.Request(n).name for n in (1, 15, 21, 31, 36, 43)] == [
-        "GET_FEATURES", "GET_PROTOCOL_FEATURES", "SET_BACKEND_REQ_FD", "GET_INFLIGHT_FD",
-        "GET_MAX_MEM_SLOTS", "CHECK_DEVICE_STATE",
-    ]  # fmt: skip
+        "GET_FEATURES",
+        "GET_PROTOCOL_FEATURES",
+        "SET_BACKEND_REQ_FD",
+        "GET_INFLIGHT_FD",
+        "GET_MAX_MEM_SLOTS",
+        "CHECK_DEVICE_STATE",
+    ]
     bits = {"MQ": 0, "REPLY_ACK": 3, "CONFIG": 9, "INFLIGHT_SHMFD": 12, "STATUS": 16,
             "DEVICE_STATE": 19, "GET_VRING_BASE_INFLIGHT": 20, "SHMEM_MAP": 22}  # fmt: skip
     assert {name: vu.ProtocolFeature[name].bit_length() - 1 for name in bits} == bits

@@ -169,9 +169,13 @@ class Conversation(RuleBasedStateMachine):
         self.send(Request.SET_VRING_NUM, state(index, 16), flags=9)
         self.send(Request.SET_VRING_BASE, state(index, base), flags=9)
         addr = vu.VhostVringAddr(
-            index=index, flags=index & 1, descriptor=where, available=where + 4096,
-            used=where + 8192, log=at * 4096,
-        )  # fmt: skip
+            index=index,
+            flags=index & 1,
+            descriptor=where,
+            available=where + 4096,
+            used=where + 8192,
+            log=at * 4096,
+        )
         self.send(Request.SET_VRING_ADDR, addr.build(), flags=9)
         self.send(Request.SET_VRING_KICK, u64(index), 1, 9)
         self.send(Request.SET_VRING_CALL, u64(index), 1, 9)

@@ -219,9 +219,10 @@ BAD_SPLIT = {
     "descriptors": lambda head, desc: head.__setitem__("desc_num", 9),
     "used far away": lambda head, desc: head.__setitem__("used_idx", 100),
     "batch list": lambda head, desc: (
-        head.__setitem__("used_idx", 0xFFFF), head.__setitem__("last_batch_head", 77)
+        head.__setitem__("used_idx", 0xFFFF),
+        head.__setitem__("last_batch_head", 77),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_SPLIT)
@@ -243,11 +244,12 @@ BAD_PACKED = {
     "chain length 0": lambda head, desc: desc["num"].__setitem__(0, 0),
     "chain too long": lambda head, desc: desc["num"].__setitem__(0, 200),
     "chain leaves": lambda head, desc: (
-        desc["num"].__setitem__(0, 2), desc["next"].__setitem__(0, 99)
+        desc["num"].__setitem__(0, 2),
+        desc["next"].__setitem__(0, 99),
     ),
     "chain on the free list": lambda head, desc: desc["num"].__setitem__(0, 3),
     "one id twice": lambda head, desc: desc["id"].__setitem__(1, 4),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_PACKED)

@@ -333,9 +333,12 @@ def test_log_all_may_be_toggled_while_rings_run(running):
 def test_packed_base_outside_the_ring_stops_the_ring(tmp_path):
     from vballoon.vhost_user import DEFAULT_RING_FEATURES
 
-    with backend_thread(
-        EchoDevice(), path=tmp_path / "s", ring_features=DEFAULT_RING_FEATURES | 1 << 34
-    ) as backend, Frontend.connect(tmp_path / "s") as frontend:  # fmt: skip
+    with (
+        backend_thread(
+            EchoDevice(), path=tmp_path / "s", ring_features=DEFAULT_RING_FEATURES | 1 << 34
+        ) as backend,
+        Frontend.connect(tmp_path / "s") as frontend,
+    ):
         frontend.negotiate()
         frontend.share_memory()
         frontend.new_ring(0, base=0x8010_8010)

@@ -102,8 +102,10 @@ def test_set_mem_table(frontend, backend, device):
     frontend.ok(R.SET_MEM_TABLE, vu.VhostUserMemory.of([]).build())
     assert backend.status().regions == []
     assert [line for line in device.log if "memory" in line] == [
-        "memory_changed 2", "memory_changed 1", "memory_changed 0"
-    ]  # fmt: skip
+        "memory_changed 2",
+        "memory_changed 1",
+        "memory_changed 0",
+    ]
 
 
 def test_add_mem_reg_and_rem_mem_reg(frontend, backend):
@@ -510,9 +512,13 @@ def test_every_message_that_is_served_is_in_this_file(backend, frontend):
     assert frontend.get_u64(R.GET_FEATURES)
     served = set(backend.server.backend.session._handlers)
     text = Path(__file__).read_text()
-    assert [r.name for r in served if not re.search(rf"R\.{r.name}\b", text)
-            and not hasattr(Frontend, r.name)
-            and r.name.lower() not in text] == []  # fmt: skip
+    assert [
+        r.name
+        for r in served
+        if not re.search(rf"R\.{r.name}\b", text)
+        and not hasattr(Frontend, r.name)
+        and r.name.lower() not in text
+    ] == []
     unserved = set(R) - served
     assert {r.name for r in unserved} == {
         "SEND_RARP", "NET_SET_MTU", "IOTLB_MSG", "SET_VRING_ENDIAN", "CREATE_CRYPTO_SESSION",

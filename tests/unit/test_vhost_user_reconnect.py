@@ -254,9 +254,13 @@ def test_the_rest_of_a_batch_that_was_never_published_is_not_seen(engine, record
         vring = Vring(0)
         vring.num, vring.base, vring.started = 8, base, True
         vring.addr = vu.VhostVringAddr(
-            index=0, flags=0, descriptor=user + at.desc, used=user + at.device,
-            available=user + at.driver, log=0,
-        )  # fmt: skip
+            index=0,
+            flags=0,
+            descriptor=user + at.desc,
+            used=user + at.device,
+            available=user + at.driver,
+            log=0,
+        )
         return vring, vring.build(memory, PACKED, area, RingRecord(), engine=engine)
 
     for turn in range(8):  # all around the ring

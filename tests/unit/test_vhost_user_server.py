@@ -163,9 +163,12 @@ def test_status_tells_regions_queues_features_and_counters(tmp_path):
         status = backend.status()
     assert (status.transport, status.connected) == ("vhost-user", True)
     assert status.features == [
-        "ECHO_F_ECHO", "bit 1", "VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX",
+        "ECHO_F_ECHO",
+        "bit 1",
+        "VIRTIO_F_INDIRECT_DESC",
+        "VIRTIO_F_EVENT_IDX",
         "VIRTIO_F_VERSION_1",
-    ]  # fmt: skip
+    ]
     assert [q.state for q in status.queues] == ["running", "stopped", "running"]
     queue = status.queues[0]
     assert (queue.size, queue.taken, queue.given, queue.outstanding) == (16, 1, 1, 0)
@@ -199,8 +202,10 @@ def test_an_idle_backend_uses_no_cpu(tmp_path):
 
 def test_feature_names_name_unknown_bits_by_number():
     assert feature_names(1 << 32 | 1 << 50 | 2, {1: "ONE"}) == [
-        "ONE", "VIRTIO_F_VERSION_1", "bit 50"
-    ]  # fmt: skip
+        "ONE",
+        "VIRTIO_F_VERSION_1",
+        "bit 50",
+    ]
 
 
 def test_the_capabilities_file_is_what_the_schema_wants():

@@ -138,8 +138,10 @@ def test_descriptors_belong_to_the_message_wherever_in_it_they_arrive(fds, at):
     peer.session.feed(data[at:], fds())
     peer.session.feed(message(Request.SET_OWNER))
     assert [(r, n) for r, _, n in peer.calls] == [
-        (Request.SET_OWNER, 0), (Request.SET_VRING_CALL, 1), (Request.SET_OWNER, 0)
-    ]  # fmt: skip
+        (Request.SET_OWNER, 0),
+        (Request.SET_VRING_CALL, 1),
+        (Request.SET_OWNER, 0),
+    ]
 
 
 def test_descriptors_split_over_several_reads_are_one_messages(fds):

@@ -307,7 +307,7 @@ records = st.builds(
     given=longs,
     notified=longs,
     kicked=longs,
-)  # fmt: skip
+)
 areas = st.builds(AreaState, st.integers(1, 99), longs, longs, ints, ints)
 logs = st.builds(AreaState, st.integers(1, 99), longs, longs)
 vrings = st.builds(

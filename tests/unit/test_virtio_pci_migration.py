@@ -259,7 +259,7 @@ BAD = {
     "a queue without size": lambda state: with_queue(state, size=0),
     "a queue too large": lambda state: with_queue(state, size=65),
     "enabled twice": lambda state: with_queue(state, enable=2),
-}  # fmt: skip
+}
 
 
 def body(state: bytes) -> FunctionBody:

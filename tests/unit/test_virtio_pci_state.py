@@ -101,10 +101,15 @@ u16, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 u8 = st.integers(0, 255)
 queues = st.builds(QueueValue, u64, u64, u64, u16, u16, u8, st.booleans())
 records = st.builds(
-    RingRecord, position=st.none() | st.builds(RingState, u16, u16, st.booleans(), st.booleans()),
-    outstanding=u32, taken=u64, given=u64, notified=u64, kicked=u64,
+    RingRecord,
+    position=st.none() | st.builds(RingState, u16, u16, st.booleans(), st.booleans()),
+    outstanding=u32,
+    taken=u64,
+    given=u64,
+    notified=u64,
+    kicked=u64,
     broken=st.none() | st.builds(RingFault, st.sampled_from(["head-range", ""])),
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -144,7 +149,7 @@ SAMPLE = FunctionValue(
     rings=(RingRecord(RingState(avail=3, used=2), 1, RingFault("desc-order"), taken=3),),
     generation=4,
     isr=1,
-)  # fmt: skip
+)
 
 
 def test_the_packed_form_of_this_version() -> None:

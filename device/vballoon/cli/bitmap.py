@@ -52,9 +52,13 @@ def add(commands: Subparsers) -> None:
     both = verbs.add_parser("and", help="combine raw bitmaps of the same region")
     both.add_argument("files", metavar="FILE", nargs="+", help="keep bits set in all of these")
     both.add_argument(
-        "--not", dest="without", metavar="FILE", action="append", default=[],
+        "--not",
+        dest="without",
+        metavar="FILE",
+        action="append",
+        default=[],
         help="and set in none of these; may be repeated",
-    )  # fmt: skip
+    )
     both.add_argument("--output", "-o", metavar="FILE", required=True, help="the result")
     both.set_defaults(verb=_and)
     verify = verbs.add_parser("verify", help="check an export; fail unless every bit may be used")

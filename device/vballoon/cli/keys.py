@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 __all__ = ("ENTER", "ESCAPE", "KEYS", "pressed")
 
 ENTER, ESCAPE = "enter", "escape"
-KEYS = {b"\x1b[A": "up", b"\x1b[B": "down", b"\r": ENTER, b"\n": ENTER, b"\x1b": ESCAPE,
-        b"\x03": "q"}  # fmt: skip
+KEYS = {
+    b"\x1b[A": "up",
+    b"\x1b[B": "down",
+    b"\r": ENTER,
+    b"\n": ENTER,
+    b"\x1b": ESCAPE,
+    b"\x03": "q",
+}
 """What a terminal sends for the keys that are no letters."""
 
 

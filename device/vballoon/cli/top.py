@@ -213,9 +213,13 @@ class View:
         wide = width >= WIDE
         for index, name in enumerate(COLUMNS):
             mark = ("▲" if self._reverse else "▼") if index == self._column else ""
-            table.add_column(TITLES.get(name, name) + mark, no_wrap=True, overflow="ellipsis",
-                             justify="left" if index < 2 else "right",
-                             max_width=24 if wide else 12)  # fmt: skip
+            table.add_column(
+                TITLES.get(name, name) + mark,
+                no_wrap=True,
+                overflow="ellipsis",
+                justify="left" if index < 2 else "right",
+                max_width=24 if wide else 12,
+            )
         if wide:
             table.add_column("resident so far", no_wrap=True)
         row = min(self._row, len(rows) - 1)

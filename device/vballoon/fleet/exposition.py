@@ -19,16 +19,22 @@ GAUGES: dict[str, tuple[str, Callable[[Sample], float | None]]] = {
     "actual_bytes": ("Guest memory without the balloon.", lambda s: s.actual),
     "target_bytes": ("What the operator asked the guest to have.", lambda s: s.target),
     "resident_bytes": ("Guest memory that the host holds.", lambda s: s.resident),
-    "guest_available_bytes": ("What the guest can use without swapping, as its driver last said.",
-                              lambda s: s.available),
+    "guest_available_bytes": (
+        "What the guest can use without swapping, as its driver last said.",
+        lambda s: s.available,
+    ),
     "guest_free_bytes": ("Free guest memory, as its driver last said.", lambda s: s.free),
-    "ballooned_bytes": ("Memory in the balloon that a snapshot leaves out now.",
-                        lambda s: s.ballooned),
-    "reported_bytes": ("Reported free memory that a snapshot leaves out now.",
-                       lambda s: s.reported),
+    "ballooned_bytes": (
+        "Memory in the balloon that a snapshot leaves out now.",
+        lambda s: s.ballooned,
+    ),
+    "reported_bytes": (
+        "Reported free memory that a snapshot leaves out now.",
+        lambda s: s.reported,
+    ),
     "frontend_connected": ("Whether a front-end is connected.", lambda s: s.connected),
     "driver_running": ("Whether the guest's driver runs.", lambda s: s.driver_running),
-}  # fmt: skip
+}
 
 
 class Fleet(Collector):

@@ -102,8 +102,10 @@ def machines(words: Sequence[str]) -> list[Machine]:
     Without a name, a machine is called after its socket's file, or by the whole path where two
     files have the same name.  Raise :class:`~vballoon.errors.UsageError` for a name used twice.
     """
-    given = [word.partition("=") if "=" in word and not os.path.exists(word) else ("", "", word)
-             for word in words]  # fmt: skip
+    given = [
+        word.partition("=") if "=" in word and not os.path.exists(word) else ("", "", word)
+        for word in words
+    ]
     stems = [Path(path).stem for _, _, path in given]
     found: dict[str, Machine] = {}
     for (name, _, path), stem in zip(given, stems, strict=True):

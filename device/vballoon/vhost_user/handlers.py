@@ -323,9 +323,12 @@ class Handlers:
         """Use the in-flight area of an earlier back-end, or the one created just before."""
         self._check_inflight(message)
         area = InflightArea(
-            fds.take(), message.mmap_size, message.mmap_offset, message.num_queues,
+            fds.take(),
+            message.mmap_size,
+            message.mmap_offset,
+            message.num_queues,
             message.queue_size,
-        )  # fmt: skip
+        )
         try:
             area.region(0, packed=self._rings.packed)
         except ProtocolError:

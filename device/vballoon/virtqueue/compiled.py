@@ -74,9 +74,15 @@ class _Compiled(Batching):
         ids, addr = np.empty(limit, np.uint16), np.empty(room, np.uint64)
         length, writable = np.empty(room, np.uint32), np.empty(room, np.bool_)
         count, elements, held = self._native.take_run(
-            self._memory.tables, self._bytes, ring, (at, wrap, self._indirect), self._slots,
-            (ids, self._taken, self._first, addr, length, writable), limit, self._held,
-        )  # fmt: skip
+            self._memory.tables,
+            self._bytes,
+            ring,
+            (at, wrap, self._indirect),
+            self._slots,
+            (ids, self._taken, self._first, addr, length, writable),
+            limit,
+            self._held,
+        )
         self._stopped = count < limit
         if self._stopped and not self._chained:
             self._chained = True

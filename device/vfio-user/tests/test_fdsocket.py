@@ -80,8 +80,11 @@ def test_descriptors_come_with_the_message_they_were_sent_with(pair):
         fdsocket.send_some(theirs, b"dddd", [2])
         await until(lambda: len(seen.got) == 4)
         assert [(data, len(fds)) for data, fds in seen.got] == [
-            (b"aaaa", 0), (b"bbbb", 2), (b"cccc", 0), (b"dddd", 1)
-        ]  # fmt: skip
+            (b"aaaa", 0),
+            (b"bbbb", 2),
+            (b"cccc", 0),
+            (b"dddd", 1),
+        ]
         assert all(not os.get_inheritable(fd) for _, fds in seen.got for fd in fds)
         stream.close()
         await seen.ended.wait()

@@ -23,9 +23,12 @@ from virtio_conformance.verdict import verdicts
 
 @pytest.mark.parametrize(
     ("params", "rows"),
-    [({"packed": "split"}, ["split.a", "ring.c"]), ({"packed": "packed"}, ["packed.b", "ring.c"]),
-     ({}, ["split.a", "packed.b", "ring.c"])],
-)  # fmt: skip
+    [
+        ({"packed": "split"}, ["split.a", "ring.c"]),
+        ({"packed": "packed"}, ["packed.b", "ring.c"]),
+        ({}, ["split.a", "packed.b", "ring.c"]),
+    ],
+)
 def test_a_test_on_one_ring_layout_says_nothing_of_the_other(
     params: dict[str, str], rows: list[str]
 ) -> None:
@@ -71,9 +74,14 @@ def test_shortening_again_counts_what_was_left_out_before() -> None:
 def failed(name: str, observed: str) -> Record:
     wire = "\n".join(f"-> {number}" for number in range(100))
     return Record(
-        name, "failed", requirements=ROWS, broken=ROWS[0], observed=observed, wire=wire,
+        name,
+        "failed",
+        requirements=ROWS,
+        broken=ROWS[0],
+        observed=observed,
+        wire=wire,
         repeat="again",
-    )  # fmt: skip
+    )
 
 
 def page(*records: Record) -> str:

@@ -100,9 +100,13 @@ def test_a_row_that_no_mark_names_can_be_found_broken() -> None:
 
 @pytest.mark.parametrize(
     ("row", "word", "code"),
-    [("split.used.id", "failed", 1), ("vu.mq.offered", "warned", 0), ("ring.loop", "fragile", 3),
-     ("balloon.inflate.frees", "advised", 0)],
-)  # fmt: skip
+    [
+        ("split.used.id", "failed", 1),
+        ("vu.mq.offered", "warned", 0),
+        ("ring.loop", "fragile", 3),
+        ("balloon.inflate.frees", "advised", 0),
+    ],
+)
 def test_each_strength_has_its_word_and_exit_status(row: str, word: str, code: int) -> None:
     run = Run("vhost-user", "balloon", "b", records=[record("failed", row)])
     assert status(row, *run.records) == word

@@ -59,8 +59,11 @@ class Numbering:
     def __str__(self) -> str:
         if not self.found:
             return "the numbering of the optional queues did not show; the standard's is assumed"
-        words = {"dense": "densely by negotiated features, as Linux does",
-                 "fixed": "as the standard does", "offered": "by offered features"}  # fmt: skip
+        words = {
+            "dense": "densely by negotiated features, as Linux does",
+            "fixed": "as the standard does",
+            "offered": "by offered features",
+        }
         return f"the optional queues are numbered {' and '.join(words[s] for s in self.schemes)}"
 
 

@@ -82,10 +82,15 @@ def _facts(run: Run) -> str:
         ("back-end", f"<code>{e(run.backend)}</code>"),
         ("offers", features),
         ("run", f"{e(run.date)}, {run.seconds:.0f} s; tests: {told}"),
-        ("versions", (f"suite {e(run.suite)}, catalogue {e(run.catalogue)}, sources {e(sources)},"
-                     f" virtio {e(run.spec)}")),
+        (
+            "versions",
+            (
+                f"suite {e(run.suite)}, catalogue {e(run.catalogue)}, sources {e(sources)},"
+                f" virtio {e(run.spec)}"
+            ),
+        ),
         *(("note", e(note)) for note in run.notes),
-    ]  # fmt: skip
+    ]
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in entries) + "</dl>"
 
 
@@ -192,8 +197,9 @@ def _inconclusive(run: Run) -> list[str]:
     records = [record for record in run.records if record.outcome == INCONCLUSIVE]
     if not records:
         return []
-    cards = [f'<div class=card data-status="not decided">{_failure(a)}</div>'
-             for a in _alike(records)]  # fmt: skip
+    cards = [
+        f'<div class=card data-status="not decided">{_failure(a)}</div>' for a in _alike(records)
+    ]
     return ["<h2>Inconclusive tests: they ended before they came to their question</h2>", *cards]
 
 

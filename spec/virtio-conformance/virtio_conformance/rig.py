@@ -220,9 +220,14 @@ class Rig(ABC):
         return placed
 
     def run(
-        self, exchanges: Sequence[Exchange | Placed], *, queue: int | None = None,
-        watch: bool = True, limit: float | None = None, indirect: bool = False,
-    ) -> list[Used]:  # fmt: skip
+        self,
+        exchanges: Sequence[Exchange | Placed],
+        *,
+        queue: int | None = None,
+        watch: bool = True,
+        limit: float | None = None,
+        indirect: bool = False,
+    ) -> list[Used]:
         """Put requests through a ring, check the results, and return the used elements.
 
         Raise a finding for a wrong id, length or answer, and (with *watch*) for other memory that
@@ -298,9 +303,10 @@ class Rig(ABC):
     def describe(self) -> list[str]:
         """Return lines for a report: the newest buffers of each ring, and its content."""
         return [
-            line for index, ring in self.rings.items()
+            line
+            for index, ring in self.rings.items()
             for line in (f"queue {index}:", *ring.describe())
-        ]  # fmt: skip
+        ]
 
     # -- afterwards --------------------------------------------------------------------------
 

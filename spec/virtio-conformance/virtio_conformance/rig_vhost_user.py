@@ -23,9 +23,15 @@ __all__ = ("COMMON_PROTOCOL", "VhostUserRig")
 
 P = ProtocolFeature
 COMMON_PROTOCOL = int(
-    P.MQ | P.LOG_SHMFD | P.REPLY_ACK | P.BACKEND_REQ | P.CONFIG | P.RESET_DEVICE
-    | P.CONFIGURE_MEM_SLOTS | P.STATUS
-)  # fmt: skip
+    P.MQ
+    | P.LOG_SHMFD
+    | P.REPLY_ACK
+    | P.BACKEND_REQ
+    | P.CONFIG
+    | P.RESET_DEVICE
+    | P.CONFIGURE_MEM_SLOTS
+    | P.STATUS
+)
 """Protocol features that a front-end can accept without further obligations.
 
 (INFLIGHT_SHMFD without SET_INFLIGHT_FD makes some back-ends close the connection.)

@@ -160,11 +160,15 @@ class SplitRing(DriverRing):
         recent = range(max(now - 4, 0), now) if now >= 4 else range(now)
         entries = [self.elements[at % self.size] for at in recent]
         return [
-            (f"available index {int(self.avail[1])}, used index {now}, the driver has seen"
-            f" {self.last_used}; used flags {self.used_flags}"),
-            *(f"used element {at}: id {e['id']} len {e['len']}"
-              for at, e in zip(recent, entries, strict=True)),
-        ]  # fmt: skip
+            (
+                f"available index {int(self.avail[1])}, used index {now}, the driver has seen"
+                f" {self.last_used}; used flags {self.used_flags}"
+            ),
+            *(
+                f"used element {at}: id {e['id']} len {e['len']}"
+                for at, e in zip(recent, entries, strict=True)
+            ),
+        ]
 
     def wants_kick(self) -> bool:
         """Return whether the device wants a notification."""

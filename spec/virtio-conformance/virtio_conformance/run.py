@@ -73,8 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--version", action="version", version=_version())
-    add("--only", metavar="TEST", action="append", default=[],
-        help="a file, or file::test, of the suite; can be given more than once")  # fmt: skip
+    add(
+        "--only",
+        metavar="TEST",
+        action="append",
+        default=[],
+        help="a file, or file::test, of the suite; can be given more than once",
+    )
     add("--first", action="store_true", help="stop at the first failure")
     add("-k", metavar="EXPRESSION", default="", help="tests by parts of their names")
     add("--jobs", type=int, default=1, metavar="N", help="processes (needs --spawn; default: 1)")
@@ -216,9 +221,8 @@ def _report(args: argparse.Namespace, run: Run, console: Console) -> int:
     show_difference(console, difference)
     for verdict in found:
         verdict.failures = [
-            record for record in verdict.failures
-            if (verdict.row.id, record.name) in difference.new
-        ]  # fmt: skip
+            record for record in verdict.failures if (verdict.row.id, record.name) in difference.new
+        ]
     return exit_status(run, [verdict for verdict in found if verdict.failures])
 
 

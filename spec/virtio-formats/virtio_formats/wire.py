@@ -192,9 +192,14 @@ def _wire(value: Any) -> Any:
 
 
 _C_TYPES = {
-    "<B": "__u8", "<H": "__le16", "<L": "__le32", "<I": "__le32", "<Q": "__le64",
-    ">B": "__u8", "=B": "__u8",
-}  # fmt: skip
+    "<B": "__u8",
+    "<H": "__le16",
+    "<L": "__le32",
+    "<I": "__le32",
+    "<Q": "__le64",
+    ">B": "__u8",
+    "=B": "__u8",
+}
 
 
 def c_struct(cls: type[WireStruct], name: str) -> str:

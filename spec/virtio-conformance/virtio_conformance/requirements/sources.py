@@ -46,8 +46,13 @@ _HEADING = re.compile(
 _LABEL = re.compile(r"\\devicenormative\{[^}]*\}\s*\{[^}]*\}\s*\{(?P<label>[^}]*)\}", re.DOTALL)
 _BARE_LABEL = re.compile(r"\\label\{devicenormative:(?P<label>[^}]*)\}", re.DOTALL)
 _WORD = re.compile(r"\b(MUST|SHOULD|SHALL|MAY|CAN|RECOMMENDED|REQUIRED|OPTIONAL)\b(\s+NOT\b)?")
-_MEANING = {"SHALL": "MUST", "REQUIRED": "MUST", "CAN": "MAY", "RECOMMENDED": "SHOULD",
-            "OPTIONAL": "MAY"}  # fmt: skip
+_MEANING = {
+    "SHALL": "MUST",
+    "REQUIRED": "MUST",
+    "CAN": "MAY",
+    "RECOMMENDED": "SHOULD",
+    "OPTIONAL": "MAY",
+}
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ def test_lists_of_odd_length(rig: Rig, length: int) -> None:
 @pytest.mark.requirement("balloon.pfn.unsigned")
 @pytest.mark.parametrize("queue", [INFLATE, DEFLATE], ids=["inflate", "deflate"])
 @pytest.mark.parametrize(
-    "pfn", [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x30000, 0x200, 0x3FFFF, 0x40600, 0xC0000]
-, ids=hex)  # fmt: skip
+    "pfn", [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x30000, 0x200, 0x3FFFF, 0x40600, 0xC0000], ids=hex
+)
 def test_pages_that_do_not_exist(rig: Rig, queue: int, pfn: int) -> None:
     """Numbers outside memory change nothing; the good ones beside them may be honoured."""
     rig.bring_up()

@@ -199,8 +199,11 @@ def test_kept_statistics_over_a_reset(rig: Rig) -> None:
     rig.rings[2].poll()  # a buffer of the old ring would be a finding
     require(rig.rings[2].outstanding == 1, f"{rig.rings[2].outstanding} buffers are kept")
     low, high = old.device_span[0]
-    spans = [(start, end) for region in rig.ram.regions
-             for start, end in ((region.guest, low), (high, region.end))]  # fmt: skip
+    spans = [
+        (start, end)
+        for region in rig.ram.regions
+        for start, end in ((region.guest, low), (high, region.end))
+    ]
     rig.ram.expect_untouched(before, spans)
     rig.run([rig.profile.exchange(rig, 0)])
 

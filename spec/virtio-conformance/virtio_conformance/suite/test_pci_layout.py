@@ -95,8 +95,12 @@ def test_modern_revision(pci: VirtioPci) -> None:
 )
 def test_structures_are_there(pci: VirtioPci) -> None:
     """Common, notification and ISR structures, and the configuration access capability."""
-    rows = {CapType.COMMON_CFG: "common", CapType.NOTIFY_CFG: "notify", CapType.ISR_CFG: "isr",
-            CapType.PCI_CFG: "cfg-access"}  # fmt: skip
+    rows = {
+        CapType.COMMON_CFG: "common",
+        CapType.NOTIFY_CFG: "notify",
+        CapType.ISR_CFG: "isr",
+        CapType.PCI_CFG: "cfg-access",
+    }
     for kind, name in rows.items():
         with about(f"pci.{name}.present"):
             pci.find(kind)
@@ -124,9 +128,12 @@ def test_structures_lie_well(pci: VirtioPci) -> None:
 
 
 @pytest.mark.requirement(
-    "pci.notify.aligned", "pci.notify.multiplier", "pci.notify.length", "pci.notify.covers",
+    "pci.notify.aligned",
+    "pci.notify.multiplier",
+    "pci.notify.length",
+    "pci.notify.covers",
     "pci.notify.formula",
-)  # fmt: skip
+)
 def test_notification_structure(pci: VirtioPci, offered: int) -> None:
     """Alignment, multiplier and length fit every queue."""
     notify = pci.find(CapType.NOTIFY_CFG)
@@ -143,9 +150,12 @@ def test_notification_structure(pci: VirtioPci, offered: int) -> None:
 
 
 @pytest.mark.requirement(
-    "pci.notify.data-multiplier", "pci.notify.data-aligned", "pci.notify.data-length",
-    "pci.notify.data-covers", "pci.notify.data-formula",
-)  # fmt: skip
+    "pci.notify.data-multiplier",
+    "pci.notify.data-aligned",
+    "pci.notify.data-length",
+    "pci.notify.data-covers",
+    "pci.notify.data-formula",
+)
 def test_notification_structure_with_data(pci: VirtioPci, offered: int) -> None:
     """The same with NOTIFICATION_DATA, whose writes have 4 bytes."""
     if not has(offered, VIRTIO_F_NOTIFICATION_DATA):
@@ -246,9 +256,11 @@ def test_driver_feature_reads_back(pci: VirtioPci) -> None:
 
 
 @pytest.mark.requirement(
-    "pci.common.reset", "pci.common.queue-enable-reset", "basic.reset.status-zero",
+    "pci.common.reset",
+    "pci.common.queue-enable-reset",
+    "basic.reset.status-zero",
     "pci.msix.reset",
-)  # fmt: skip
+)
 def test_reset_values(split_rig: VfioUserRig) -> None:
     """After a reset: status 0, no queue enabled, no event mapped."""
     rig, pci = split_rig, split_rig.pci
@@ -321,9 +333,12 @@ def test_msix_table_size(pci: VirtioPci) -> None:
 
 
 @pytest.mark.requirement(
-    "pci.msix.map-any", "pci.msix.unmap", "pci.msix.read-back", "pci.msix.mapping-works",
+    "pci.msix.map-any",
+    "pci.msix.unmap",
+    "pci.msix.read-back",
+    "pci.msix.mapping-works",
     "pci.msix.mapping-failure",
-)  # fmt: skip
+)
 def test_vector_registers(pci: VirtioPci) -> None:
     """Every vector can be mapped to every event, unmapped, and is read back; others fail."""
     count = pci.client.irq_info(PciIrq.MSIX).count

@@ -131,9 +131,12 @@ def test_interrupts_without_msix(new_rig: MakeRig) -> None:
 
 
 @pytest.mark.requirement(
-    "pci.common.queue-reset", "pci.common.queue-reset-done", "basic.vq-reset.silent",
-    "basic.vq-reset.state", "basic.vq-reset.reconfigured",
-)  # fmt: skip
+    "pci.common.queue-reset",
+    "pci.common.queue-reset-done",
+    "basic.vq-reset.silent",
+    "basic.vq-reset.state",
+    "basic.vq-reset.reconfigured",
+)
 def test_queue_reset(rig: VfioUserRig) -> None:
     """One queue is reset and enabled again with another size; it starts from 0."""
     rig.bring_up(VIRTIO_F_RING_RESET, size=16)

@@ -181,9 +181,11 @@ def test_empty_descriptors(new_rig: Callable[..., Rig], packed: bool, where: str
     empty = Segment(buffer(rig), 0, where == "writable")
     good = placed.segments
     placed.segments = {
-        "alone": [empty], "first": [empty, *good],
-        "last": [*good, Segment(empty.addr, 0, good[-1].write)], "writable": [*good, empty],
-    }[where]  # fmt: skip
+        "alone": [empty],
+        "first": [empty, *good],
+        "last": [*good, Segment(empty.addr, 0, good[-1].write)],
+        "writable": [*good, empty],
+    }[where]
     rig.submit(placed)
     before = rig.ram.picture()
     rig.main.publish()
@@ -235,12 +237,20 @@ def test_malformed_indirect_table(new_rig: Callable[..., Rig], shape: str) -> No
         raw = entry + flag.to_bytes(2, "little") + target.to_bytes(2, "little")
         rig.ram.write(table + 16 * i, raw)
     length = {
-        "empty": 0, "odd": 17, "short": 15, "huge": 0xFFFFFFF0, "loop": 16, "nested": 16,
-        "next-range": 32, "longer-than-ring": 64 * 16,
-    }.get(shape, 16)  # fmt: skip
+        "empty": 0,
+        "odd": 17,
+        "short": 15,
+        "huge": 0xFFFFFFF0,
+        "loop": 16,
+        "nested": 16,
+        "next-range": 32,
+        "longer-than-ring": 64 * 16,
+    }.get(shape, 16)
     address = {
-        "unmapped": 0x3000_0000, "wraps": END - 8, "over-the-end": 0x4000_0000 + (6 << 20) - 8,
-    }.get(shape, table)  # fmt: skip
+        "unmapped": 0x3000_0000,
+        "wraps": END - 8,
+        "over-the-end": 0x4000_0000 + (6 << 20) - 8,
+    }.get(shape, table)
     ring.write_desc(0, address, length, INDIRECT | (NEXT if shape == "and-next" else 0), 1)
     ring.write_desc(1, where, 1, 0)
     before = offer(rig, 0)

@@ -89,9 +89,11 @@ def test_flag_with_event_idx(split_rig: Rig) -> None:
 
 
 @pytest.mark.requirement(
-    "split.used-notify.event-hit", "split.used-notify.event-miss",
-    "packed.event.desc-hit", "packed.event.desc-miss",
-)  # fmt: skip
+    "split.used-notify.event-hit",
+    "split.used-notify.event-miss",
+    "packed.event.desc-hit",
+    "packed.event.desc-miss",
+)
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_event_index(rig: Rig, after: int) -> None:
     """With EVENT_IDX the notification comes at the named buffer, not before it."""

@@ -15,11 +15,17 @@ from virtio_formats.virtio.features import VIRTIO_F_IN_ORDER, VIRTIO_F_INDIRECT_
 
 
 @pytest.mark.requirement(
-    "split.used.id", "split.used.len-written", "split.desc.readable-unwritten",
-    "split.desc.table-unwritten", "packed.used.id", "packed.used.len-written",
-    "packed.desc.readable-unwritten", "packed.event.driver-area-unwritten", "vu.ring.enabled",
+    "split.used.id",
+    "split.used.len-written",
+    "split.desc.readable-unwritten",
+    "split.desc.table-unwritten",
+    "packed.used.id",
+    "packed.used.len-written",
+    "packed.desc.readable-unwritten",
+    "packed.event.driver-area-unwritten",
+    "vu.ring.enabled",
     "ring.stray-write",
-)  # fmt: skip
+)
 def test_one_request(rig: Rig) -> None:
     """A request comes back once, with its id and a true length; nothing else changes."""
     rig.bring_up()
@@ -43,8 +49,11 @@ def expect_only_its_own(rig: Rig, before: Picture, placed: Placed) -> None:
     driver = rig.main.areas[1]
     every = (0, 1 << 64)
     allowed = rig.allowed([placed])
-    places = {rig.ring_row("desc.readable-unwritten"):
-              [(s.addr, s.addr + s.len) for s in placed.segments if not s.write]}  # fmt: skip
+    places = {
+        rig.ring_row("desc.readable-unwritten"): [
+            (s.addr, s.addr + s.len) for s in placed.segments if not s.write
+        ]
+    }
     if rig.packed:
         places["packed.event.driver-area-unwritten"] = [(driver, driver + 4)]
     else:

@@ -77,8 +77,11 @@ def test_map_and_unmap(session: Client, ram: GuestRam, target: Any) -> None:
     told = "regions with a descriptor are neither mapped nor open"
     require(held(target) > before, told, row="vf.dma.map-default")
     region = ram.regions[1]
-    for address, size in ((region.guest, PAGE), (region.guest + PAGE, region.size - PAGE),
-                          (region.guest, region.size * 2)):  # fmt: skip
+    for address, size in (
+        (region.guest, PAGE),
+        (region.guest + PAGE, region.size - PAGE),
+        (region.guest, region.size * 2),
+    ):
         payload = DmaUnmap(argsz=24, flags=0, address=address, size=size).build()
         told = "a part can be unmapped"
         require(session.ask(Command.DMA_UNMAP, payload).failed, told, row="vf.dma.unmap-exact")
@@ -166,9 +169,13 @@ def by_messages(new_rig: MakeRig, packed: bool) -> VfioUserRig:
 
 
 @pytest.mark.requirement(
-    "vf.dma.message", "vf.access.supported", "vf.dma.message-exported", "vf.dma.write-exported",
-    "vf.access.limit", "vf.dma.map-default",
-)  # fmt: skip
+    "vf.dma.message",
+    "vf.access.supported",
+    "vf.dma.message-exported",
+    "vf.dma.write-exported",
+    "vf.access.limit",
+    "vf.dma.map-default",
+)
 def test_memory_without_descriptor(new_rig: MakeRig, packed: bool) -> None:
     """Rings and buffers in memory without a descriptor are reached by DMA messages."""
     rig = by_messages(new_rig, packed)

@@ -273,9 +273,15 @@ def test_dma_logging_of_everything(new_rig: Callable[..., VfioUserRig]) -> None:
 @pytest.mark.requirement("vf.robust.size")
 @pytest.mark.parametrize(
     ("iova", "length", "page"),
-    [(0, 1 << 63, PAGE), ((1 << 64) - PAGE, 2 * PAGE, PAGE), (0, PAGE, 0), (0, PAGE, 3),
-     (0, 0, PAGE), (0, 1 << 40, 1)],
-)  # fmt: skip
+    [
+        (0, 1 << 63, PAGE),
+        ((1 << 64) - PAGE, 2 * PAGE, PAGE),
+        (0, PAGE, 0),
+        (0, PAGE, 3),
+        (0, 0, PAGE),
+        (0, 1 << 40, 1),
+    ],
+)
 def test_dma_log_reports_that_make_no_sense(
     new_rig: Callable[..., VfioUserRig], iova: int, length: int, page: int
 ) -> None:

@@ -44,9 +44,12 @@ def test_get_features(split_rig: VhostUserRig) -> None:
 
 
 @pytest.mark.requirement(
-    "vu.protocol-features.early-get", "vu.protocol-features.early-set",
-    "vu.protocol-features.known", "vu.mq.offered", "vu.base.inflight-pair",
-)  # fmt: skip
+    "vu.protocol-features.early-get",
+    "vu.protocol-features.early-set",
+    "vu.protocol-features.known",
+    "vu.mq.offered",
+    "vu.base.inflight-pair",
+)
 def test_protocol_features(split_rig: VhostUserRig) -> None:
     """Protocol features can be read and taken before SET_FEATURES; they are known ones."""
     fe = split_rig.fe

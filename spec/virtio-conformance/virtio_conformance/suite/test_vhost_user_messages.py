@@ -122,10 +122,15 @@ def test_header_flags(split_rig: VhostUserRig, new_rig: MakeRig, flags: int) -> 
 
 
 RING_REQUESTS = [
-    Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.GET_VRING_BASE,
-    Request.SET_VRING_ENABLE, Request.SET_VRING_KICK, Request.SET_VRING_CALL,
-    Request.SET_VRING_ERR, Request.SET_VRING_ADDR,
-]  # fmt: skip
+    Request.SET_VRING_NUM,
+    Request.SET_VRING_BASE,
+    Request.GET_VRING_BASE,
+    Request.SET_VRING_ENABLE,
+    Request.SET_VRING_KICK,
+    Request.SET_VRING_CALL,
+    Request.SET_VRING_ERR,
+    Request.SET_VRING_ADDR,
+]
 
 
 @pytest.mark.requirement("vu.robust.queue-index")
@@ -153,10 +158,16 @@ def test_queue_index_out_of_range(
 
 
 WITH_FD = [
-    Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR, Request.SET_LOG_FD,
-    Request.SET_BACKEND_REQ_FD, Request.SET_LOG_BASE, Request.ADD_MEM_REG,
-    Request.SET_INFLIGHT_FD, Request.SET_DEVICE_STATE_FD,
-]  # fmt: skip
+    Request.SET_VRING_KICK,
+    Request.SET_VRING_CALL,
+    Request.SET_VRING_ERR,
+    Request.SET_LOG_FD,
+    Request.SET_BACKEND_REQ_FD,
+    Request.SET_LOG_BASE,
+    Request.ADD_MEM_REG,
+    Request.SET_INFLIGHT_FD,
+    Request.SET_DEVICE_STATE_FD,
+]
 
 
 @pytest.mark.requirement("vu.robust.missing-fds")
@@ -167,9 +178,12 @@ def test_descriptor_missing(
     """Requests that bring a descriptor, without it."""
     rig = negotiated(split_rig)
     size = {
-        Request.SET_LOG_BASE: 16, Request.ADD_MEM_REG: 40, Request.SET_INFLIGHT_FD: 24,
-        Request.SET_LOG_FD: 0, Request.SET_BACKEND_REQ_FD: 0,
-    }.get(request_type, 8)  # fmt: skip
+        Request.SET_LOG_BASE: 16,
+        Request.ADD_MEM_REG: 40,
+        Request.SET_INFLIGHT_FD: 24,
+        Request.SET_LOG_FD: 0,
+        Request.SET_BACKEND_REQ_FD: 0,
+    }.get(request_type, 8)
     poke(rig, request_type, bytes(size))
     next_one(rig, new_rig)
 
@@ -390,8 +404,12 @@ def test_sigterm(new_rig: MakeRig, moment: str) -> None:
         rig.bring_up()
     row = "vu.program.no-daemon"
     require(not rig.target.gone, "the program went into the background", row=row)
-    require(rig.process.pid == rig.target.popen.pid or os.getpgid(rig.process.pid) ==
-            rig.target.popen.pid, "another program serves the socket", row=row)  # fmt: skip
+    require(
+        rig.process.pid == rig.target.popen.pid
+        or os.getpgid(rig.process.pid) == rig.target.popen.pid,
+        "another program serves the socket",
+        row=row,
+    )
     rig.target.popen.terminate()
     for _ in range(150):
         if rig.target.gone:
