@@ -21,12 +21,12 @@ from virtio_formats.pci import CapId, MsixCapability
 from virtio_formats.vfio_user import IrqSetFlags, PciIrq, PciRegion
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.pci import CapType, CommonConfig, VirtioPciCap, VirtioPciNotifyCap
+from virtio_formats.virtio.status import DeviceStatus as S
 
 RAM_BASE = 0x100000
 RAM_SIZE = 4 << 20
 MODES = {"mapped": {}, "messages": {"mapped": False}, "count32": {"mapped": False, "narrow": True}}
 """Access to guest memory: by a descriptor, or by DMA messages in either layout."""
-ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 
 
 class Guest:
@@ -130,12 +130,12 @@ class Guest:
         """Negotiate up to FEATURES_OK and return the status."""
         self.set("device_status", 0)
         assert self.get("device_status") == 0
-        self.set("device_status", ACKNOWLEDGE)
-        self.set("device_status", ACKNOWLEDGE | DRIVER)
+        self.set("device_status", S.ACKNOWLEDGE)
+        self.set("device_status", S.ACKNOWLEDGE | S.DRIVER)
         for select in (0, 1):
             self.set("driver_feature_select", select)
             self.set("driver_feature", features >> 32 * select & 0xFFFFFFFF)
-        self.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK)
+        self.set("device_status", S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK)
         self.features = features
         return self.get("device_status")
 
@@ -176,12 +176,12 @@ class Guest:
     def start(self, features: int | None = None, queues: tuple[int, ...] = (0,)) -> None:
         """Initialise the device with MSI-X: vector 0 for configuration, 1 + n for queue n."""
         features = f.mask(f.VIRTIO_F_VERSION_1) if features is None else features
-        assert self.negotiate(features) & FEATURES_OK
+        assert self.negotiate(features) & S.FEATURES_OK
         self.use_msix()
         self.set("config_msix_vector", 0)
         for index in queues:
             self.set_up(index, vector=1 + index)
-        self.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+        self.set("device_status", S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK)
 
     def kick(self, index: int, *, data: int | None = None) -> None:
         """Ring the doorbell of a queue."""

@@ -18,29 +18,17 @@ from tests.fakes.backends import Recorder
 from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
 from tests.fakes.vfio_client import QEMU_VERSION_DATA, FakeClient, message
-from tests.fakes.virtio_pci import (
-    ACKNOWLEDGE,
-    DRIVER,
-    DRIVER_OK,
-    FEATURES_OK,
-    MODES,
-    NEEDS_RESET,
-    RAM_BASE,
-    RAM_SIZE,
-    Guest,
-    end,
-    make,
-    send,
-)
+from tests.fakes.virtio_pci import MODES, RAM_BASE, RAM_SIZE, Guest, end, make, send
 
 from vballoon.virtio import device
 from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
 from virtio_formats.vfio_user import Command, RegionAccess, RegionIoFds, Version
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.pci import CapType
+from virtio_formats.virtio.status import DeviceStatus as S
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
-RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+RUNNING = S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK
 
 
 @pytest.fixture(params=MODES)
@@ -185,7 +173,7 @@ class TestBrokenQueues:
         guest.rings[0].avail[1] = 1  # type: ignore[attr-defined]
         guest.kick(0)
         assert events.told[1:] == [("broken", 0, "desc-address")]
-        assert guest.get("device_status") == RUNNING | NEEDS_RESET
+        assert guest.get("device_status") == RUNNING | S.NEEDS_RESET
         assert guest.interrupts() == [1, 0, 0], "a configuration change notification"
         send(guest, 1, b"one", b"two")
         assert len(guest.rings[1].collect()) == 1
@@ -212,7 +200,7 @@ class TestBrokenQueues:
         guest.set("queue_desc", address)
         guest.set("queue_enable", 1)
         guest.set("device_status", RUNNING)
-        assert guest.get("device_status") & NEEDS_RESET
+        assert guest.get("device_status") & S.NEEDS_RESET
         guest.kick(0)
         assert not guest.function.queues
 
@@ -234,7 +222,7 @@ class TestBrokenQueues:
         guest.start(V1)
         guest.client.dma_error = errno.EIO
         send(guest, 0, b"lost")
-        assert guest.get("device_status") & NEEDS_RESET
+        assert guest.get("device_status") & S.NEEDS_RESET
         end(guest)
 
 
@@ -260,8 +248,8 @@ class TestReset:
         _, guest = mapped
         guest.start(V1)
         guest.set("device_status", 0)
-        guest.set("device_status", ACKNOWLEDGE)
-        assert guest.get("device_status") == ACKNOWLEDGE
+        guest.set("device_status", S.ACKNOWLEDGE)
+        assert guest.get("device_status") == S.ACKNOWLEDGE
 
     def test_in_the_middle_of_the_devices_work(self) -> None:
         """device_status keeps its value until the work has ended."""

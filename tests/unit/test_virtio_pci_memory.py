@@ -12,28 +12,16 @@ import pytest
 from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
 from tests.fakes.vfio_client import FakeClient, Ram
-from tests.fakes.virtio_pci import (
-    ACKNOWLEDGE,
-    DRIVER,
-    DRIVER_OK,
-    FEATURES_OK,
-    MODES,
-    NEEDS_RESET,
-    RAM_BASE,
-    RAM_SIZE,
-    Guest,
-    end,
-    make,
-    send,
-)
+from tests.fakes.virtio_pci import MODES, RAM_BASE, RAM_SIZE, Guest, end, make, send
 
 from vballoon.errors import MemoryFault
 from vballoon.virtio_pci import VirtioPciFunction
 from virtio_formats.vfio_user import Command, DmaMap
 from virtio_formats.virtio import features as f
+from virtio_formats.virtio.status import DeviceStatus as S
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
-RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+RUNNING = S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK
 
 
 @pytest.fixture(params=MODES)
@@ -83,7 +71,7 @@ class TestMemory:
         send(guest, 0, b"meanwhile")
         with pytest.raises(MemoryFault):
             guest.function.memory.read(RAM_BASE, 1)
-        assert not guest.get("device_status") & NEEDS_RESET, "the rings wait for their memory"
+        assert not guest.get("device_status") & S.NEEDS_RESET, "the rings wait for their memory"
         assert guest.rings[0].collect() == []
         guest.client.map(guest.ram)  # QEMU changes a region by unmapping it and mapping it again
         assert len(guest.rings[0].collect()) == 1
@@ -94,7 +82,7 @@ class TestMemory:
         guest.set_up(0)
         guest.client.unmap(RAM_BASE, RAM_SIZE)
         guest.set("device_status", RUNNING)
-        assert guest.get("device_status") & NEEDS_RESET
+        assert guest.get("device_status") & S.NEEDS_RESET
 
     def test_pieces_that_come_and_go_at_boot(self, mapped: tuple[Echo, Guest]) -> None:
         echo, guest = mapped
@@ -119,7 +107,7 @@ class TestMemory:
         ring.publish()
         guest.kick(0)
         assert rom.read(0, 4) == bytes(4)
-        assert guest.get("device_status") & NEEDS_RESET
+        assert guest.get("device_status") & S.NEEDS_RESET
         rom.close()
 
     def test_a_file_that_the_guest_does_not_use(self, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
 from tests.fakes.vfio_client import FakeClient, Ram
-from tests.fakes.virtio_pci import NEEDS_RESET, Guest, end, make, send
+from tests.fakes.virtio_pci import Guest, end, make, send
 
 from vballoon.balloon import Balloon
 from vballoon.skipmap import Provenance
@@ -39,6 +39,7 @@ from virtio_formats.vfio_user.state import StateFrame, seal, unseal
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.balloon import BalloonFeature
 from virtio_formats.virtio.pci_state import FUNCTION_MAGIC, FunctionBody
+from virtio_formats.virtio.status import DeviceStatus as S
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 EVENT = V1 | f.mask(f.VIRTIO_F_EVENT_IDX)
@@ -209,9 +210,9 @@ def test_a_broken_queue_stays_broken_and_the_others_go_on() -> None:
     guest.start(V1, (0, 1))
     guest.rings[1].avail[1] = 999  # type: ignore[attr-defined]
     guest.kick(1)
-    assert guest.get("device_status") & NEEDS_RESET
+    assert guest.get("device_status") & S.NEEDS_RESET
     move(guest, Echo())
-    assert guest.get("device_status") & NEEDS_RESET
+    assert guest.get("device_status") & S.NEEDS_RESET
     send(guest, 0, b"x")
     assert len(guest.rings[0].collect()) == 1
     assert sorted(guest.function.queues) == [0]

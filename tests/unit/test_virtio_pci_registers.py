@@ -14,15 +14,7 @@ import pytest
 from tests.fakes.descriptors import open_fds
 from tests.fakes.echo import Echo
 from tests.fakes.vfio_client import events
-from tests.fakes.virtio_pci import (
-    ACKNOWLEDGE,
-    DRIVER,
-    DRIVER_OK,
-    FAILED,
-    FEATURES_OK,
-    NEEDS_RESET,
-    Guest,
-)
+from tests.fakes.virtio_pci import Guest
 
 from vballoon.virtio_pci import DEFAULT_RING_FEATURES, VirtioPciFunction
 from virtio_formats.pci import CapId, Command
@@ -30,6 +22,7 @@ from virtio_formats.vfio_user import Command as Message
 from virtio_formats.vfio_user import PciIrq, PciRegion
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.pci import NO_VECTOR, CapType, CommonConfig
+from virtio_formats.virtio.status import DeviceStatus as S
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 
@@ -206,15 +199,15 @@ class TestCommonConfigurationStructureLayout:
 
 class TestDeviceStatus:
     def test_initialisation(self, guest: Guest) -> None:
-        assert guest.negotiate(V1 | Echo.FEATURE) == ACKNOWLEDGE | DRIVER | FEATURES_OK
+        assert guest.negotiate(V1 | Echo.FEATURE) == S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK
         assert guest.function.features == V1 | Echo.FEATURE
 
     @pytest.mark.parametrize("features", [0, Echo.FEATURE, V1 | 1 << 6, V1 | 1 << 63])
     def test_features_that_are_not_accepted(self, guest: Guest, features: int) -> None:
-        assert guest.negotiate(features) == ACKNOWLEDGE | DRIVER
+        assert guest.negotiate(features) == S.ACKNOWLEDGE | S.DRIVER
         assert guest.function.features == 0
-        guest.set("device_status", ACKNOWLEDGE | DRIVER | DRIVER_OK)
-        assert not guest.get("device_status") & DRIVER_OK
+        guest.set("device_status", S.ACKNOWLEDGE | S.DRIVER | S.DRIVER_OK)
+        assert not guest.get("device_status") & S.DRIVER_OK
 
     def test_features_are_settled(self, guest: Guest) -> None:
         guest.negotiate(V1)
@@ -224,12 +217,12 @@ class TestDeviceStatus:
 
     def test_bits_stay_until_reset(self, guest: Guest) -> None:
         guest.negotiate(V1)
-        guest.set("device_status", FAILED)
-        assert guest.get("device_status") == ACKNOWLEDGE | DRIVER | FEATURES_OK | FAILED
+        guest.set("device_status", S.FAILED)
+        assert guest.get("device_status") == S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.FAILED
 
     def test_the_driver_cannot_ask_for_a_reset(self, guest: Guest) -> None:
-        guest.set("device_status", NEEDS_RESET | ACKNOWLEDGE)
-        assert guest.get("device_status") == ACKNOWLEDGE
+        guest.set("device_status", S.NEEDS_RESET | S.ACKNOWLEDGE)
+        assert guest.get("device_status") == S.ACKNOWLEDGE
 
     def test_reset(self, echo: Echo, guest: Guest) -> None:
         guest.start(V1, (0, 1))
@@ -360,7 +353,7 @@ class TestIsrStatusCapability:
         """Return a guest without MSI-X."""
         assert guest.negotiate(V1)
         guest.use_intx()
-        guest.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+        guest.set("device_status", S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK)
         return guest
 
     def test_asserted_until_it_is_read(self, plain: Guest) -> None:
@@ -412,8 +405,8 @@ class TestPciConfigurationAccessCapability:
     def test_writing(self, guest: Guest) -> None:
         cap = guest.caps[CapType.COMMON_CFG]
         self.access(guest, cap.bar, cap.offset + 20, 1)
-        guest.client.set_config(guest.window + 16, ACKNOWLEDGE, 1)
-        assert guest.get("device_status") == ACKNOWLEDGE
+        guest.client.set_config(guest.window + 16, S.ACKNOWLEDGE, 1)
+        assert guest.get("device_status") == S.ACKNOWLEDGE
 
     @pytest.mark.parametrize(
         ("bar", "offset", "length"),
@@ -454,7 +447,7 @@ class TestWithoutMsix:
     def test_interrupts(self, guest: Guest) -> None:
         guest.negotiate(V1)
         guest.use_intx()
-        guest.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+        guest.set("device_status", S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK)
         guest.function.config_changed()
         assert events(guest.intx) == 1
         assert guest.isr() == 2

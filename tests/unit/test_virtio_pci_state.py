@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.fakes.backends import Recorder
 from tests.fakes.echo import Echo
 from tests.fakes.vfio_client import FakeClient
-from tests.fakes.virtio_pci import NEEDS_RESET, Guest, end, make, send
+from tests.fakes.virtio_pci import Guest, end, make, send
 
 from vballoon.virtio import RingFault, RingRecord
 from vballoon.virtio_pci import VirtioPciFunction
@@ -24,6 +24,7 @@ from vballoon.virtqueue import RingState
 from vfio_user import RequestError
 from vfio_user.state import BaseState, IrqState
 from virtio_formats.virtio import features as f
+from virtio_formats.virtio.status import DeviceStatus as S
 
 V1 = f.mask(f.VIRTIO_F_VERSION_1)
 PACKED = f.mask(f.VIRTIO_F_VERSION_1, f.VIRTIO_F_RING_PACKED)
@@ -81,7 +82,7 @@ class TestRestart:
         assert guest.function.rings.record(0).broken == RingFault(
             "ring-position", "a packed ring without an in-flight record"
         )
-        assert guest.get("device_status") & NEEDS_RESET
+        assert guest.get("device_status") & S.NEEDS_RESET
         end(guest)
 
     def test_a_reset_makes_a_ring_start_from_nothing(self) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vballoon.errors import ProtocolError, UsageError
-from vballoon.memory.pages import PAGE_SHIFT
+from vballoon.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from vballoon_spec.skipmap import LIVE_MAGIC, LIVE_VERSION, LiveHeader
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ("BitmapStore",)
 
-HEADER_BYTES = 4096
+HEADER_BYTES = PAGE_SIZE
+"""The header has a page of its own, so that the bits can be mapped."""
 _F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h, since Linux 5.1; not in Python 3.11
 
 

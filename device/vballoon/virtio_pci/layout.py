@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where everything lies: BARs, configuration space and the capability chain.
+"""Layout of the function: BARs, configuration space and the capability list.
 
 Virtio 1.4, *PCI Device Layout* and *PCI Device Discovery*.  BAR 0 holds the virtio structures,
 each in a page of its own; BAR 2 the MSI-X table and the pending bits.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vballoon.memory import PAGE_SIZE
 from vfio_user import ConfigSpace
 from virtio_formats.pci import (
     ExpressCapability,
@@ -35,7 +36,6 @@ __all__ = (
     "MSIX_BAR",
     "NOTIFY_MULTIPLIER",
     "NOTIFY_PAGE",
-    "PAGE",
     "STRUCTURES_BAR",
     "STRUCTURES_SIZE",
     "Capabilities",
@@ -43,10 +43,9 @@ __all__ = (
     "build_config",
 )
 
-PAGE = 4096
 STRUCTURES_BAR, MSIX_BAR = 0, 2
-COMMON_PAGE, ISR_PAGE, DEVICE_PAGE, NOTIFY_PAGE = 0, PAGE, 2 * PAGE, 3 * PAGE
-STRUCTURES_SIZE = 4 * PAGE
+COMMON_PAGE, ISR_PAGE, DEVICE_PAGE, NOTIFY_PAGE = 0, PAGE_SIZE, 2 * PAGE_SIZE, 3 * PAGE_SIZE
+STRUCTURES_SIZE = 4 * PAGE_SIZE
 
 NOTIFY_MULTIPLIER = 4
 """Bytes between the doorbells of two queues: room for NOTIFICATION_DATA, a power of two."""
@@ -54,7 +53,7 @@ NOTIFY_MULTIPLIER = 4
 
 @dataclass(frozen=True)
 class MsixLayout:
-    """Table and pending bits in their BAR: offsets and sizes in bytes; no vectors, no MSI-X."""
+    """Table and pending bits in their BAR, in bytes.  Without vectors there is no MSI-X."""
 
     vectors: int
 
@@ -66,7 +65,7 @@ class MsixLayout:
     @property
     def pba(self) -> int:
         """Where the pending bits begin: in a page of their own."""
-        return self.table_size + -self.table_size % PAGE
+        return self.table_size + -self.table_size % PAGE_SIZE
 
     @property
     def pba_size(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from vballoon.memory import PAGE_SIZE
 from vballoon.virtio_pci import layout
 from vfio_user import RequestError
 
@@ -75,7 +76,7 @@ class Structures:
 
     def read(self, offset: int, count: int) -> bytes:
         """*count* bytes at *offset*; raises :class:`~vfio_user.RequestError` EINVAL."""
-        page, within = offset & -layout.PAGE, offset % layout.PAGE
+        page, within = offset & -PAGE_SIZE, offset % PAGE_SIZE
         if page == layout.COMMON_PAGE:
             return self._registers.read(within, count)
         if page == layout.ISR_PAGE:
@@ -87,7 +88,7 @@ class Structures:
 
     def write(self, offset: int, data: bytes) -> None:
         """Store *data* at *offset*, or ring; raises :class:`~vfio_user.RequestError` EINVAL."""
-        page, within = offset & -layout.PAGE, offset % layout.PAGE
+        page, within = offset & -PAGE_SIZE, offset % PAGE_SIZE
         if page == layout.NOTIFY_PAGE:
             self._doorbell(within)
         elif page == layout.COMMON_PAGE:

@@ -18,6 +18,7 @@ from virtio_conformance.vhost_user import FrontEnd
 from virtio_formats.vhost_user.features import ProtocolFeature, VhostFeature
 from virtio_formats.vhost_user.payloads import VhostUserU64, VhostVringAddr, VhostVringState
 from virtio_formats.vhost_user.requests import Request
+from virtio_formats.virtio.status import DeviceStatus as S
 
 __all__ = ("COMMON_PROTOCOL", "VhostUserRig")
 
@@ -36,7 +37,7 @@ COMMON_PROTOCOL = int(
 
 (INFLIGHT_SHMFD without SET_INFLIGHT_FD makes some back-ends close the connection.)
 """
-DRIVER_OK = 1 | 2 | 4 | 8
+READY = S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK
 VHOST_BITS = int(VhostFeature.LOG_ALL | VhostFeature.PROTOCOL_FEATURES)
 
 
@@ -79,7 +80,9 @@ class VhostUserRig(Rig):
         self.fe.negotiate(features, self.protocol)
         self.features = features
         if self.has_status:
-            for status in (1, 1 | 2, 1 | 2 | 8):  # ACKNOWLEDGE, DRIVER, FEATURES_OK
+            status = S(0)
+            for step in (S.ACKNOWLEDGE, S.DRIVER, S.FEATURES_OK):
+                status |= step
                 self.fe.do(Request.SET_STATUS, VhostUserU64(u64=status).build())
         if self.slots:
             for region in self.ram.regions:
@@ -115,7 +118,7 @@ class VhostUserRig(Rig):
     def driver_ok(self) -> None:
         """Send SET_STATUS with DRIVER_OK, if the back-end has the device status."""
         if self.fe.protocol & P.STATUS:
-            self.fe.do(Request.SET_STATUS, VhostUserU64(u64=DRIVER_OK).build())
+            self.fe.do(Request.SET_STATUS, VhostUserU64(u64=READY).build())
 
     @property
     def has_status(self) -> bool:

@@ -12,11 +12,10 @@ from virtio_conformance.vfio_user import Client
 from virtio_formats.pci import CapId, Status
 from virtio_formats.vfio_user import PciRegion
 from virtio_formats.virtio.pci import CapType, CommonConfig
+from virtio_formats.virtio.status import DeviceStatus as S
 
 __all__ = ("Capability", "Structure", "VirtioPci")
 
-ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
-NEEDS_RESET, FAILED = 64, 128
 CONFIG = PciRegion.CONFIG
 
 
@@ -128,15 +127,15 @@ class VirtioPci:
     def accept(self, features: int) -> bool:
         """Reset and negotiate up to FEATURES_OK.  Return whether the device accepted."""
         self.reset()
-        self.set("device_status", ACKNOWLEDGE)
-        self.set("device_status", ACKNOWLEDGE | DRIVER)
+        self.set("device_status", S.ACKNOWLEDGE)
+        self.set("device_status", S.ACKNOWLEDGE | S.DRIVER)
         self.set_features(features)
-        self.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK)
-        return bool(self.get("device_status") & FEATURES_OK)
+        self.set("device_status", S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK)
+        return bool(self.get("device_status") & S.FEATURES_OK)
 
     def driver_ok(self) -> None:
         """Set DRIVER_OK, the last step of initialisation."""
-        self.set("device_status", ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+        self.set("device_status", S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK)
 
     def set_queue(
         self,

@@ -12,10 +12,10 @@ from virtio_conformance.findings import Finding, about, not_applicable, require
 from virtio_conformance.observe import EventFd
 from virtio_conformance.rig_vfio_user import VfioUserRig
 from virtio_conformance.ring_split import NEXT
-from virtio_conformance.virtio_pci import NEEDS_RESET
 from virtio_formats.vfio_user import Command, PciIrq
 from virtio_formats.virtio.features import VIRTIO_F_RING_RESET
 from virtio_formats.virtio.pci import CapType
+from virtio_formats.virtio.status import DeviceStatus as S
 
 MakeRig = Callable[..., VfioUserRig]
 QUIET = 0.1
@@ -176,7 +176,7 @@ def test_needs_reset(split_rig: VfioUserRig) -> None:
     ring.publish()
     rig.kick(rig.profile.main)
     rig.main_quiet(QUIET)
-    if rig.pci.get("device_status") & NEEDS_RESET:
+    if rig.pci.get("device_status") & S.NEEDS_RESET:
         told = "DEVICE_NEEDS_RESET without a configuration interrupt"
         require(rig.config_event.take(), told, row="basic.status.needs-reset-notified")
         return

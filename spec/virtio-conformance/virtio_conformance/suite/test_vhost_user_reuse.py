@@ -18,9 +18,9 @@ from virtio_formats.vhost_user.features import VhostFeature, VringFlag
 from virtio_formats.vhost_user.payloads import VhostUserMemRegMsg, VhostUserU64, VhostVringState
 from virtio_formats.vhost_user.requests import Request
 from virtio_formats.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC
+from virtio_formats.virtio.status import DeviceStatus as S
 
 MakeRig = Callable[..., VhostUserRig]
-ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_status_of_a_running_device(split_rig: VhostUserRig) -> None:
     rig = split_rig
     rig.need_protocol(P.STATUS)
     rig.bring_up()
-    ready = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+    ready = S.ACKNOWLEDGE | S.DRIVER | S.FEATURES_OK | S.DRIVER_OK
     got = rig.fe.get_u64(Request.GET_STATUS) & 0xFF
     require(got == ready, f"status {got:#x} where {ready:#x} was written")
     got = status(rig, 0)
