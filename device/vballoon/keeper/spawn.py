@@ -41,7 +41,10 @@ def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Return the next packet and its descriptors; None when the other end has closed."""
-    data, fds = receive_some(sock, PACKET_MAX)
+    try:
+        data, fds = receive_some(sock, PACKET_MAX)
+    except ConnectionResetError:
+        return None
     if not data:
         return None
     message: dict[str, Any] = json.loads(data)
