@@ -131,7 +131,7 @@ def suite(mutant: Mutant, device: Path, files: list[str], results: Path) -> Run:
     command = [sys.executable, "-m", "virtio_conformance.run", "--first", "--keep"]
     places = f"PYTHONPATH={import_path(device)}"
     command += ["--spawn", f"env {places} {PURE} {serve} --features={FEATURES}"]
-    command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M"]
+    command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M force=on"]
     command += ["--hint-start", "vballoon ctl {dir}/control start-hinting"]
     command += ["--hint-done", "vballoon ctl {dir}/control stop-hinting"]
     command += ["--answer-limit", "6", "--time-limit", "30"]  # a busy machine is no finding

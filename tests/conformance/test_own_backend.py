@@ -49,7 +49,7 @@ class Slice:
         serve = f"vballoon serve --{self.protocol} {{socket}} --control {{dir}}/control"
         command = [sys.executable, "-m", "virtio_conformance.run", "--keep"]
         command += ["--spawn", f"{serve} --engine {self.engine} --features={FEATURES}"]
-        command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M"]
+        command += ["--config-change", "vballoon ctl {dir}/control balloon value={n}M force=on"]
         command += ["--hint-start", "vballoon ctl {dir}/control start-hinting"]
         command += ["--hint-done", "vballoon ctl {dir}/control stop-hinting"]
         command += ["--protocol", self.protocol, "--device", "balloon", "--json", str(results)]

@@ -43,7 +43,17 @@ class FakeBalloon:
         self.calls = []
         self.requested = 0
 
-    def set_target(self, value):
+    @property
+    def guest_bytes(self):
+        return self.ram_bytes
+
+    @property
+    def target_bytes(self):
+        return self.actual_bytes
+
+    floor_bytes = 2 << 20
+
+    def set_target(self, value, *, force=False):
         if not self.ram_bytes:
             raise UsageError("no guest memory yet: wait until a front-end has connected")
         self.actual_bytes = value
@@ -87,7 +97,7 @@ class FakeStatus:
     transport: str = "vhost-user"
     connected: bool = True
     features: tuple = ("VIRTIO_BALLOON_F_STATS_VQ",)
-    protocol_features: tuple = ("MQ",)
+    protocol_features: tuple = ("MQ", "CONFIG")
     queues: tuple = (QueueStatus(0, "running", 128, taken=5), QueueStatus(2, "broken", 8, "rule-x"))
     counters: dict = field(default_factory=lambda: {"GET_FEATURES": 1})
 

@@ -11,6 +11,7 @@ from tests.fakes.rig import MIB, Rig
 
 from vballoon.balloon import Balloon, Role, settle_roles
 from vballoon.balloon.config import ConfigSpace
+from vballoon.balloon.device import ALL_FEATURES
 from vballoon.errors import ProtocolError, UsageError
 from vballoon.skipmap import Provenance
 from vballoon.virtio import device
@@ -19,6 +20,8 @@ from virtio_formats.virtio.balloon import (
     CMD_ID_DONE,
     BalloonConfig,
     BalloonFeature,
+    BalloonStat,
+    StatTag,
 )
 
 OPTIONAL = (
@@ -156,6 +159,21 @@ class TestConfig:
         assert rig.balloon.poisoned
 
 
+def report(rig: Rig, total: int, available: int) -> None:
+    """Make statistics in bytes available to the device."""
+    entries = ((StatTag.MEMTOT, total), (StatTag.AVAIL, available))
+    rig.send(2, (rig.bytes(b"".join(BalloonStat(tag=int(t), val=v).build() for t, v in entries)),))
+
+
+def restart(rig: Rig) -> None:
+    """Reset the device and start it for the next driver."""
+    rig.balloon.reset()
+    rig.set_up(tuple(rig.drivers))
+
+
+CARELESS = [(1, "1M"), (8 * MIB, "below"), (65 * MIB, "above")]
+
+
 class TestOperator:
     def test_target_is_the_guests_logical_size(self) -> None:
         rig = Rig()
@@ -166,7 +184,7 @@ class TestOperator:
     @pytest.mark.parametrize(("value", "pages"), [(64 * MIB, 0), (1 << 50, 0), (1, 16383)])
     def test_target_at_the_limits(self, value: int, pages: int) -> None:
         rig = Rig()
-        rig.balloon.set_target(value)
+        rig.balloon.set_target(value, force=True)
         assert rig.balloon.config.fields.num_pages == pages
 
     def test_no_guest_no_target(self) -> None:
@@ -174,6 +192,48 @@ class TestOperator:
             Balloon().set_target(1 << 30)
         with pytest.raises(UsageError, match="above 0"):
             Rig().balloon.set_target(0)
+
+    def test_no_driver_no_target(self) -> None:
+        rig = Rig()
+        rig.balloon.stop()
+        with pytest.raises(UsageError, match="no balloon driver runs"):
+            rig.balloon.set_target(48 * MIB)
+        assert rig.balloon.config.fields.num_pages == 0
+
+    @pytest.mark.parametrize(("value", "says"), CARELESS)
+    def test_a_careless_target_changes_nothing(self, value: int, says: str) -> None:
+        rig = Rig()
+        with pytest.raises(UsageError, match=says):
+            rig.balloon.set_target(value)
+        assert (rig.balloon.config.fields.num_pages, rig.config_changes) == (0, 0)
+
+    def test_a_small_driver_does_not_inherit_the_target(self) -> None:
+        """A crash kernel of 146 MiB starts in a guest of 4 GiB whose target is 1 GiB."""
+        rig = Rig(
+            features=int(ALL_FEATURES & ~BalloonFeature.DEFLATE_ON_OOM),
+            memory=make_memory((0, 4096 * MIB)),
+        )
+        report(rig, 4000 * MIB, 3900 * MIB)
+        rig.balloon.set_target(1024 * MIB)
+        assert rig.balloon.config.fields.num_pages == 3072 * MIB // 4096
+        restart(rig)
+        report(rig, 146 * MIB, 100 * MIB)
+        assert rig.balloon.config.fields.num_pages == 68 * MIB // 4096
+        with pytest.raises(UsageError, match="below"):
+            rig.balloon.set_target(32 * MIB)
+        restart(rig)
+        report(rig, 4000 * MIB, 3900 * MIB)
+        assert rig.balloon.config.fields.num_pages == 3072 * MIB // 4096
+
+    def test_an_unplugged_region_is_not_the_guests(self) -> None:
+        """512 MiB, and 1 GiB of virtio-mem of which nothing is plugged."""
+        rig = Rig(memory=make_memory((0, 512 * MIB), (1 << 32, 1024 * MIB)))
+        report(rig, 470 * MIB, 400 * MIB)
+        rig.balloon.set_target(512 * MIB)
+        assert rig.balloon.config.fields.num_pages == 0
+        rig.balloon.set_target(270 * MIB)
+        assert rig.balloon.config.fields.num_pages == 200 * MIB // 4096
+        assert rig.balloon.target_bytes == 270 * MIB
 
     def test_actual_is_what_the_driver_says_and_never_negative(self) -> None:
         rig = Rig()

@@ -87,8 +87,8 @@ def test_qmp_shell_as_a_program(server, path):
         env={**os.environ, "TERM": "dumb"},
     )
     assert done.returncode == 0, done.stderr
-    assert '{"return": {"actual": 6291456, "driver-running": true}}' in done.stdout
-    assert '{"return": {"actual": 4194304, "driver-running": true}}' in done.stdout
+    assert '{"return": {"actual": 6291456, "target": 6291456, "floor": 2097152' in done.stdout
+    assert '{"return": {"actual": 4194304, "target": 4194304, "floor": 2097152' in done.stdout
     assert "CommandNotFound" in done.stdout
 
 
@@ -132,7 +132,8 @@ def test_wrong_arguments_get_one_sentence(client, command, arguments, says):
     with pytest.raises(UsageError, match=says) as raised:
         client.execute(command, arguments)
     assert "\n" not in str(raised.value)
-    assert client.execute("query-balloon") == {"actual": 6 * MIB, "driver-running": True}
+    shown = client.execute("query-balloon")
+    assert (shown["actual"], shown["driver-running"]) == (6 * MIB, True)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,12 @@ def test_query_skip_bitmap(client, balloon):
     put(balloon.skipmap, R, (20, 30))
     balloon.memory.regions[0].view[20 * 4096] = 1
     shown = client.execute("query-skip-bitmap")
-    assert shown["pages"] == {"ballooned": 10, "reported": 9, "hinted": 0, "walked": 0}
+    assert shown["pages"] == {
+        "ballooned": 10,
+        "reported": 9,
+        "hinted": 0,
+        "walked": 0,
+    }
     assert shown["reported-ever"] == 10
     assert shown["guest-size"] == 6 * MIB
     assert shown["regions"][1] == {
@@ -330,7 +336,7 @@ def test_clients_do_not_share_anything_but_events(server, path, balloon):
         for client in (one, two):
             event = client.wait_event("BALLOON_CHANGE", 10)
             assert event["data"] == {"actual": 4 * MIB}
-        assert two.execute("query-balloon") == {"actual": 4 * MIB, "driver-running": True}
+        assert two.execute("query-balloon")["actual"] == 4 * MIB
 
 
 def test_pipelined_commands_are_answered_in_order(server, path):

@@ -13,8 +13,8 @@ import pytest
 from tests.roots import PACKAGES, modules
 
 ROOMS = (
-    "errors", "native", "memory", "virtqueue", "skipmap", "virtio", "balloon", "vhost_user",
-    "virtio_pci", "control", "fleet", "snapshot", "keeper", "cli",
+    "errors", "sizes", "native", "memory", "virtqueue", "skipmap", "virtio", "balloon",
+    "vhost_user", "virtio_pci", "control", "fleet", "snapshot", "keeper", "cli",
 )  # fmt: skip
 """From the ground up."""
 FORBIDDEN_PAIRS = {

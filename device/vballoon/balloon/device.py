@@ -7,7 +7,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vballoon.balloon import persist
+from vballoon.balloon import persist, target
 from vballoon.balloon.commands import CommandRounds
 from vballoon.balloon.config import ConfigSpace
 from vballoon.balloon.counters import Counters
@@ -19,6 +19,7 @@ from vballoon.balloon.stats import GuestStats, StatsQueue
 from vballoon.balloon.walking import WalkQueue
 from vballoon.errors import QueueError, UsageError
 from vballoon.memory import PAGE_SHIFT, Discarder, GuestMemory
+from vballoon.sizes import size_text
 from vballoon.skipmap import Round, RoundKind, SkipMap, VoidReason
 from vballoon.skipmap.map import SkipMapState
 from vballoon.virtio import VirtioDevice
@@ -28,6 +29,7 @@ from virtio_formats.virtio.balloon import (
     CMD_ID_STOP,
     VIRTIO_ID_BALLOON,
     BalloonFeature,
+    StatTag,
 )
 
 if TYPE_CHECKING:
@@ -60,15 +62,26 @@ class Balloon(VirtioDevice):
     """The memory balloon device (*Memory Balloon Device*, device ID 5).
 
     *features* are the device-specific bits to offer; with *discard* off no page is ever taken
-    from guest memory (for guests whose memory is pinned by a passed-through device).
+    from guest memory (for guests whose memory is pinned by a passed-through device).  *limits* are
+    the operator's, for targets.
     """
 
     device_id = VIRTIO_ID_BALLOON
     num_queues = NUM_QUEUES
     pci_class = 0x00FF00
 
-    def __init__(self, features: int = ALL_FEATURES, *, discard: bool = True) -> None:
+    def __init__(
+        self,
+        features: int = ALL_FEATURES,
+        *,
+        discard: bool = True,
+        limits: target.Limits | None = None,
+    ) -> None:
         self._features = int(features)
+        self._limits = limits or target.Limits()
+        self._wanted_pages = 0  # the operator's; num_pages can be less for a small guest
+        self._assumed: int | None = None  # the guest's size in bytes when the target was set
+        self._inherited = True  # the driver's first statistics have not arrived
         self.counters = Counters()
         self.discarder = Discarder(enabled=discard)
         self.config = ConfigSpace(walk=bool(features & BalloonFeature.FREE_PAGE_WALK))
@@ -164,7 +177,8 @@ class Balloon(VirtioDevice):
             case Role.DEFLATE:
                 self._inflate.deflate(queue, batch, self.skipmap)
             case Role.STATS:
-                self.stats_queue.handle(queue, batch)
+                self.stats_queue.handle(queue, batch, self.config.fields.actual << PAGE_SHIFT)
+                self._check_inherited()
             case Role.HINT:
                 self._hint_queue.handle(queue, batch, self.skipmap)
             case Role.REPORT:
@@ -190,11 +204,13 @@ class Balloon(VirtioDevice):
         """Reset the device: drop all state of the previous driver."""
         self._forget()
         self.config.reset()
+        self.config.fields.num_pages = self._wanted_pages
 
     def restart(self) -> None:
         """Reset at the next driver's start, whose ``poison_val`` may already be written."""
         self._forget()
         self.config.reset(keep_poison=True)
+        self.config.fields.num_pages = self._wanted_pages
 
     def _forget(self) -> None:
         self._void(VoidReason.RESET)
@@ -204,6 +220,7 @@ class Balloon(VirtioDevice):
     def _forget_driver(self) -> None:
         self.walk_queue.reset()
         self.stats_queue.reset()
+        self._inherited = True
         self.roles, self._settled_for, self._loaded = {}, None, None
         self._passed_over.clear()
 
@@ -238,9 +255,14 @@ class Balloon(VirtioDevice):
         return self.transport.memory.size if self.transport is not None else 0
 
     @property
+    def guest_bytes(self) -> int:
+        """The guest's memory in bytes, the balloon included: see :mod:`vballoon.balloon.target`."""
+        return target.size(self._guest(), self._limits)
+
+    @property
     def actual_bytes(self) -> int:
         """The guest's logical size: its memory less what is in the balloon (QEMU's ``actual``)."""
-        return max(0, self.ram_bytes - (self.config.fields.actual << PAGE_SHIFT))
+        return max(0, self.guest_bytes - (self.config.fields.actual << PAGE_SHIFT))
 
     @property
     def driver_running(self) -> bool:
@@ -253,7 +275,12 @@ class Balloon(VirtioDevice):
     @property
     def target_bytes(self) -> int:
         """What the operator has asked for: guest memory less what should be in the balloon."""
-        return max(0, self.ram_bytes - (self.config.fields.num_pages << PAGE_SHIFT))
+        return max(0, self.guest_bytes - (self.config.fields.num_pages << PAGE_SHIFT))
+
+    @property
+    def floor_bytes(self) -> int:
+        """The lowest target in bytes that is accepted without *force*."""
+        return target.floor(self._guest(), self._limits)
 
     @property
     def poisoned(self) -> bool:
@@ -261,15 +288,58 @@ class Balloon(VirtioDevice):
         negotiated = self.transport is not None and self.transport.features & _PAGE_POISON
         return bool(negotiated) and self.config.fields.poison_val != 0
 
-    def set_target(self, value: int) -> None:
-        """Ask the guest to have *value* bytes (as QEMU's ``balloon``): the rest goes in."""
+    def set_target(self, value: int, *, force: bool = False) -> None:
+        """Ask the guest to have *value* bytes (as QEMU's ``balloon``): the rest goes in.
+
+        Raise UsageError without a guest, and, unless *force*, without a running driver or for a
+        target that :func:`vballoon.balloon.target.check` refuses.
+        """
         if not self.ram_bytes:
             raise UsageError("no guest memory yet: wait until a front-end has connected")
         if value <= 0:
             raise UsageError("the target is the guest's memory in bytes and must be above 0")
-        pages = max(0, self.ram_bytes - value) >> PAGE_SHIFT
-        self.config.fields.num_pages = min(pages, 0xFFFF_FFFF)
+        if not force:
+            if not self.driver_running:
+                raise UsageError(
+                    "no balloon driver runs in the guest: it boots, is paused, or has not loaded "
+                    "virtio_balloon; force=true sets the target for the next driver"
+                )
+            now = min(self.actual_bytes, self.target_bytes)
+            target.check(value, self._guest(), self._limits, now=now)
+        self._assumed = self.guest_bytes
+        self._wanted_pages = min(max(0, self._assumed - value) >> PAGE_SHIFT, 0xFFFF_FFFF)
+        self.config.fields.num_pages = self._wanted_pages
         self._config_changed()
+
+    def _guest(self) -> target.Guest:
+        """Return what is known of the guest's memory."""
+        stats = self.stats_queue.latest
+        features = self.transport.features if self.transport is not None else 0
+        return target.Guest(
+            mapped=self.ram_bytes,
+            total=stats.values.get(StatTag.MEMTOT),
+            available=stats.values.get(StatTag.AVAIL, stats.values.get(StatTag.MEMFREE)),
+            ballooned=stats.ballooned,
+            total_has_balloon=bool(features & BalloonFeature.DEFLATE_ON_OOM),
+        )
+
+    def _check_inherited(self) -> None:
+        """Limit the target of an earlier driver once, when a new one reports its memory."""
+        if not self._inherited:
+            return
+        self._inherited = False
+        assumed = self._assumed or self._limits.memory or self.ram_bytes
+        wanted = self._wanted_pages << PAGE_SHIFT
+        pages = target.inherited(wanted, assumed, self._guest()) >> PAGE_SHIFT
+        if pages != self.config.fields.num_pages:
+            log.warning(
+                "the guest has started anew with %s of memory: the balloon's target is limited "
+                "to %s",
+                size_text(self.guest_bytes),
+                size_text(pages << PAGE_SHIFT),
+            )
+            self.config.fields.num_pages = pages
+            self._config_changed()
 
     def stats(self) -> GuestStats:
         """Return the latest memory statistics."""
@@ -341,6 +411,7 @@ class Balloon(VirtioDevice):
         self._forget()  # of rounds, layout and balloon of whatever guest was here before
         fields = self.config.fields
         fields.num_pages, fields.actual = state.num_pages, state.actual
+        self._wanted_pages, self._inherited = state.num_pages, False  # its driver continues
         fields.poison_val = state.poison_val
         self.hints.next_id, self.walks.next_id = state.hint_next_id, state.walk_next_id
         self.stats_interval = state.stats_interval

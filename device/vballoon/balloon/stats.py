@@ -34,6 +34,8 @@ class GuestStats:
 
     values: dict[StatTag, int] = field(default_factory=dict)
     last_update: float = 0.0
+    ballooned: int = 0
+    """Size of the balloon in bytes when they arrived."""
 
 
 class StatsQueue:
@@ -46,8 +48,11 @@ class StatsQueue:
         self.updated = False
         """A buffer has arrived since the last request."""
 
-    def handle(self, queue: DeviceQueue, batch: ChainBatch) -> None:
-        """Keep the newest buffer, give back any other: the driver should have but one there."""
+    def handle(self, queue: DeviceQueue, batch: ChainBatch, ballooned: int = 0) -> None:
+        """Keep the newest buffer, give back any other: the driver should have but one there.
+
+        *ballooned* is the size of the balloon in bytes.
+        """
         last = len(batch) - 1
         if last or self._held is not None:
             self._counters.bad_stats += last + (self._held is not None)
@@ -55,7 +60,7 @@ class StatsQueue:
         if last:
             queue.give(batch.ids[:last])
         self._held = (queue, batch.ids[last])
-        self._read(batch.readable(last, STATS_BYTES_MAX))
+        self._read(batch.readable(last, STATS_BYTES_MAX), ballooned)
 
     def request(self) -> bool:
         """Ask the driver for new statistics; False when it has no buffer with us."""
@@ -78,7 +83,7 @@ class StatsQueue:
         self.latest = GuestStats()
         self.updated = False
 
-    def _read(self, data: bytes) -> None:
+    def _read(self, data: bytes, ballooned: int) -> None:
         surplus = len(data) % BalloonStat.SIZE
         self._counters.bad_stats += bool(surplus)
         entries = np.frombuffer(data[: len(data) - surplus], dtype=BalloonStat.dtype())
@@ -89,6 +94,6 @@ class StatsQueue:
                 values[StatTag(tag)] = value
             else:
                 self._counters.stats_unknown_tags += 1
-        self.latest = GuestStats(values, time.time())
+        self.latest = GuestStats(values, time.time(), ballooned)
         self._counters.stats_buffers += 1
         self.updated = True

@@ -81,6 +81,16 @@ def _add_device_options(command: argparse.ArgumentParser) -> None:
         help="connect to the --vhost-user socket, repeatedly, instead of listening",
     )
     command.add_argument(
+        "--min", metavar="SIZE", help="lowest target (default: what the guest uses, plus a margin)"
+    )
+    command.add_argument("--max", metavar="SIZE", help="highest target")
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="the guest's memory, as in QEMU's -m; needed where the guest has memory that is not "
+        "RAM (ivshmem) or not plugged (virtio-mem) and reports no statistics",
+    )
+    command.add_argument(
         "--no-discard",
         action="store_true",
         help="never discard guest memory; needed for guests with passed-through devices",
@@ -195,7 +205,8 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     given = {key: value for key, value in given.items() if value is not None}
     if options.config is not None:
-        single = ("control", "client", "no_discard", "features", "no_msix", "folders", "user")
+        single = ["control", "client", "no_discard", "features", "no_msix", "folders", "user"]
+        single += ["min", "max", "memory"]
         if any(getattr(options, name) for name in single) or options.engine != "batch":
             raise UsageError("with --config FILE, give all options but --log-level in the file")
         from pathlib import Path
@@ -203,11 +214,19 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
         from vballoon.keeper.config import read_config
 
         return read_config(Path(options.config))
+    from vballoon.balloon.target import parse_limits
+
     if not given:
         raise UsageError("serve: give one of --vhost-user, --vfio-user, --fd or --config")
     given |= {"client": options.client, "no-discard": options.no_discard}
     given |= {"features": options.features, "engine": options.engine}
     given |= {"no-msix": options.no_msix}
+    given |= {
+        name: getattr(options, name)
+        for name in ("min", "max", "memory")
+        if getattr(options, name) is not None
+    }
+    parse_limits(given)
     if options.folders:
         given["folders"] = options.folders
     if options.user:

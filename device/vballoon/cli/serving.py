@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import fdsocket
 from vballoon.balloon import Balloon
+from vballoon.balloon.target import parse_limits
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import UsageError
@@ -68,7 +69,11 @@ class Machine:
         self, options: dict[str, Any], listening: Listening, stop: Callable[[], None]
     ) -> None:
         features = parse_features(options.get("features", ""))
-        balloon = Balloon(features.device, discard=not options.get("no-discard", False))
+        balloon = Balloon(
+            features.device,
+            discard=not options.get("no-discard", False),
+            limits=parse_limits(options),
+        )
         self._operator = Operator(balloon, self, stop=stop)
         self._control = ControlServer(self._operator)
         self._transport = _transport(options, listening, features, balloon, self._control.event)

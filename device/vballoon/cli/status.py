@@ -102,6 +102,9 @@ def _summary(answers: dict[str, Any]) -> Any:
     if size:
         table.add_row("guest memory", size_text(size))
         table.add_row("the guest has", f"{size_text(actual)} ({100 * actual / size:.1f} %)")
+        limits = f"{size_text(status['target'])}, not below {size_text(status['floor'])}"
+        table.add_row("target", limits)
+        table.add_row("driver", "running" if status["driver-running"] else "not running")
     stats = answers.get("guest-stats", {"last-update": 0, "stats": {}})
     if stats["last-update"]:
         age = max(0, int(time.time()) - stats["last-update"])

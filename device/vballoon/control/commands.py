@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of the control socket, declared in one table.
 
-``balloon``, ``query-balloon`` and the form of the statistics are those of QEMU (qapi/machine.json,
-docs/virtio-balloon-stats.txt).  The others exist only here.
+``balloon``, ``query-balloon`` and the shape of the statistics are QEMU's (qapi/machine.json and
+docs/virtio-balloon-stats.txt of QEMU); the others are this device's own.
 """
 
 from __future__ import annotations
@@ -32,32 +32,62 @@ COMMANDS = Table()
 MAX_CELLS = 1 << 16
 """Maximum number of cells of a memory map: five fill bytes for each cell, 440 kB as JSON."""
 
+STATS_POLLS, STATS_POLL_SECONDS = 25, 0.02
+"""How often, and after how many seconds each, to look for new statistics before a target."""
 
-# Commands that QEMU also has.
+
+# Commands that QEMU has too.
 
 
 @COMMANDS.command(
     "balloon",
-    {"value": Argument(int, "bytes of memory that the guest should have", minimum=1)},
+    {
+        "value": Argument(int, "bytes of memory that the guest should have", minimum=1),
+        "force": Argument(
+            bool, "accept a target outside the limits, or without a driver", optional=True
+        ),
+    },
 )
-def balloon(operator: Operator, value: int) -> dict[str, Any]:
+async def balloon(operator: Operator, value: int, force: bool = False) -> dict[str, Any]:
     """Ask the guest to inflate or deflate its balloon until it has *value* bytes.
 
-    The guest does so in its own time: see query-balloon and the event BALLOON_CHANGE.
+    The guest does so in its own time: see query-balloon and the event BALLOON_CHANGE.  Without
+    force, a target that the guest cannot see or that would leave it too little is an error.
     """
-    operator.balloon.set_target(value)
+    if not force:
+        if operator.balloon.ram_bytes:
+            operator.require_config_space()
+        await _refresh_stats(operator)
+    operator.balloon.set_target(value, force=force)
     return {}
+
+
+async def _refresh_stats(operator: Operator) -> None:
+    """Wait for new statistics, briefly: a guest that does not answer is judged by its last."""
+    before = operator.balloon.stats()
+    if not operator.balloon.request_stats():
+        return
+    for _ in range(STATS_POLLS):
+        if operator.balloon.stats() is not before:
+            return
+        await asyncio.sleep(STATS_POLL_SECONDS)
 
 
 @COMMANDS.command("query-balloon")
 def query_balloon(operator: Operator) -> dict[str, Any]:
-    """Show how many bytes of memory the guest has, excluding the balloon.
+    """Show how many bytes the guest has excluding the balloon, its target, floor and whole size.
 
     While ``driver-running`` is false, the number may be that of an earlier boot of the guest.
     """
     operator.require_memory()
     balloon = operator.balloon
-    return {"actual": balloon.actual_bytes, "driver-running": balloon.driver_running}
+    return {
+        "actual": balloon.actual_bytes,
+        "target": balloon.target_bytes,
+        "floor": balloon.floor_bytes,
+        "guest-memory": balloon.guest_bytes,
+        "driver-running": balloon.driver_running,
+    }
 
 
 @COMMANDS.command("query-guest-stats")
@@ -180,8 +210,8 @@ async def get_skip_export_fd(operator: Operator) -> Reply:
     """Return the current skip bitmap as a memory file; a descriptor comes with the reply.
 
     The bitmaps come first, in the manifest's order, each from a multiple of 4096 bytes on; the
-    manifest begins at manifest-offset. "vballoon export" writes them to files with its own
-    permissions. The server writes none, so this socket gives no access to its files.
+    manifest begins at manifest-offset. "vballoon export" writes them to files: the server writes
+    none, so that whoever reaches this socket can write only where they could anyway.
     """
     frozen = FrozenExport(operator.require_memory())
     fd, manifest_at, manifest = await asyncio.to_thread(frozen.to_descriptor)
@@ -190,7 +220,7 @@ async def get_skip_export_fd(operator: Operator) -> Reply:
 
 @COMMANDS.command("get-skip-bitmap-fd")
 def get_skip_bitmap_fd(operator: Operator) -> Reply:
-    """Return the live bitmaps in a read-only memfd, which the reply carries (SCM_RIGHTS).
+    """Hand out the live bitmaps: the reply carries a read-only memfd (SCM_RIGHTS).
 
     The reply says where each bitmap is in the memfd.
     """
@@ -247,6 +277,10 @@ def query_status(operator: Operator) -> dict[str, Any]:
         "guest-size": balloon.ram_bytes,
         "actual": balloon.actual_bytes,
         "resident": resident_bytes(balloon.skipmap.memory.regions) if balloon.ram_bytes else 0,
+        "target": balloon.target_bytes,
+        "floor": balloon.floor_bytes,
+        "guest-memory": balloon.guest_bytes,
+        "driver-running": balloon.driver_running,
         "guest-stats-interval": operator.stats_interval,
         **transport,
         "counters": plain(balloon.counters),

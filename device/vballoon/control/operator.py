@@ -57,8 +57,20 @@ class ControlledBalloon(Protocol):
     def actual_bytes(self) -> int:
         """Size of guest memory in bytes, excluding the balloon."""
 
-    def set_target(self, value: int) -> None:
-        """Ask the guest to keep *value* bytes, the rest being ballooned."""
+    @property
+    def guest_bytes(self) -> int:
+        """The guest's memory in bytes, the balloon included."""
+
+    @property
+    def target_bytes(self) -> int:
+        """The size in bytes that the guest is asked to have."""
+
+    @property
+    def floor_bytes(self) -> int:
+        """The lowest target in bytes that is accepted without *force*."""
+
+    def set_target(self, value: int, *, force: bool = ...) -> None:
+        """Ask the guest to have *value* bytes.  Raise UsageError for a careless target."""
 
     def stats(self) -> _Statistics:
         """Return the latest statistics."""
@@ -111,6 +123,19 @@ class Operator:
         if not self.balloon.ram_bytes:
             raise UsageError("no guest memory yet: wait until a front-end has connected")
         return self.balloon.skipmap
+
+    def require_config_space(self) -> None:
+        """Raise UsageError if the front-end shows the guest no configuration space."""
+        status = self.transport.status()
+        if (
+            status.transport == "vhost-user"
+            and status.connected
+            and "CONFIG" not in status.protocol_features
+        ):
+            raise UsageError(
+                "the front-end shows the guest no configuration space, so the guest cannot see a "
+                "target: add config_size=24 to QEMU's -device option"
+            )
 
 
 def plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import tomllib
 from typing import TYPE_CHECKING, Any
 
+from vballoon.balloon.target import parse_limits
 from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ _KINDS: dict[str, type] = {
     "vfio-user": str,
     "fd": int,
     "control": str,
+    "min": str,
+    "max": str,
+    "memory": str,
     "client": bool,
     "no-discard": bool,
     "features": str,
@@ -57,5 +61,9 @@ def _check_machine(where: str, machine: dict[str, Any]) -> None:
             raise UsageError(f"{where}: {key} must be of type {_KINDS[key].__name__}")
     if machine.get("engine", "batch") not in ENGINES:
         raise UsageError(f"{where}: engine must be one of {', '.join(ENGINES)}")
+    try:
+        parse_limits(machine)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     if sum(key in machine for key in WHERE) != 1:
         raise UsageError(f"{where}: exactly one of {', '.join(WHERE)} is needed")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import fdsocket
 from fdsocket import close_fds
 from vballoon.balloon import Balloon, persist
+from vballoon.balloon.target import parse_limits
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import PeerError, VballoonError
@@ -169,7 +170,11 @@ class _Worker:
     def _make_machine(self) -> None:
         options = self._start.options
         features = parse_features(options.get("features", ""))
-        self._balloon = Balloon(features.device, discard=not options.get("no-discard", False))
+        self._balloon = Balloon(
+            features.device,
+            discard=not options.get("no-discard", False),
+            limits=parse_limits(options),
+        )
         self._operator = Operator(self._balloon, self, stop=self._quit)
         self._control = ControlServer(self._operator)
         self._keeping = Keeping(self._notifier, {}, self._stored)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Declarations that the files of the extension _guard share. */
+/* What the parts of the extension share: SIGBUS, SIGSYS, and eventfds. */
 #ifndef VBALLOON_GUARD_H
 #define VBALLOON_GUARD_H
 

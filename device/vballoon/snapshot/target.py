@@ -30,4 +30,4 @@ def set_target(path: str | os.PathLike[str], target: int) -> None:
             if time.monotonic() > deadline:
                 raise UsageError(f"the guest's driver has not started within {READY_SECONDS:g} s")
             time.sleep(POLL_SECONDS)
-        control.execute("balloon", {"value": target})
+        control.execute("balloon", {"value": target, "force": True})
