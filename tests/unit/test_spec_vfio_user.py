@@ -82,6 +82,7 @@ TABLES: dict[type[WireStruct], tuple[int, dict[str, int]]] = {
     ),
     pci.ExtendedCapabilityHeader: (4, {"word": 0}),
     pci.PowerManagementCapability: (8, {"pmc": 2, "pmcsr": 4}),
+    pci.MsiCapability: (14, {"control": 2, "address": 4, "data": 12}),
     pci.MsixCapability: (12, {"control": 2, "table": 4, "pba": 8}),
     pci.MsixTableEntry: (16, {"address": 0, "data": 8, "control": 12}),
     pci.ExpressCapability: (

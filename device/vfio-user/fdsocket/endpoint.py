@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import stat
-from pathlib import Path
 
 __all__ = ("AddressInUse", "adopt", "connect", "is_listening", "listen")
 
@@ -45,7 +44,10 @@ def remove_stale(path: str | os.PathLike[str]) -> None:
         code = probe.connect_ex(os.fspath(path))
     if code != errno.ECONNREFUSED:  # 0 and EAGAIN: alive; EACCES and the like: not ours to judge
         raise AddressInUse(errno.EADDRINUSE, "another server listens on it", os.fspath(path))
-    Path(path).unlink(missing_ok=True)
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def connect(path: str | os.PathLike[str]) -> socket.socket:

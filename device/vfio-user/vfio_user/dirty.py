@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from vfio_user.errors import RequestError
 from virtio_formats.vfio_user import LoggingRange
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ("LOG_PAGE_SIZE", "MAX_LOG_RANGES", "DmaLog")
 
@@ -87,6 +89,8 @@ class DmaLog:
         return [(a, b) for a, b in cut if a < b]
 
     def _set(self, page: int, end: int) -> None:
+        import numpy as np  # not before it is used: it takes longer to import than all the rest
+
         while page < end:
             chunk, offset = divmod(page, _CHUNK_PAGES)
             stop = min(end - page, _CHUNK_PAGES - offset)
@@ -114,6 +118,8 @@ class DmaLog:
         return _words(self._collect(iova, length, page_size, bits))
 
     def _collect(self, iova: int, length: int, page_size: int, bits: int) -> NDArray[np.bool_]:
+        import numpy as np
+
         found = np.zeros(bits, np.bool_)
         first, last = iova // LOG_PAGE_SIZE, -(-(iova + length) // LOG_PAGE_SIZE)
         for chunk, pages in self._chunks.items():  # few; a client may ask for 2^64 bytes
@@ -130,6 +136,8 @@ class DmaLog:
 
 
 def _words(bits: NDArray[np.bool_]) -> bytes:
+    import numpy as np
+
     packed = np.packbits(bits, bitorder="little").tobytes()
     words = np.frombuffer(packed + bytes(-len(packed) % 8), "<u8")
     return words.astype("=u8").tobytes()

@@ -15,8 +15,6 @@ import stat
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from vfio_user.descriptors import Descriptors
 from vfio_user.dirty import DmaLog
 from vfio_user.errors import DmaError, RequestError
@@ -26,6 +24,7 @@ from virtio_formats.vfio_user import DmaMap, DmaMapFlags, DmaUnmap, DmaUnmapFlag
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     U64 = NDArray[np.uint64]
@@ -100,6 +99,8 @@ class DmaRegion:
                 area = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, prot, offset=self.offset)
             except (OSError, ValueError, OverflowError) as error:
                 raise DmaError(errno.EFAULT, f"cannot map client memory: {error}") from None
+            import numpy as np  # not before it is used: it takes longer to import than all the rest
+
             self._view = np.frombuffer(area, np.uint8)
         return self._view
 
@@ -267,6 +268,8 @@ class DmaTable:
 
     def contains(self, addr: U64, length: U64) -> NDArray[np.bool_]:
         """Return which ranges (uint64[n], bytes) each lie within one region (bool[n])."""
+        import numpy as np
+
         found = np.zeros(addr.shape, np.bool_)
         for region in self.regions:
             offset = addr - np.uint64(region.address)  # below the region it wraps, far past the end
@@ -311,7 +314,7 @@ class DmaTable:
             view = region.view
             if view is not None:
                 offset = start - region.address
-                view[offset : offset + count] = np.frombuffer(part, np.uint8)
+                memoryview(view)[offset : offset + count] = part  # type: ignore[arg-type]
             else:
                 self._messages().dma_write(start, part)
             self.log.mark(start, count)

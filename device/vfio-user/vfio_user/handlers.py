@@ -15,8 +15,6 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from vfio_user import features
 from vfio_user.errors import FatalError, RequestError
 from virtio_formats.pci import BarFlags
@@ -42,7 +40,7 @@ from virtio_formats.vfio_user import (
     WriteMulti,
     WriteOne,
 )
-from virtio_formats.wire import WireError, WireStruct, struct_format
+from virtio_formats.wire import WireError, WireStruct
 
 if TYPE_CHECKING:
     from vfio_user.device import PciDevice
@@ -54,8 +52,11 @@ __all__ = ("handle", "is_exclusive", "needs_quiet")
 
 Reply = tuple[bytes, list[int]]
 
-_ACCESS = struct.Struct(struct_format(RegionAccess.SUBCON) or "")
+_ACCESS = RegionAccess.flat_struct()
 """The declaration of a region access as one :mod:`struct` format."""
+
+_WRITE = struct.Struct(f"{_ACCESS.format}{WriteOne.SIZE - _ACCESS.size}s")
+"""One write of a REGION_WRITE_MULTI: a region access with room for its data."""
 
 Head = TypeVar("Head", bound=WireStruct)
 
@@ -268,13 +269,13 @@ def region_write_multi(link: Link, device: PciDevice, message: Message) -> Reply
     head, body = _split(WriteMulti, message.payload)
     if head.wr_cnt * WriteOne.SIZE != len(body):
         raise RequestError(errno.EINVAL, f"{head.wr_cnt} writes in {len(body)} bytes")
-    writes = np.frombuffer(body, WriteOne.dtype())
-    if (writes["count"] > writes.dtype["data"].itemsize).any():
+    writes = list(_WRITE.iter_unpack(body))
+    if any(count > len(data) for _, _, count, data in writes):
         raise RequestError(errno.EINVAL, "a write of more than 8 bytes")
     done = 0
-    for offset, index, count, data in writes.tolist():
+    for offset, index, count, data in writes:
         try:
-            _region(device, index).access_write(offset, bytes(data[:count]))
+            _region(device, index).access_write(offset, data[:count])
         except RequestError:
             if not done:
                 raise

@@ -7,7 +7,6 @@ end on SIGTERM, take ``--socket-path`` or ``--fd``.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
@@ -60,6 +59,8 @@ async def serve(
 
 def run_program(device: PciDevice, argv: Sequence[str] | None = None) -> int:
     """Run a device program from its command line; return the exit status."""
+    import argparse  # only programs need it
+
     parser = argparse.ArgumentParser(description=(type(device).__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket-path", metavar="PATH", help="listen there for the client")

@@ -8,15 +8,13 @@ to the one that they continue: Linux ends a read after the bytes that descriptor
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass, field
 
 from virtio_formats.vfio_user import Header, HeaderFlags
-from virtio_formats.wire import struct_format
 
 __all__ = ("HEADER", "Message", "Splitter", "close_all")
 
-HEADER = struct.Struct(struct_format(Header.SUBCON) or "")
+HEADER = Header.flat_struct()
 """The header's declaration as one :mod:`struct` format: every message passes through here."""
 
 _TYPE = int(HeaderFlags.TYPE_MASK)

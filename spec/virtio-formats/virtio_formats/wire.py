@@ -26,10 +26,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import struct
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
-import construct as c
-import numpy as np
+from virtio_formats.declare import Declaration
+
+if TYPE_CHECKING:
+    import construct as c
+    import numpy as np
 
 __all__ = ("WireError", "WireStruct", "c_struct", "dtype_of", "struct_format")
 
@@ -45,6 +48,9 @@ def dtype_of(con: c.Construct) -> np.dtype[Any]:
 
     Raise :class:`TypeError` for a layout whose size or meaning depends on its contents.
     """
+    import construct as c
+    import numpy as np
+
     while isinstance(con, c.Renamed):
         con = con.subcon
     if isinstance(con, c.FormatField):
@@ -65,6 +71,8 @@ def dtype_of(con: c.Construct) -> np.dtype[Any]:
 
 def struct_format(con: c.Struct) -> str | None:
     """Return the :mod:`struct` format of a flat layout, or None if it has no single one."""
+    import construct as c
+
     formats: list[str] = []
     for sub in con.subcons:
         while isinstance(sub, c.Renamed):
@@ -80,6 +88,8 @@ def struct_format(con: c.Struct) -> str | None:
 
 def _has_tail(con: c.Struct) -> bool:
     """Return whether the last field takes all remaining bytes."""
+    import construct as c
+
     last = con.subcons[-1] if con.subcons else None
     while isinstance(last, c.Renamed):
         last = last.subcon
@@ -107,17 +117,56 @@ class WireStruct:
         """Check that annotations and layout name the same fields in the same order."""
         dataclasses.dataclass(kw_only=True)(cls)
         cls._names = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
-        declared = tuple(sub.name for sub in cls.SUBCON.subcons if sub.name)
-        if declared != cls._names:
-            raise TypeError(f"{cls.__name__}: fields {cls._names} but layout {declared}")
+        layout = cls.__dict__.get("SUBCON")
+        if isinstance(layout, Declaration):
+            names, fmt = cls._declared(layout)
+        else:
+            names, fmt = cls._constructed()
+        if names != cls._names:
+            raise TypeError(f"{cls.__name__}: fields {cls._names} but layout {names}")
+        cls._flat = struct.Struct(fmt) if fmt else None
+
+    @classmethod
+    def _declared(cls, layout: Declaration) -> tuple[tuple[str, ...], str | None]:
+        """Set size and tail from a declaration; return field names and struct format."""
+        fields = layout.fields
+        cls.SIZE = layout.size
+        cls._tailed = bool(fields) and fields[-1].takes_rest
+        flat = fields[:-1] if cls._tailed else fields
+        unnamed = any(field.name is None for field in fields)
+        names = tuple(field.name for field in fields if field.name is not None)
+        return names, None if unnamed else layout.flat(flat)
+
+    @classmethod
+    def _constructed(cls) -> tuple[tuple[str, ...], str | None]:
+        """Set size and tail from a construct; return field names and struct format."""
+        import construct as c
+
+        subcons = cls.SUBCON.subcons
+        names = tuple(sub.name for sub in subcons if sub.name)
         try:
             cls.SIZE = cls.SUBCON.sizeof()
         except c.SizeofError:
             cls.SIZE = -1
         cls._tailed = _has_tail(cls.SUBCON)
-        flat = c.Struct(*cls.SUBCON.subcons[:-1]) if cls._tailed else cls.SUBCON
-        fmt = struct_format(flat) if len(declared) == len(cls.SUBCON.subcons) else None
-        cls._flat = struct.Struct(fmt) if fmt else None
+        flat = c.Struct(*subcons[:-1]) if cls._tailed else cls.SUBCON
+        return names, struct_format(flat) if len(names) == len(subcons) else None
+
+    @classmethod
+    def declared_fields(cls) -> tuple[Declaration, ...]:
+        """Return the fields of a layout that was declared with :mod:`virtio_formats.declare`."""
+        layout = cls.__dict__["SUBCON"]
+        return layout.fields if isinstance(layout, Declaration) else ()
+
+    @classmethod
+    def flat_struct(cls) -> struct.Struct:
+        """Return the compiled :mod:`struct` format of a flat layout, for the hot path.
+
+        Raise :class:`TypeError` for a layout that has none.
+        """
+        if cls._flat is None or cls._tailed:
+            raise TypeError(f"{cls.__name__} has no struct format")
+        return cls._flat
 
     @classmethod
     def parse(cls, data: Buffer) -> Self:
@@ -126,6 +175,8 @@ class WireStruct:
             raise WireError(f"{cls.__name__}: {len(data)} bytes instead of {cls.SIZE}")
         if cls._flat is not None:
             return cls(**dict(zip(cls._names, cls._unpack(data, cls._flat), strict=True)))
+        import construct as c
+
         try:
             found = _terminated(cls.SUBCON).parse(bytes(data))
         except c.ConstructError as error:
@@ -146,13 +197,18 @@ class WireStruct:
         return cls(**values)
 
     def build(self) -> bytes:
-        """Return the bytes of this structure.  Raise :class:`WireError` if a value does not fit."""
-        try:
-            if self._flat is not None:
-                values = [getattr(self, name) for name in self._names]
-                tail = values.pop() if self._tailed else b""
+        """Return the bytes.  Raise :class:`WireError` for a value that does not fit."""
+        if self._flat is not None:
+            values = [getattr(self, name) for name in self._names]
+            tail = values.pop() if self._tailed else b""
+            try:
                 return self._flat.pack(*values) + tail
-            fields = {name: _wire(getattr(self, name)) for name in self._names}
+            except struct.error as error:
+                raise WireError(f"{type(self).__name__}: {_first_line(error)}") from None
+        import construct as c
+
+        fields = {name: _wire(getattr(self, name)) for name in self._names}
+        try:
             return bytes(self.SUBCON.build(fields))
         except (c.ConstructError, struct.error) as error:
             raise WireError(f"{type(self).__name__}: {_first_line(error)}") from None
@@ -167,6 +223,8 @@ class WireStruct:
 
 @functools.cache
 def _terminated(con: c.Struct) -> c.Construct:
+    import construct as c
+
     return c.FocusedSeq("body", "body" / con, c.Terminated)
 
 
@@ -176,6 +234,8 @@ def _first_line(error: Exception) -> str:
 
 def _plain(value: Any) -> Any:
     """Return construct's containers as plain dicts and lists, without its own entries."""
+    import construct as c
+
     if isinstance(value, c.ListContainer):
         return [_plain(item) for item in value]
     if isinstance(value, c.Container):
@@ -204,6 +264,8 @@ _C_TYPES = {
 
 def c_struct(cls: type[WireStruct], name: str) -> str:
     """Return the C declaration (``struct name { … } __packed;``) of the little-endian layout."""
+    import construct as c
+
     lines = []
     for sub in cls.SUBCON.subcons:
         inner, suffix = sub, ""

@@ -8,8 +8,7 @@ reads it with a single unpack.
 
 from __future__ import annotations
 
-import construct as c
-
+from virtio_formats.declare import c
 from virtio_formats.vfio_user.header import Header
 from virtio_formats.wire import WireStruct
 
@@ -38,7 +37,7 @@ class RegionMessage(WireStruct):
     region: int
     count: int
 
-    SUBCON = c.Struct(*Header.SUBCON.subcons, *RegionAccess.SUBCON.subcons)
+    SUBCON = c.Struct(*Header.declared_fields(), *RegionAccess.declared_fields())
 
 
 class WriteMulti(WireStruct):

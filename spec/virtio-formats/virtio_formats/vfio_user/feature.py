@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import enum
 
-import construct as c
-
+from virtio_formats.declare import c
 from virtio_formats.wire import WireStruct
 
 __all__ = (

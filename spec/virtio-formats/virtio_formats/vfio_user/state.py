@@ -12,8 +12,7 @@ import enum
 import zlib
 from typing import Any
 
-import construct as c
-
+from virtio_formats.declare import c
 from virtio_formats.wire import WireError, WireStruct
 
 __all__ = (

@@ -9,11 +9,9 @@ written like the others.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
-import construct as c
-
+from virtio_formats.declare import c
 from virtio_formats.wire import WireError, WireStruct
 
 __all__ = (
@@ -79,6 +77,8 @@ class Capabilities:
         """
         if not data:
             return cls()
+        import json  # only for this message
+
         if data[-1]:
             raise WireError("version data does not end with NUL")
         try:
@@ -94,6 +94,8 @@ class Capabilities:
         Without spaces, because a client may read the reply into a buffer of the size of its
         request (QEMU 11.1 does).
         """
+        import json
+
         known = self._members()
         if only is not None:
             known = {name: value for name, value in known.items() if name in only}
