@@ -11,6 +11,7 @@ import asyncio
 import errno
 import gc
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -496,6 +497,7 @@ def test_a_device_that_fails_at_the_end_of_a_client(gadget: Gadget, path: Path) 
 
 def test_intx_over_a_socket_is_unmasked_by_an_eventfd(gadget: Gadget, path: Path) -> None:
     raised, unmask = os.eventfd(0), os.eventfd(0, os.EFD_NONBLOCK)
+    gadget.regions[0].write = lambda offset, data: gadget.intx.set(True)
 
     def irq(wire: Wire, flags: int, fd: int) -> None:
         request = IrqSet(argsz=20, flags=flags, index=PciIrq.INTX, start=0, count=1).build()
@@ -505,8 +507,10 @@ def test_intx_over_a_socket_is_unmasked_by_an_eventfd(gadget: Gadget, path: Path
         wire = Wire.connect(path)
         irq(wire, IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_TRIGGER, raised)
         irq(wire, IrqSetFlags.DATA_EVENTFD | IrqSetFlags.ACTION_UNMASK, unmask)
-        gadget.defer(lambda: gadget.intx.set(True))
+        # From the server's own thread: a device is called from no other.
+        wire.call(Command.REGION_WRITE, RegionAccess(offset=0, region=0, count=1).build() + b"1")
         for _ in range(3):  # asserted all the time: each end of interrupt raises it again
+            assert select.select([raised], [], [], 10)[0], "INTx was not signalled again"
             assert os.eventfd_read(raised) == 1
             os.eventfd_write(unmask, 1)
         wire.close()
