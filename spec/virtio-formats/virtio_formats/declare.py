@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Declare a construct layout without importing construct, which takes a while.
 
-``c`` stands for the module: ``c.Struct("size" / c.Int32ul)`` gives a :class:`Declaration`, which
-builds the construct when it is first needed.  A class with such a layout knows its field names,
-its size and its :mod:`struct` format from the declaration alone; whatever is neither flat nor of
-a fixed size is left to construct.
+``c`` is used in place of the module: ``c.Struct("size" / c.Int32ul)`` gives a
+:class:`Declaration`, which builds the construct when it is first needed.  A class with such a
+layout knows its field names, its size and its :mod:`struct` format from the declaration alone;
+whatever is neither flat nor of a fixed size is left to construct.
 """
 
 from __future__ import annotations
@@ -109,9 +109,11 @@ def _form(kind: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _Module:
-    """Stands for the module construct."""
+    """Offer the names of the module construct, each as a declaration."""
 
     def __getattr__(self, name: str) -> Declaration:
+        if name.startswith("__"):
+            raise AttributeError(name)
         found = _INTEGER.fullmatch(name)
         form: tuple[Any, ...] = ("name", name)
         if found is not None:
