@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Pre-allocated buffers on their way through the walk queue.
+ * Pre-allocated buffers of the walk queue.
  *
  * The walk's callback fills buffers and does nothing else: it neither waits
- * nor talks to the queue. Between two slices vbw_push_room() hands full buffers
- * to the device, takes used ones back, and waits if there is no room; it says
- * how many blocks the next slice may report so that the callback never runs
- * out. A notification costs more than a buffer, so buffers are put into the
- * queue quietly and the device is notified when half of them are there.
+ * nor uses the queue. Between two slices vbw_push_room() makes full buffers
+ * available to the device, takes used ones back, and waits if there is no room.
+ * It returns how many blocks the next slice may report, so that the callback
+ * always has a buffer. A notification costs more than a buffer, so the device
+ * is notified only when half of the buffers are available.
  */
 #include <linux/gfp.h>
 #include <linux/mm.h>
@@ -23,7 +23,7 @@
 /* Two more than the walk may fill: one for END, one for what END must follow. */
 #define RESERVED_BUFFERS 2
 
-/* The walk works with few buffers, too, so the kernel need not try its utmost. */
+/* The walk also works with few buffers, so the allocator need not try hard. */
 #define BUFFER_GFP (GFP_KERNEL | __GFP_ZERO | __GFP_NORETRY | __GFP_NOWARN)
 
 static_assert(VBW_BUFFER_SIZE <= VBALLOON_WALK_BUFFER_MAX);
@@ -31,10 +31,10 @@ static_assert(VBW_BUFFER_SIZE <= VBALLOON_WALK_BUFFER_MAX);
 /**
  * vbw_push_init - allocate the buffers
  * @push: to be filled in
- * @nr: how many buffers the walk may have under way; fewer are allocated where
- *	memory is fragmented
+ * @nr: how many buffers the walk may use; fewer are allocated if memory is
+ *	fragmented
  *
- * Return: 0, or -ENOMEM if not even one can be had.
+ * Return: 0, or -ENOMEM if only the reserved buffers could be allocated.
  */
 int vbw_push_init(struct vbw_push *push, unsigned int nr)
 {
@@ -65,7 +65,7 @@ int vbw_push_init(struct vbw_push *push, unsigned int nr)
 
 /**
  * vbw_push_free - free the buffers; the device must have been reset
- * @push: what vbw_push_init() made
+ * @push: the buffers of vbw_push_init()
  */
 void vbw_push_free(struct vbw_push *push)
 {
@@ -147,7 +147,7 @@ static int submit(struct vbw_push *push, struct vbw_buffer *buffer)
 	return 0;
 }
 
-/* Puts as many full buffers into the queue as it takes. */
+/* Make full buffers available until the queue is full. */
 static int submit_full(struct vbw_push *push)
 {
 	struct vbw_buffer *buffer, *next;
@@ -178,9 +178,9 @@ static bool progress(struct vbw_push *push)
 }
 
 /*
- * Waits until the device has used a buffer. Whether it is worth while to wait
- * on may have to be read from the configuration, which may sleep: not here, but
- * as soon as there is a reason to ask.
+ * Wait until the device has used a buffer. The reason to stop waiting may have
+ * to be read from the configuration, which may sleep. It is therefore read only
+ * after a wake-up that may have such a reason.
  */
 static int wait_for_device(struct vbw_push *push)
 {
@@ -193,7 +193,7 @@ static int wait_for_device(struct vbw_push *push)
 	return push->aborted(push) ? -ECANCELED : 0;
 }
 
-/* Makes sure of @nr free buffers, and that no full one is left. */
+/* Wait for @nr free buffers, and until no full one is left. */
 static int want_free(struct vbw_push *push, unsigned int nr)
 {
 	struct list_head *pos;
@@ -249,7 +249,7 @@ static void close_current(struct vbw_push *push)
 	push->sent_buffers++;
 }
 
-/* Writes the pending range into a buffer. */
+/* Write the pending range into a buffer. */
 static int store_pending(struct vbw_push *push)
 {
 	const unsigned int shift = PAGE_SHIFT - VBALLOON_PFN_SHIFT;
@@ -277,7 +277,7 @@ static int store_pending(struct vbw_push *push)
 }
 
 /**
- * vbw_push_until - say what ends a wait for the device
+ * vbw_push_until - set the conditions that end a wait for the device
  * @push: the buffers
  * @disturbed: see struct vbw_push
  * @aborted: see struct vbw_push
@@ -292,7 +292,7 @@ void vbw_push_until(struct vbw_push *push, bool (*disturbed)(struct vbw_push *pu
 /**
  * vbw_push_start - begin a series of buffers: a round, or a set (round 0)
  * @push: the buffers
- * @round: goes into every header
+ * @round: the round id in every header
  */
 void vbw_push_start(struct vbw_push *push, u32 round)
 {
@@ -310,7 +310,7 @@ void vbw_push_start(struct vbw_push *push, u32 round)
  * @num: its number of pages
  *
  * Context: under zone->lock. Neither sleeps nor allocates.
- * Return: 0, or -ENOBUFS when vbw_push_room() was not asked.
+ * Return: 0, or -ENOBUFS if vbw_push_room() was not called before.
  */
 int vbw_push_range(void *opaque, unsigned long pfn, unsigned long num)
 {
@@ -333,14 +333,14 @@ int vbw_push_range(void *opaque, unsigned long pfn, unsigned long num)
  *
  * Context: may sleep, until the device has used buffers.
  * Return: how many blocks may be reported now, at least 1, or a negative error
- * number: -ECANCELED when the round is not wanted any more, -EIO when the queue
+ * number: -ECANCELED when the round was cancelled, -EIO when the queue
  * is broken.
  */
 int vbw_push_room(struct vbw_push *push)
 {
 	int have, room;
 
-	/* A last place in the current buffer is the pending range's, so no room. */
+	/* The last place of the current buffer is reserved for the pending range. */
 	if (push->current_buffer && push->current_buffer->num == RANGES_PER_BUFFER - 1)
 		close_current(push);
 	have = want_free(push, RESERVED_BUFFERS + !push->current_buffer);
@@ -355,7 +355,7 @@ int vbw_push_room(struct vbw_push *push)
 }
 
 /**
- * vbw_push_flush - give everything that was reported to the device
+ * vbw_push_flush - make all reported ranges available to the device
  * @push: the buffers
  *
  * Return: 0 or a negative error number, as vbw_push_room().

@@ -9,10 +9,10 @@
 
 /**
  * struct vbw_reporting - the reporting queue
- * @shared: of the device
+ * @shared: the shared state of the device
  * @vq: the queue, or NULL
- * @info: what the kernel calls
- * @on: the kernel reports
+ * @info: the callback that the kernel calls
+ * @on: whether reporting is registered with the kernel
  */
 struct vbw_reporting {
 	struct vbw_shared *shared;

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fakes that tests drive the device with: drivers, front-ends, clients and guest memory."""
+"""Fakes for tests: drivers, front-ends, clients and guest memory."""

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian packages into a folder: the host's apt resolves, downloads and verifies; ``dpkg-deb``
-unpacks.
+"""Unpack Debian packages into a folder.
 
-Nothing is installed and no maintainer script runs, which takes seconds where a bootstrap takes
-minutes. apt is given a state of its own (lists, cache, an empty dpkg status), so the host's stays
-untouched.
+The host's apt resolves, downloads and verifies them, and ``dpkg-deb`` unpacks them. Nothing is
+installed and no maintainer script runs, so this takes seconds instead of minutes. apt uses a
+separate state (lists, cache, an empty dpkg status), so that of the host does not change.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ MERGED = ("bin", "sbin", "lib", "lib64")  # since bookworm these are links into 
 
 
 def run(command: list[str], **kwargs: object) -> str:
-    """Run a tool and give its standard output; :class:`LabError` with its own words if it fails."""
+    """Return the standard output of a tool.  Raise LabError with its last lines if it fails."""
     done = subprocess.run(  # type: ignore[call-overload]
         command, text=True, capture_output=True, check=False, **kwargs
     )
@@ -42,7 +41,7 @@ def run_bytes(command: list[str]) -> bytes:
 
 
 def run_status(command: list[str]) -> tuple[int, str]:
-    """Run a tool; its exit status, and its output and error output as they came."""
+    """Return the exit status of a tool, and its output with its error output."""
     done = subprocess.run(
         command,
         text=True,
@@ -57,7 +56,7 @@ def run_status(command: list[str]) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Release:
-    """A Debian release seen through an apt of its own."""
+    """A Debian release, used through a separate apt."""
 
     name: str
     suites: tuple[str, ...]
@@ -68,9 +67,7 @@ class Release:
         return cache_dir() / "apt" / self.name
 
     def apt(self, *words: str, target: str | None = None) -> str:
-        """Run ``apt-get`` or ``apt-cache`` (first word) on this release; ``target`` is a default
-        suite.
-        """
+        """Run ``apt-get`` or ``apt-cache`` (first word); *target* is the default suite."""
         option = ["-o", f"APT::Default-Release={target}"] if target else []
         environment = {**os.environ, "APT_CONFIG": str(self.folder / "apt.conf"), "LC_ALL": "C"}
         return run([words[0], *option, *words[1:]], env=environment)
@@ -113,7 +110,7 @@ class Release:
         ]
 
     def closure(self, packages: list[str], target: str | None = None) -> list[str]:
-        """File names of the packages and of everything they depend on."""
+        """Return the file names of the packages and of everything they depend on."""
         # apt lists only what it would download, so it must not see what it has downloaded already.
         empty = f"Dir::Cache::archives={self.folder / 'nothing'}"
         text = self.apt(
@@ -122,13 +119,13 @@ class Release:
         return [line.split()[1] for line in text.splitlines() if line.startswith("'")]
 
     def fetch_closure(self, packages: list[str], target: str | None = None) -> list[Path]:
-        """Download packages with their dependencies; paths of the ``.deb`` files."""
+        """Download packages with their dependencies, and return the paths of the files."""
         names = self.closure(packages, target)
         self.apt("apt-get", "install", "-y", "-q", "--download-only", *packages, target=target)
         return [self.folder / "archives" / name for name in names]
 
     def fetch(self, packages: list[str], target: str | None = None) -> list[Path]:
-        """Download exactly these packages, without dependencies."""
+        """Download packages without their dependencies, and return the paths of the files."""
         text = self.apt("apt-get", "download", "-q", "--print-uris", *packages, target=target)
         names = [line.split()[1] for line in text.splitlines() if line.startswith("'")]
         environment = {**os.environ, "APT_CONFIG": str(self.folder / "apt.conf"), "LC_ALL": "C"}

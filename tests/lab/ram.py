@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a guest as the host sees it: which of its bytes exist.
+"""Measure a guest's memory on the host: which of its bytes are allocated.
 
 A page that was discarded is a hole in the backing file, and so is one that was never touched.
 """
@@ -18,28 +18,28 @@ def memfds(pid: int) -> list[Path]:
         try:
             target = os.readlink(entry)
         except OSError:
-            continue  # closed while we looked
+            continue  # closed meanwhile
         if target.startswith("/memfd:memory-backend-memfd"):
             found.append(entry)
     return sorted(found, key=lambda entry: int(entry.name))
 
 
 class Ram:
-    """One memory backend of a running QEMU, by a path that opens it."""
+    """One memory backend of a running QEMU, given a path that opens it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def size(self) -> int:
-        """Bytes of the backing file."""
+        """Return the size of the backing file in bytes."""
         return self.path.stat().st_size
 
     def resident(self) -> int:
-        """Bytes of the backing file that exist (``st_blocks``; holes do not count)."""
+        """Return the allocated bytes of the backing file (``st_blocks``), without holes."""
         return self.path.stat().st_blocks * 512
 
     def extents(self) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` of every run of existing bytes, ascending (``SEEK_DATA``)."""
+        """Yield ``(start, end)`` of every run of allocated bytes, ascending (``SEEK_DATA``)."""
         fd = os.open(self.path, os.O_RDONLY)
         try:
             end = 0

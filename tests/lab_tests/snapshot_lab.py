@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest with something to lose, ``vballoon snapshot`` and ``restore`` as programs, and checks."""
+"""A guest with known data, ``vballoon snapshot`` and ``restore`` as programs, and checks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_driver(vm: Machine, module: Path | None) -> None:
 
 
 def fill(vm: Machine, freed: int) -> None:
-    """Create data of known content of every kind, and *freed* MiB of garbage in free memory."""
+    """Create known data in files and in a process, and *freed* MiB of old data in free memory."""
     vm.guest.sh("keeper make /tmp/kept 40")
     vm.guest.start("memhog 60", log="/run/hog.log", fifo="/run/hog")
     vm.guest.wait_for("grep -q filled /run/hog.log")
@@ -54,7 +54,7 @@ def fill(vm: Machine, freed: int) -> None:
 
 
 def unharmed(vm: Machine) -> None:
-    """Every byte is what it was."""
+    """Check that all known data is unchanged."""
     assert vm.guest.sh("keeper check /tmp/kept").startswith("good")
     before = int(vm.guest.sh("wc -l </run/hog.log"))
     vm.guest.sh("echo check >/run/hog")
@@ -100,7 +100,7 @@ class RestoredMachine(Machine):
             try:
                 self.qmp("quit")
                 self.process.wait(10)
-            except Exception:  # QEMU has gone already, or will with its parent
+            except Exception:  # QEMU has ended already, or will end with its parent
                 pass
         super().close()
 
@@ -109,7 +109,7 @@ class RestoredMachine(Machine):
 
 
 def reporting_is_quiet(backend: Backend, seconds: float = 3.0) -> None:
-    """Wait until the guest has reported what it had to."""
+    """Wait until the guest reports no more pages for *seconds*."""
     last, since = -1, time.monotonic()
     while time.monotonic() - since < seconds:
         now = backend.ctl("query-skip-bitmap")["pages"]["reported"]

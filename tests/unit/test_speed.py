@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may not get slower: ratios of things measured in turns, never times.
+"""Regressions of speed: ratios of work measured in turns, never times.
 
-The limits are several times what is measured (``docs/benchmarks.md``), because the machine may be
-busy; the least of several turns is compared, because what disturbs only adds.  A step back from
-whole batches to single buffers, or from one pass to one for each size, passes none of them.
+The limits are several times the measured ratios (``docs/benchmarks.md``), because the machine may
+be busy.  The minimum of several turns is compared, because disturbances only add time.  A change
+from whole batches to single buffers, or from one pass to several, exceeds every limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def least(samples: Samples) -> float:
 
 
 def subjects(*cases: tuple[str, Case], guest: int = 4 * GIB) -> dict[str, OurSubject]:
-    """For each (engine, case) a full ring of its own, in one guest."""
+    """Return a full ring for each (engine, case), all in one guest."""
     memory = make_memory((0, guest))
     arena = Arena(0x1000, SPACE - 0x1000)
     return {
@@ -39,7 +39,7 @@ def subjects(*cases: tuple[str, Case], guest: int = 4 * GIB) -> dict[str, OurSub
 
 
 def compare(made: dict[str, OurSubject], turns: int) -> dict[str, float]:
-    """Least seconds a buffer."""
+    """Return the minimum seconds for each buffer."""
     with without_kernel():
         found = interleaved({name: s.turn for name, s in made.items()}, turns, warm=2)
     return {name: least(found[name]) / made[name].buffers for name in made}
@@ -56,7 +56,7 @@ def test_batches_beat_single_buffers(packed: bool) -> None:
 
 @pytest.mark.parametrize("role", ["hint", "report", "inflate", "walk"])
 def test_the_compiled_loops_pay(role: str) -> None:
-    """Measured: 3 to 40 times; where they were not built, both are the same."""
+    """Measured: 3 to 40 times.  Without the extension both engines are the same."""
     case = Case(role, 256)
     cost = compare(subjects(("batch", case), ("numpy", case)), 7)
     assert cost["batch 256"] <= cost["numpy 256"] * (0.8 if native else 2)
@@ -71,7 +71,7 @@ def test_a_buffer_costs_the_same_in_a_large_ring(packed: bool) -> None:
 
 
 def test_a_chain_costs_no_more_than_its_elements() -> None:
-    """A report of 32 blocks, in a table, against 32 hints: at most twice."""
+    """A report of 32 blocks in an indirect table costs at most 3 times as much as 32 hints."""
     with_tables = Case("report", 256, indirect=True)
     cost = compare(subjects(("batch", with_tables), ("batch", Case("hint", 8192))), 7)
     assert cost["batch 256"] / 32 <= 3 * cost["batch 8192"]
@@ -99,8 +99,8 @@ def timed(work: object) -> Turn:
     return turn
 
 
-def test_whole_bitmaps_go_at_the_speed_of_memory() -> None:
-    """Counting and uniting against copying the same bitmap (32 MiB) to where memory is warm."""
+def test_whole_bitmaps_are_processed_at_the_speed_of_memory() -> None:
+    """Compare counting and uniting with a copy of the same bitmap (32 MiB) to touched memory."""
     skipmap = SkipMap(huge(TIB))
     both = (Provenance.REPORTED, Provenance.WALKED)
     blocks = np.arange(0, TIB >> 22, 2, dtype=np.uint64) << np.uint64(10)

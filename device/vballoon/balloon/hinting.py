@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Free page hinting: a queue that mixes command ids (readable) and free pages (writable).
 
-*Memory Balloon Device / Device Operation / Free Page Hinting*.  Hinted pages are recorded, never
-discarded: the driver may take one back before its buffer has even been used.
+Label: *Memory Balloon Device / Device Operation / Free Page Hinting*.  Hinted pages are recorded,
+never discarded, because the driver may use a page again before its buffer is used.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class HintQueue:
         self.rounds = rounds
         self._counters = counters
         self._taking = False
-        """The latest command id was the current one: pages that follow belong to the round."""
+        """Whether the latest command id was the current one: the next pages belong to the round."""
 
     def handle(self, queue: DeviceQueue, batch: ChainBatch, skipmap: SkipMap) -> None:
-        """Follow the command ids, record the pages that belong to the round, give all back."""
+        """Follow the command ids, record the pages of the current round, and return all buffers."""
         if np.count_nonzero(batch.writable) == batch.writable.size:  # as usual: no command id
             self._record(batch.addr, batch.len, skipmap)
         else:
@@ -50,7 +50,7 @@ class HintQueue:
         queue.give(batch.ids)
 
     def reset(self) -> None:
-        """Forget which id came last."""
+        """Forget the latest command id."""
         self._taking = False
 
     def _command(self, batch: ChainBatch, i: int) -> None:
@@ -75,7 +75,7 @@ class HintQueue:
     def _record(
         self, addr: NDArray[np.uint64], length: NDArray[np.uint32], skipmap: SkipMap
     ) -> None:
-        """Record the pages in ``[addr, addr + length)``, if this is the time for any."""
+        """Record the pages in ``[addr, addr + length)`` in a running round, else count as stale."""
         if not addr.size:
             return
         if self._taking and self.rounds.running and self.rounds.round is not None:

@@ -24,9 +24,9 @@ Channel = tuple[BackendChannel, "ChannelIo"]
 
 
 def open_channel(io: Io, fd: int) -> Channel:
-    """Return a back-end channel on socket *fd*, which is taken over.
+    """Return a back-end channel on socket *fd*, and take ownership of *fd*.
 
-    Raise :class:`~vballoon.errors.ProtocolError` ``fd-type`` if it is none.
+    Raise :class:`~vballoon.errors.ProtocolError` ``fd-type`` if it is not a socket.
     """
     channel = BackendChannel()
     try:
@@ -36,7 +36,7 @@ def open_channel(io: Io, fd: int) -> Channel:
 
 
 class ConfigAccess:
-    """Configuration messages of *device*, and the back-end channel that carries the changes."""
+    """Configuration messages of *device*, and the back-end channel that announces changes."""
 
     def __init__(self, device: VirtioDevice, io: Io) -> None:
         self._device, self._io = device, io
@@ -55,7 +55,7 @@ class ConfigAccess:
         }
 
     def set_backend_req_fd(self, _: None, fds: Fds) -> None:
-        """Take over the socket for the back-end's own requests."""
+        """Use a new socket for the back-end's own requests."""
         self.set_channel(open_channel(self._io, fds.take()))
 
     def set_channel(self, channel: Channel) -> None:
@@ -74,8 +74,8 @@ class ConfigAccess:
     def set_config(self, message: VhostUserConfig, _: Fds) -> None:
         """Store what the driver wrote; the device ignores read-only fields.
 
-        QEMU sends the whole block whenever the driver writes any of it, read-only fields with
-        the values that it last read.  Refusing that would fail a driver that did nothing wrong.
+        QEMU sends the whole block whenever the driver writes any of it.  Read-only fields then have
+        the values that QEMU last read.  Refusing that would fail a correct driver.
         """
         self._check(message)
         if message.flags not in (ConfigFlag.WRITABLE, ConfigFlag.MIGRATION):
@@ -91,7 +91,7 @@ class ConfigAccess:
             raise ProtocolError("config-range", f"{message.offset}+{message.size}")
 
     def send_change(self, *, suspended: bool) -> None:
-        """Send the change notification that is due, unless the device is *suspended*.
+        """Send a pending change notification, unless the device is *suspended*.
 
         A suspended device sends no messages ("Suspended device state"), so the notification
         waits until the device runs again.

@@ -43,9 +43,9 @@ __all__ = ("Handlers",)
 
 
 class Handlers:
-    """The handlers of requests that are about *rings* and the memory in *table*.
+    """The handlers of requests for *rings* and the memory in *table*.
 
-    *offered* is the feature word offered.
+    *offered* is the offered feature word.
     """
 
     def __init__(
@@ -120,11 +120,11 @@ class Handlers:
         rings.settle()
 
     def set_owner(self, _: None, __: Fds) -> None:
-        """Note that the session has an owner; nothing depends on it."""
+        """Record that the session has an owner; nothing depends on it."""
         self._rings.owned = True
 
     def reset_owner(self, _: None, __: Fds) -> None:
-        """Disable all rings, which is what the deprecated message is for."""
+        """Disable all rings, as the deprecated message requires."""
         self._rings.owned = False
         for vring in self._rings.vrings:
             vring.enabled = False
@@ -174,11 +174,11 @@ class Handlers:
         self._change_memory(lambda table: table.add(message.region, fds))
 
     def rem_mem_reg(self, message: VhostUserMemRegMsg, _: Fds) -> None:
-        """Remove a memory region; a descriptor that came along is closed unused."""
+        """Remove a memory region, and close a descriptor that came with the message."""
         self._change_memory(lambda table: table.remove(message.region))
 
     def _change_memory(self, change: Callable[[MemoryTable], None]) -> None:
-        """Park the rings, and run them again on whatever the table is then."""
+        """Park the rings, change the table, and run the rings again."""
         self._rings.set.park()
         try:
             change(self._table)
@@ -190,7 +190,7 @@ class Handlers:
     # -- dirty log ----------------------------------------------------------------------------
 
     def set_log_base(self, message: VhostUserLog, fds: Fds) -> Reply:
-        """Log writes to shared memory; answer a u64 of 0, which every front-end understands."""
+        """Log writes to shared memory.  Reply with a u64 of 0, which every front-end accepts."""
         covered = message.mmap_size * 8 * VHOST_LOG_PAGE
         if covered < self._table.memory.end:
             raise ProtocolError("log-size", f"covers {covered:#x} of {self._table.memory.end:#x}")
@@ -243,7 +243,7 @@ class Handlers:
         vring.base = message.num
 
     def get_vring_base(self, message: VhostVringState, _: Fds) -> Reply:
-        """Stop the ring, after everything in flight has been given back."""
+        """Give back all buffers in flight, stop the ring, and return its base."""
         base = self._rings.stop(self._vring(message.index))
         return Reply(VhostVringState(index=message.index, num=base).build())
 
@@ -264,7 +264,7 @@ class Handlers:
     # -- event descriptors --------------------------------------------------------------------
 
     def set_vring_kick(self, message: VhostUserU64, fds: Fds) -> None:
-        """Start the ring with this kick descriptor, or with none and polling."""
+        """Start the ring with this kick descriptor, or without one and with polling."""
         vring, fd = self._event(message, fds)
         self._rings.unwatch(vring)
         vring.set_fd("kick", fd)
@@ -301,7 +301,7 @@ class Handlers:
             raise ProtocolError("fd-type", f"{name}: {error.strerror}") from None
 
     def _event(self, message: VhostUserU64, fds: Fds) -> tuple[Vring, int | None]:
-        """Return the ring meant, and its descriptor (None under the invalid-FD flag)."""
+        """Return the ring that the message names, and the descriptor (None: invalid-FD flag)."""
         vring = self._vring(message.u64 & VringFd.INDEX_MASK)
         if message.u64 & ~int(VringFd.INDEX_MASK | VringFd.INVALID_FD):
             raise ProtocolError("vring-fd-flags", f"{message.u64:#x}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens on a transport, reported as it happens; both transports take the same."""
+"""The events of a transport; both transports report the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ __all__ = ("TransportEvents",)
 
 
 class TransportEvents:
-    """Receives the events of a transport.  Every method does nothing; override what matters."""
+    """Receives the events of a transport.  Every method does nothing; override those you need."""
 
     def frontend_connected(self) -> None:
         """Handle a front-end that has connected."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vfio_user.server``, ``run``: the shell on real sockets, with a client in a thread of its own.
+"""``vfio_user.server`` and ``run`` on real sockets, with a client in a separate thread.
 
-vfio-user specification (QEMU 11.1), *Client/server interactions*, ``Backend Program Conventions``.
+Labels: vfio-user specification (QEMU 11.1), *Client/server interactions* and ``Backend Program
+Conventions``.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Wire:
         self.call(Command.DMA_MAP, request.build(), fds)
 
     def answer_dma(self, ram: Ram) -> None:
-        """One DMA_READ."""
+        """Answer one DMA_READ."""
         head, payload, _ = self.receive()
         request = DmaAccess.parse(payload)
         data = ram.read(request.address, request.count)
@@ -133,7 +134,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_clients_one_after_another(gadget: Gadget, path: Path) -> None:
-    """A second is refused at once; the next finds the device as the first has left it."""
+    """A second client is refused at once; the next one finds the device unchanged."""
     request = RegionAccess(offset=4, region=0, count=4).build()
     before = open_fds()
 
@@ -238,7 +239,7 @@ class TestDmaByMessage:
         return seen
 
     def test_in_between_a_clients_own_command(self, gadget: Gadget, path: Path) -> None:
-        """The client wants its register before it looks at the DMA, as QEMU does."""
+        """The client waits for its register before it answers the DMA message, as QEMU does."""
         seen = self.doorbell(gadget)
         request = RegionAccess(offset=0, region=0, count=4).build()
 
@@ -347,7 +348,7 @@ def test_a_doorbell_by_eventfd(gadget: Gadget, path: Path) -> None:
 
 
 def test_the_largest_transfers(gadget: Gadget, path: Path) -> None:
-    """A mebibyte in one message, each way; more than a socket buffers."""
+    """One MiB in a message in each direction, which is more than a socket buffers."""
     gadget.regions[0].size = 1 << 21
     gadget.regions[0].read = lambda offset, count: bytes(count)
     sizes: list[int] = []
@@ -412,7 +413,7 @@ class TestProgram:
 def test_a_client_that_cannot_be_accepted_costs_no_cpu(
     gadget: Gadget, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:
-    """No descriptor left: one line, a pause, and then the client is served."""
+    """Without a free descriptor there is one log line and a pause; then the client is served."""
 
     class Refusing(socket.socket):
         left = 2
@@ -440,7 +441,7 @@ def test_a_client_that_cannot_be_accepted_costs_no_cpu(
 
 
 def test_a_client_that_reconnects_is_never_refused(gadget: Gadget, path: Path) -> None:
-    """Its old connection has ended, but the server may see the new one first."""
+    """The old connection has ended, but the server may notice the new one first."""
 
     def client() -> None:
         for number in range(50):
@@ -471,7 +472,7 @@ def test_clients_that_are_refused_are_bounded(gadget: Gadget, path: Path) -> Non
 
 
 def test_a_device_that_fails_at_the_end_of_a_client(gadget: Gadget, path: Path) -> None:
-    """The server never looked at its listening socket again."""
+    """The server once stopped watching its listening socket."""
 
     def fail(*args: object) -> None:
         raise ZeroDivisionError("in a hook")

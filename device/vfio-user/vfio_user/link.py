@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of one connection share: limits, capabilities, the outbox, and how it ended.
+"""The shared state of one connection: limits, capabilities, the outbox, and how it ended.
 
 The command handlers and the server's own DMA messages both need these and nothing else of a
 session, so this module imports neither of them.
@@ -27,7 +27,7 @@ Output = list[tuple[bytes, list[int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class SessionLimits:
-    """How much one client can make the server hold."""
+    """Limits of what the server keeps for one client."""
 
     max_msg_fds: int = 16
     """Descriptors in one message. QEMU 11.1 rejects a reply that offers more than 16."""
@@ -40,7 +40,7 @@ class SessionLimits:
 
     @property
     def max_message(self) -> int:
-        """Return the bytes of the largest message: the data and the fixed parts."""
+        """Maximum size of a message in bytes: the data and the fixed parts."""
         return self.max_data_xfer_size + 4096
 
 
@@ -92,12 +92,12 @@ class Link:
         error: int = 0,
         twin: bool = False,
     ) -> None:
-        """Queue a message, on the socket for server commands if *twin*; takes *fds* over."""
+        """Queue a message, on the socket for server commands if *twin*, and own *fds*."""
         head = HEADER.pack(msg_id, command, Header.SIZE + len(payload), flags, error)
         (self._twin_output if twin else self._output).append((head + payload, fds))
 
     def take_output(self) -> Output:
-        """Return what to send now, in order; the descriptors become the caller's."""
+        """Return what to send now, in order; the caller owns the descriptors."""
         output, self._output = self._output, []
         return output
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PCI configuration space: the type 0 header and the standard capabilities that we serve.
+"""PCI configuration space: the type 0 header and standard capabilities.
 
-PCI Local Bus Specification 3.0, sections 6.1, 6.2, 6.7, 6.8.2 (header, capability list, MSI-X);
+Labels: PCI Local Bus Specification 3.0, sections 6.1, 6.2, 6.7, 6.8.2 (header, list, MSI-X);
 PCI Bus Power Management Interface Specification 1.2, section 3.2; PCI Express Base
 Specification 3.1, section 7.8.  Field names follow ``<linux/pci_regs.h>``.  Little-endian.
 """
@@ -131,7 +131,7 @@ class Type0Header(WireStruct):
 
 
 class CapabilityHeader(WireStruct):
-    """What every capability begins with; *next* is an offset in configuration space, 0 ends."""
+    """The start of every capability; *next* is an offset in configuration space (0: the last)."""
 
     id: int
     next: int
@@ -140,7 +140,7 @@ class CapabilityHeader(WireStruct):
 
 
 class ExtendedCapabilityHeader(WireStruct):
-    """What every extended capability (PCI Express, from offset 256 on) begins with.
+    """The start of every extended capability (PCI Express, from offset 256 on).
 
     Bits 0 to 15 are the id, 16 to 19 the version, 20 to 31 the offset of the next one.
     """
@@ -151,10 +151,10 @@ class ExtendedCapabilityHeader(WireStruct):
 
 
 class PowerManagementCapability(WireStruct):
-    """Power management, 8 bytes; *pmc* 3 says version 1.2 and no power states between D0 and D3.
+    """Power management, 8 bytes; *pmc* 3 means version 1.2 and no power states between D0 and D3.
 
-    No_Soft_Reset (bit 3 of *pmcsr*) stays clear: Linux takes it for the promise that a suspended
-    device keeps its state, and a machine that wakes up from S3 has reset its devices.
+    No_Soft_Reset (bit 3 of *pmcsr*) stays clear.  For Linux it means that a suspended device keeps
+    its state, but a machine that wakes up from S3 has reset its devices.
     """
 
     id: int = CapId.PM
