@@ -19,7 +19,7 @@ import virtio_formats.vhost_user as vu
 from vballoon.memory import GuestMemory
 from virtio_conformance.vfio_user import Client
 from virtio_conformance.virtio_pci import VirtioPci
-from virtio_formats.vfio_user import Command, HeaderFlags, PciIrq, RegionAccess
+from virtio_formats.vfio_user import Command, Header, HeaderFlags, PciIrq, RegionAccess
 from virtio_formats.virtio import features as f
 from virtio_formats.virtio.balloon import BalloonFeature
 
@@ -167,7 +167,7 @@ class VfioFront(Front):
             assert not self.client.map(slice_).failed  # type: ignore[arg-type]
         self.pci.set_config(4, 2, self.pci.config(4, 2) | 0x6)  # memory space, bus master
         self.pci.enable_msix()
-        self._places: list[tuple[int, int]] = []
+        self._bells: list[bytes] = []  # complete messages: QEMU, which is C, builds one in no time
 
     def _start(self, index: int, load: FullRing) -> None:
         # A server that finds only zeroes where a driver's ring should be asks, by messages that
@@ -176,18 +176,24 @@ class VfioFront(Front):
         assert not self.client.set_irqs(PciIrq.MSIX, index + 1, [self.calls[index]]).failed
         a = load.addresses
         self.pci.set_queue(index, load.size, (a.desc, a.driver, a.device), index + 1)
-        self._places.append(self.pci.notify_place(index))
+        bar, offset = self.pci.notify_place(index)
+        access = RegionAccess(offset=offset, region=bar, count=2).build()
+        payload = access + index.to_bytes(2, "little")
+        head = Header(
+            id=0,
+            command=Command.REGION_WRITE,
+            size=Header.SIZE + len(payload),
+            flags=int(HeaderFlags.NO_REPLY),
+            error=0,
+        )
+        self._bells.append(head.build() + payload)
 
     def _ready(self) -> None:
         self.pci.driver_ok()
 
     def kick(self, index: int) -> None:
         """Send a posted write like QEMU: without a reply, so that processes can share this."""
-        bar, offset = self._places[index]
-        access = RegionAccess(offset=offset, region=bar, count=2).build()
-        self.client.send(
-            Command.REGION_WRITE, access + index.to_bytes(2, "little"), flags=HeaderFlags.NO_REPLY
-        )
+        self.client.tap.send(self._bells[index], ())
 
     def close(self) -> None:
         self.client.close()

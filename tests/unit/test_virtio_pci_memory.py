@@ -128,6 +128,22 @@ class TestMemory:
         decoy.close()
         end(guest)
 
+    def test_only_the_first_doorbell_looks_at_the_files(
+        self, mapped: tuple[Echo, Guest], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, guest = mapped
+        guest.start(V1)
+        send(guest, 0, b"first")
+        looked: list[int] = []
+        monkeypatch.setattr(guest.function.client_memory, "_suspect", looked.append)
+        send(guest, 0, b"second")
+        assert looked == []
+        guest.client.map(more := Ram(RAM_BASE + 2 * RAM_SIZE, 0x10000))
+        send(guest, 0, b"third")  # the memory has changed: look once more
+        assert len(looked) > 0
+        guest.client.unmap(more.address, more.size)
+        more.close()
+
     def test_dma_logging_marks_what_the_device_writes(self, mapped: tuple[Echo, Guest]) -> None:
         _, guest = mapped
         guest.start(V1)

@@ -117,6 +117,8 @@ class ClientMemory:
         :attr:`stale` is set.
         """
         for addr in addresses:
+            if addr in self._checked:  # at every doorbell but the first
+                continue
             region = self._suspect(addr)
             if region is not None and self._differs(addr):
                 self._distrust(region)

@@ -521,6 +521,35 @@ def test_intx_over_a_socket_is_unmasked_by_an_eventfd(gadget: Gadget, path: Path
     os.close(unmask)
 
 
+def test_a_doorbell_wakes_the_loop_once(
+    gadget: Gadget, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deferred work is done with the message that caused it, not in one more turn of the loop."""
+    turns: list[int] = []
+    run = Server.run_deferred
+
+    def counted(server: Server) -> None:
+        turns.append(len(gadget.log))
+        run(server)
+
+    def work() -> None:
+        gadget.log.append(("work",))
+        if gadget.log.count(("work",)) < 3:  # what deferred work defers is done as well
+            gadget.defer(work)
+
+    def client() -> None:
+        wire = Wire.connect(path)
+        wire.call(Command.REGION_WRITE, RegionAccess(offset=0, region=0, count=1).build() + b"1")
+        while gadget.log.count(("work",)) < 3:
+            wire.call(Command.DEVICE_GET_INFO, bytes([16]) + bytes(15))
+        wire.close()
+
+    monkeypatch.setattr(Server, "run_deferred", counted)
+    gadget.regions[0].write = lambda offset, data: gadget.defer(work)
+    serve(gadget, path, client)
+    assert turns[:3] == [1, 1, 2], "VERSION, the doorbell, and what its work deferred"
+
+
 class TestQuiesce:
     """A device that needs time before its memory or its state changes."""
 

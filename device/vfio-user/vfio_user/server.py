@@ -62,6 +62,8 @@ class Server:
         else:
             self._only = listener
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.feeding = False
+        """Whether the session takes bytes now; deferred work is done right after that."""
         self._unmask_fd: int | None = None
 
     async def serve(self) -> None:
@@ -87,7 +89,7 @@ class Server:
             self._connect(self._only)
 
     def _wake(self) -> None:
-        if self._loop is not None:
+        if self._loop is not None and not self.feeding:
             self._loop.call_soon(self.run_deferred)
 
     def run_deferred(self) -> None:
@@ -209,7 +211,11 @@ class Connection:
 
         At once, not from the loop, where a doorbell would wait for all other work.
         """
-        self.session.feed(data, fds)
+        self._server.feeding = True
+        try:
+            self.session.feed(data, fds)
+        finally:
+            self._server.feeding = False
         self.flush()
         self._server.run_deferred()
 
