@@ -48,7 +48,6 @@ NOT_CONVERTED: tuple[str, ...] = (
     "device/vballoon/keeper/",
     "device/vballoon/snapshot/",
     "docs/migration.md",
-    "docs/vfio-user.md",
 )
 """Files, by the beginning of their path, that are still to be converted.  To become empty."""
 
