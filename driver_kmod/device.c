@@ -224,6 +224,29 @@ static void deallocate(struct vbw_device *vb)
 	kfree(vb);
 }
 
+/* Start hinting, balloon and reporting, or none of them. */
+static int start_parts(struct vbw_device *vb)
+{
+	int err = vbw_hinting_start(&vb->hinting);
+
+	if (err)
+		return err;
+	err = vbw_balloon_start(&vb->balloon);
+	if (err)
+		goto err_hinting;
+	write_poison(vb);
+	err = vbw_reporting_start(&vb->reporting);
+	if (err)
+		goto err_balloon;
+	return 0;
+
+err_balloon:
+	vbw_balloon_stop(&vb->balloon);
+err_hinting:
+	vbw_hinting_stop(&vb->hinting);
+	return err;
+}
+
 static int probe(struct virtio_device *vdev)
 {
 	struct vbw_device *vb;
@@ -240,25 +263,14 @@ static int probe(struct virtio_device *vdev)
 	err = init_vqs(vb);
 	if (err)
 		goto err_session;
-	err = vbw_hinting_start(&vb->hinting);
+	err = start_parts(vb);
 	if (err)
 		goto err_vqs;
-	err = vbw_balloon_start(&vb->balloon);
-	if (err)
-		goto err_hinting;
-	write_poison(vb);
-	err = vbw_reporting_start(&vb->reporting);
-	if (err)
-		goto err_balloon;
 	start(vb);
 	vbw_debugfs_add(vb);
 	changed(vdev);
 	return 0;
 
-err_balloon:
-	vbw_balloon_stop(&vb->balloon);
-err_hinting:
-	vbw_hinting_stop(&vb->hinting);
 err_vqs:
 	del_vqs(vb);
 err_session:

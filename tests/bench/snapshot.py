@@ -52,9 +52,10 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(1024, 50, 300, 1), "short": Size(4096, 100, 1000, 1),
+    "quick": Size(1024, 50, 300, 1),
+    "short": Size(4096, 100, 1000, 1),
     "full": Size(4096, 100, 1000, 3),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -106,9 +107,14 @@ def _turn(size: Size, module: Path, place: Path) -> Iterator[tuple[str, Saved]]:
 def _guest(size: Size, extra: list[str], driver: str, module: Path | None) -> Iterator[Machine]:
     files: dict[str, bytes | Path] = {"lab/vballoon_walk.ko": module} if module else {}
     hardware: dict[str, Any] = {
-        "kernel": "6.12", "machine": "pc", "memory": size.memory, "smp": 2, "backing": "file",
-        "files": files, "extra": extra,
-    }  # fmt: skip
+        "kernel": "6.12",
+        "machine": "pc",
+        "memory": size.memory,
+        "smp": 2,
+        "backing": "file",
+        "files": files,
+        "extra": extra,
+    }
     with Machine(**hardware) as vm:
         if driver:
             vm.guest.sh(driver)
@@ -213,18 +219,28 @@ def _write(part: Part, size: Size, found: dict[str, list[Saved]]) -> None:
         ),
     ]
     table = part.table(
-        "Medians", "way", "written, MiB", "in use, MiB", "total, s",
-        "guest whole again, s", "stopped, s", "the same bytes copied alone, s",
-    )  # fmt: skip
+        "Medians",
+        "way",
+        "written, MiB",
+        "in use, MiB",
+        "total, s",
+        "guest whole again, s",
+        "stopped, s",
+        "the same bytes copied alone, s",
+    )
     medians: dict[str, Saved] = {}
     for name, turns in found.items():
         kept = {
             what: part.keep(Samples(what, unit, [getattr(s, what) for s in turns]), way=name).median
             for what, unit in (
-                ("written", "B"), ("used", "B"), ("total", "s"), ("stopped", "s"), ("alone", "s"),
+                ("written", "B"),
+                ("used", "B"),
+                ("total", "s"),
+                ("stopped", "s"),
+                ("alone", "s"),
                 ("whole", "s"),
             )
-        }  # fmt: skip
+        }
         medians[name] = Saved(**kept)
         table.rows.append(
             [name, kept["written"] / MIB, kept["used"] / MIB, kept["total"], kept["whole"],

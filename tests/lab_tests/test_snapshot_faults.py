@@ -140,8 +140,11 @@ def test_interrupted(vm: Machine, backend: Backend, tmp_path: Path, step: str) -
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, step, *words],
-        check=False, timeout=60, capture_output=True, text=True,
-    )  # fmt: skip
+        check=False,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     lives_on(vm, backend, tmp_path / "snap")

@@ -12,16 +12,6 @@ from tests.roots import REPOSITORY
 
 LINES_MAX = 40
 TOPS = ("device", "driver_kmod", "examples", "spec")
-NOT_SPLIT = {
-    "device/vballoon/cli/restore.py:add",
-    "device/vballoon/cli/send.py:add",
-    "device/vballoon/cli/send.py:run",
-    "device/vballoon/cli/snapshot.py:add",
-    "device/vballoon/cli/snapshot.py:run",
-    "device/vballoon/snapshot/command.py:rewrite",
-    "driver_kmod/device.c:probe",
-}
-"""Functions that are still to be split.  Only remove entries."""
 
 
 def sources() -> list[Path]:
@@ -58,8 +48,7 @@ def too_long(path: Path) -> dict[str, int]:
 
 def test_functions_are_short() -> None:
     found = {name: n for path in sources() for name, n in too_long(path).items()}
-    assert {name: n for name, n in found.items() if name not in NOT_SPLIT} == {}
-    assert NOT_SPLIT - found.keys() == set(), "split: remove it from the list"
+    assert found == {}
 
 
 @pytest.mark.parametrize(

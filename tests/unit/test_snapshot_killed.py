@@ -155,8 +155,11 @@ def killed(
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SNAPSHOT, json.dumps(given)],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert "Traceback" not in done.stderr, done.stderr
     deadline = time.monotonic() + 60
     while True:  # until the guardian has ended, too

@@ -216,9 +216,14 @@ def test_page_that_was_discarded_meanwhile_is_blank(
     ],
 )
 def test_guest_is_asked_for_what_it_can_tell(
-    qemu: FakeQemu, vm: QemuVm, tmp_path: Path, lacks: set[str], complete: bool,
-    asked: list[str], left_out: set[int],
-) -> None:  # fmt: skip
+    qemu: FakeQemu,
+    vm: QemuVm,
+    tmp_path: Path,
+    lacks: set[str],
+    complete: bool,
+    asked: list[str],
+    left_out: set[int],
+) -> None:
     guest = Guest()
     control = Control(guest)
     control.lacks, control.complete = lacks, complete

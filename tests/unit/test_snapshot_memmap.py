@@ -218,14 +218,16 @@ def test_many_unlinked_blocks_are_a_reason_to_refuse() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 7), st.binary(min_size=8, max_size=8)),
-             max_size=12),
+    st.lists(
+        st.tuples(st.integers(0, 4095), st.integers(0, 7), st.binary(min_size=8, max_size=8)),
+        max_size=12,
+    ),
     st.dictionaries(
         st.sampled_from([n for n in vars(HEADER) if not n.startswith("_")]),
         st.integers(0, (1 << 32) - 1) | st.integers(0, 70),
         max_size=2,
     ),
-)  # fmt: skip
+)
 def test_whatever_the_guest_writes_has_one_of_two_outcomes(
     writes: list[tuple[int, int, bytes]], changes: dict[str, int]
 ) -> None:

@@ -135,8 +135,9 @@ def test_machine_that_came_and_cannot_run_is_kept(tmp_path: Path) -> None:
     (kept,) = tmp_path.iterdir()
     assert f"is kept in {kept}" in done.stderr.decode()
     open_snapshot(kept)
-    done = subprocess.run([*words, "--", "false"], input=STREAM[:-1], capture_output=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [*words, "--", "false"], input=STREAM[:-1], capture_output=True, check=False
+    )
     assert done.returncode == 1
     assert list(tmp_path.iterdir()) == [kept]
 

@@ -174,10 +174,14 @@ def test_guest_that_releases_its_balloon_late_gets_it_back_from_the_guardian(
 def left_behind(source: GuestSource, folder: Path, qemu: FakeQemu, **flags: bool) -> Entry:
     """Write the journal of a snapshot that was killed together with its guardian."""
     entry = Entry(
-        str(folder / "qmp"), "/machine/peripheral/balloon0", dict(BALLOON),
-        {"id": "c0", "path": str(qemu.socket)}, qemu=ME.name,
-        memory=identity(source.files[0].fd), file=str(folder / "qmp.journal"),
-    )  # fmt: skip
+        str(folder / "qmp"),
+        "/machine/peripheral/balloon0",
+        dict(BALLOON),
+        {"id": "c0", "path": str(qemu.socket)},
+        qemu=ME.name,
+        memory=identity(source.files[0].fd),
+        file=str(folder / "qmp.journal"),
+    )
     entry = replace(entry, **flags)  # type: ignore[arg-type]
     JournalFile(folder / "qmp.journal").write(entry)
     return entry
@@ -269,8 +273,10 @@ def test_guardian_does_not_resume_what_may_run_elsewhere(
     qemu.status = "paused"
     done = subprocess.run(
         [sys.executable, "-m", "vballoon.snapshot.guardian"],
-        input=entry.dumps(), capture_output=True, check=False,
-    )  # fmt: skip
+        input=entry.dumps(),
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert GONE.encode() in done.stderr
     assert qemu.status == "paused"

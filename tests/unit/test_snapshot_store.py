@@ -30,9 +30,12 @@ from vballoon_spec.snapshot import (
 
 PAGE = 4096
 DEVICE = {
-    "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": "rp0", "chardev": "c0",
+    "driver": "vhost-user-test-device-pci",
+    "id": "balloon0",
+    "bus": "rp0",
+    "chardev": "c0",
     "virtio-id": 5,
-}  # fmt: skip
+}
 
 
 def manifest_of(store: DirectoryStore, kind: StateKind = StateKind.IGNORE_SHARED):
@@ -115,13 +118,14 @@ DAMAGES = {
     "manifest cut": lambda d: os.truncate(d / "manifest.json", 100),
     "manifest empty": lambda d: (d / "manifest.json").write_text(""),
     "manifest not text": lambda d: (d / "manifest.json").write_bytes(b"\xff\xfe\x00"),
-    "manifest a directory": lambda d: ((d / "manifest.json").unlink(),
-                                       (d / "manifest.json").mkdir()),
-    "manifest a pipe": lambda d: ((d / "manifest.json").unlink(),
-                                  os.mkfifo(d / "manifest.json")),
+    "manifest a directory": lambda d: (
+        (d / "manifest.json").unlink(),
+        (d / "manifest.json").mkdir(),
+    ),
+    "manifest a pipe": lambda d: ((d / "manifest.json").unlink(), os.mkfifo(d / "manifest.json")),
     "state a link": lambda d: linked(d / "state"),
     "memory a link": lambda d: linked(d / "mem.ram"),
-}  # fmt: skip
+}
 
 
 def linked(path: Path) -> None:
@@ -201,9 +205,14 @@ def test_command_line_becomes_one_that_restores(whole: Path) -> None:
     words = rewritten(whole, COMMAND)
     backend = json.loads(words[words.index("-object") + 1])
     assert backend == {
-        "qom-type": "memory-backend-file", "id": "mem", "size": 64 * PAGE,
-        "mem-path": "/dev/shm/r", "share": True, "policy": "bind", "host-nodes": "0",
-    }  # fmt: skip
+        "qom-type": "memory-backend-file",
+        "id": "mem",
+        "size": 64 * PAGE,
+        "mem-path": "/dev/shm/r",
+        "share": True,
+        "policy": "bind",
+        "host-nodes": "0",
+    }
     text = " ".join(words)
     assert "balloon0" not in text
     assert "c0" not in text
@@ -262,7 +271,7 @@ HOSTILE = [
     {**DEVICE, "addr": {"a": "b"}},
     {**DEVICE, "socket": {"type": "unix", "path": "/x"}},
     {"driver": "vfio-user-pci", "id": "balloon0"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("device", HOSTILE, ids=repr)

@@ -94,11 +94,20 @@ def test_steps_come_in_this_order(
         "look", "guard", "unplug", "prepare", "stop", "state", "verify", "copy", "check", "resume",
         "plug", "finish", "done",
     ]  # fmt: skip
-    order = [n for n in qemu.log if n in ("device_del", "stop", "xen-save-devices-state", "cont",
-                                          "chardev-remove", "device_add")]  # fmt: skip
+    order = [
+        n
+        for n in qemu.log
+        if n
+        in ("device_del", "stop", "xen-save-devices-state", "cont", "chardev-remove", "device_add")
+    ]
     assert order == [
-        "device_del", "stop", "xen-save-devices-state", "cont", "chardev-remove", "device_add",
-    ]  # fmt: skip
+        "device_del",
+        "stop",
+        "xen-save-devices-state",
+        "cont",
+        "chardev-remove",
+        "device_add",
+    ]
 
 
 def test_free_memory_is_asked_of_a_stopped_guest_only(

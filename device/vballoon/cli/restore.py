@@ -73,6 +73,10 @@ def add(commands: Subparsers) -> None:
         metavar="SOCKET",
         help="control socket of the balloon's back-end, to set the saved target again",
     )
+    _add_ways(command)
+
+
+def _add_ways(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--private",
         action="store_true",

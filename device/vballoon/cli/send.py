@@ -5,10 +5,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from vballoon.cli.common import Subparsers, add_command
-from vballoon.cli.snapshot import observer, settle, summary
+from vballoon.cli.snapshot import (
+    add_balloon_options,
+    add_run_options,
+    observer,
+    settle,
+    summary,
+)
 from vballoon.errors import UsageError
+
+if TYPE_CHECKING:
+    from vballoon.snapshot.link import Link
 
 __all__ = ("add", "run")
 
@@ -44,15 +54,7 @@ def add(commands: Subparsers) -> None:
         "--control", metavar="SOCKET", required=True, help="control socket of 'vballoon serve'"
     )
     command.add_argument("--to", metavar="unix:PATH", help="a socket instead of a command")
-    command.add_argument("--device", metavar="ID", help="the balloon, where there are several")
-    command.add_argument("--device-socket", metavar="SOCKET", help="the balloon back-end's socket")
-    command.add_argument(
-        "--unplug-timeout",
-        metavar="SECONDS",
-        type=float,
-        default=20.0,
-        help="how long the guest may take to release the balloon (default: 20)",
-    )
+    add_balloon_options(command)
     command.add_argument(
         "--silence",
         metavar="SECONDS",
@@ -60,18 +62,7 @@ def add(commands: Subparsers) -> None:
         default=600.0,
         help="how long the other side may be silent, which includes its checking (default: 600)",
     )
-    command.add_argument(
-        "--settle",
-        metavar="SECONDS",
-        type=float,
-        default=0.0,
-        help="first wait until the guest has reported what it has freed, at most so long",
-    )
-    command.add_argument("--qemu-pid", metavar="PID", type=int, default=0, help="QEMU's process")
-    command.add_argument(
-        "--journal", metavar="FILE", help="the journal (default: the monitor's socket, + .journal)"
-    )
-    command.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    add_run_options(command)
 
 
 def unix_path(text: str) -> str:
@@ -85,7 +76,6 @@ def unix_path(text: str) -> str:
 def run(options: argparse.Namespace) -> int:
     """Move the VM and print a summary. Return the exit status."""
     from vballoon.control.client import ControlClient
-    from vballoon.snapshot.link import Link
     from vballoon.snapshot.pipe import MoveStore
     from vballoon.snapshot.qmp_vm import QemuVm
     from vballoon.snapshot.run import Options, Run
@@ -110,11 +100,7 @@ def run(options: argparse.Namespace) -> int:
         GuestSource.fetch(control) as source,
     ):
         settle(control, options.settle)
-        if options.to is not None:
-            link = Link.connect(unix_path(options.to), silence=options.silence)
-        else:
-            link = Link.run(options.command_line, silence=options.silence)
-        with link, observer(options.quiet) as watching:
+        with _link(options) as link, observer(options.quiet) as watching:
             store = MoveStore(link)
             moving = Run(vm, source, store, chosen, watching, control=control)
             moving.sender = Sender(link, store)
@@ -123,3 +109,11 @@ def run(options: argparse.Namespace) -> int:
         summary(manifest, moving.seconds())
         print("the VM runs at its new place", file=sys.stderr)
     return 0
+
+
+def _link(options: argparse.Namespace) -> Link:
+    from vballoon.snapshot.link import Link
+
+    if options.to is not None:
+        return Link.connect(unix_path(options.to), silence=options.silence)
+    return Link.run(options.command_line, silence=options.silence)

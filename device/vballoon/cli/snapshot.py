@@ -13,7 +13,7 @@ from vballoon.errors import UsageError
 
 if TYPE_CHECKING:
     from vballoon.control.client import ControlClient
-    from vballoon.snapshot.run import Observer
+    from vballoon.snapshot.run import Observer, Options
     from vballoon.snapshot.store import Store
     from vballoon_spec.snapshot import SnapshotManifest
 
@@ -29,8 +29,8 @@ EXAMPLES = """\
   vballoon snapshot --qmp qmp.sock --control control.sock --output - | age -r KEY >snap.age
       a stream, encrypted by a filter
 
-QEMU needs a monitor that nobody else is connected to (-qmp unix:qmp.sock,server=on,wait=off),
-shared memory, and the balloon where it can be unplugged: in any slot of -machine pc, or behind a
+QEMU needs a monitor to which no other client is connected (-qmp unix:qmp.sock,server=on,wait=off),
+shared memory, and the balloon where it can be unplugged: in any slot of -machine pc, or on a
 root port of q35. See docs/migration.md for details.
 """
 
@@ -55,11 +55,28 @@ def add(commands: Subparsers) -> None:
         "--control", metavar="SOCKET", help="control socket of 'vballoon serve' (needed to save)"
     )
     command.add_argument("--quit", action="store_true", help="end QEMU instead of resuming")
-    command.add_argument("--device", metavar="ID", help="the balloon, where there are several")
+    add_balloon_options(command)
+    command.add_argument(
+        "--undo", action="store_true", help="undo an earlier snapshot that was killed"
+    )
+    decision = command.add_mutually_exclusive_group()
+    decision.add_argument(
+        "--abort", action="store_true", help="with --undo: the VM was sent but does not run there"
+    )
+    decision.add_argument(
+        "--commit", action="store_true", help="with --undo: the VM was sent or saved; end QEMU here"
+    )
+    command.add_argument("--live", action="store_true", help="copy most of it while the guest runs")
+    add_run_options(command)
+
+
+def add_balloon_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options for finding and unplugging the balloon, also for ``send``."""
+    command.add_argument("--device", metavar="ID", help="the balloon, if there are several")
     command.add_argument(
         "--device-socket",
         metavar="SOCKET",
-        help="its socket (QEMU does not report that of vfio-user)",
+        help="its back-end's socket (QEMU does not report that of vfio-user)",
     )
     command.add_argument(
         "--unplug-timeout",
@@ -73,22 +90,15 @@ def add(commands: Subparsers) -> None:
         metavar="PID",
         type=int,
         default=0,
-        help="QEMU's process, where another one has opened the monitor's socket for it",
+        help="QEMU's process, if another one has opened the monitor's socket for it",
     )
-    command.add_argument(
-        "--undo", action="store_true", help="undo an earlier snapshot that was killed"
-    )
-    decision = command.add_mutually_exclusive_group()
-    decision.add_argument(
-        "--abort", action="store_true", help="with --undo: the VM was sent but does not run there"
-    )
-    decision.add_argument(
-        "--commit", action="store_true", help="with --undo: the VM was sent or saved; end QEMU here"
-    )
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """Declare the options for the journal, for waiting and for output, also for ``send``."""
     command.add_argument(
         "--journal", metavar="FILE", help="the journal (default: the monitor's socket, + .journal)"
     )
-    command.add_argument("--live", action="store_true", help="copy most of it while the guest runs")
     command.add_argument(
         "--settle",
         metavar="SECONDS",
@@ -103,31 +113,16 @@ def run(options: argparse.Namespace) -> int:
     """Take the snapshot and print a summary. Return the exit status."""
     from vballoon.control.client import ControlClient
     from vballoon.snapshot.qmp_vm import QemuVm
-    from vballoon.snapshot.run import Options, Run
+    from vballoon.snapshot.run import Run
     from vballoon.snapshot.source import GuestSource
     from vballoon.snapshot.take import take
     from vballoon.snapshot.tracker import SoftDirty, objections
 
     if options.undo or options.abort or options.commit:
         return _undo(options)
-    if options.control is None:
-        raise UsageError("--control is needed to save a VM")
-    if options.output is not None and options.quit:
-        raise UsageError(
-            "a stream has no acknowledgement, so QEMU cannot end after it: a link that breaks with "
-            "the last bytes would lose the VM; move it with 'vballoon send'"
-        )
+    _check(options)
     if options.live and (reason := objections()):  # before there is a directory
         raise UsageError(f"no live snapshot here: {reason}")
-    chosen = Options(
-        device_id=options.device,
-        device_socket=options.device_socket,
-        unplug_seconds=options.unplug_timeout,
-        live=options.live,
-        quit=options.quit,
-        qemu_pid=options.qemu_pid,
-        journal=options.journal or "",
-    )
     with (
         QemuVm(options.qmp) as vm,
         ControlClient(options.control) as control,
@@ -139,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
                 vm,
                 source,
                 _store(options),
-                chosen,
+                _chosen(options),
                 watching,
                 control=control,
                 make_tracker=lambda blocks: SoftDirty(options.qemu_pid or vm.pid, blocks),
@@ -148,6 +143,31 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         summary(manifest, snapshot.seconds())
     return 0
+
+
+def _chosen(options: argparse.Namespace) -> Options:
+    from vballoon.snapshot.run import Options
+
+    return Options(
+        device_id=options.device,
+        device_socket=options.device_socket,
+        unplug_seconds=options.unplug_timeout,
+        live=options.live,
+        quit=options.quit,
+        qemu_pid=options.qemu_pid,
+        journal=options.journal or "",
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise UsageError if *options* cannot save a VM."""
+    if options.control is None:
+        raise UsageError("--control is needed to save a VM")
+    if options.output is not None and options.quit:
+        raise UsageError(
+            "a stream has no acknowledgement, so QEMU cannot end after it: a link that breaks with "
+            "the last bytes would lose the VM; move it with 'vballoon send'"
+        )
 
 
 def _undo(options: argparse.Namespace) -> int:

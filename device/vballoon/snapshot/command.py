@@ -14,7 +14,7 @@ from vballoon.errors import UsageError
 from vballoon_spec.snapshot import StateKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from vballoon_spec.snapshot import SnapshotManifest
@@ -84,9 +84,7 @@ def rewrite(
         if option not in ("object", "device", "chardev"):
             result.append(word)
             continue
-        value = next(rest, None)
-        if value is None:
-            raise UsageError(f"{word} without a value")
+        value = _value_of(word, rest)
         properties = _properties(value, "qom-type" if option == "object" else "driver")
         ident = properties.get("id")
         if option == "object" and ident in {memory.id for memory in manifest.memory}:
@@ -101,6 +99,13 @@ def rewrite(
     for ident, value in memory_words(manifest, ram, kept, private=private).items():
         result[places[ident]] = value
     return result + incoming_words(manifest, state)
+
+
+def _value_of(word: str, rest: Iterator[str]) -> str:
+    value = next(rest, None)
+    if value is None:
+        raise UsageError(f"{word} without a value")
+    return value
 
 
 def _properties(value: str, implied: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
+from vballoon.memory import PAGE_SIZE
 from vballoon.snapshot.extents import data_extents
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ __all__ = ("CHUNK", "SparseHash", "copy_extents", "fill", "sparse_digest")
 
 CHUNK = 65536
 """Bytes of a chunk of a checksum (specification: *Checksums*)."""
-PAGE = 4096
 _ZEROES = bytes(CHUNK)
 PIECE = 8 << 20
 """Bytes moved between two calls of the progress callback, at most."""
@@ -98,13 +98,13 @@ def fill(source: int, target: int, digest: SparseHash | None = None) -> int:
     """
     size = os.fstat(source).st_size
     block = os.fstatvfs(target).f_bsize
-    os.ftruncate(target, -(-size // block) * block if block > PAGE else size)
+    os.ftruncate(target, -(-size // block) * block if block > PAGE_SIZE else size)
     buffers, total = [memoryview(bytearray(16 * CHUNK)) for _ in range(2)], 0
     with contextlib.ExitStack() as stack:
         hasher = stack.enter_context(ThreadPoolExecutor(1))
         hashed: Future[None] | None = None
         write = partial(_write, target)
-        if block > PAGE:
+        if block > PAGE_SIZE:
             mapping = stack.enter_context(mmap.mmap(target, os.fstat(target).st_size))
             write = partial(_store, mapping)
         for start, end in data_extents(source, size).tolist():

@@ -121,7 +121,7 @@ class Journal:
 class JournalFile:
     """The journal's file at *path*, which outlives both the snapshot and its guardian.
 
-    It is replaced atomically and not synced: it is of no use after a crash of the host, which ends
+    It is replaced atomically and not synced: it is not needed after a crash of the host, which ends
     QEMU too.  Raise UsageError where it cannot be read or written.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find which memory backend of QEMU each file of guest memory is.
+"""Find the memory backend of QEMU for each file of guest memory.
 
 The back-end's files are not trusted to be this QEMU's: a control socket of another VM would give
 files of the same size.  QEMU reports the address of each block of its RAM, /proc says which inode
@@ -26,7 +26,7 @@ __all__ = ("match_memory",)
 def match_memory(vm: QemuVm, source: GuestSource, process: Process) -> list[tuple[Memdev, RamFile]]:
     """Return each shared memory backend of *vm*, which is *process*, with its file.
 
-    Raise :class:`~vballoon.errors.UsageError` where a backend has no file or more than one.
+    Raise :class:`~vballoon.errors.UsageError` if a memory backend has no file or more than one.
     """
     blocks = {block.name: block for block in vm.ram_blocks()}
     shared = [memdev for memdev in vm.memdevs() if memdev.share]

@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from vballoon.snapshot.qmp_vm import Memdev, QemuVm
 
 __all__ = (
-    "CAPABILITY", "DeviceState", "as_migration", "choose_kind", "ignores_shared", "migration_over",
+    "CAPABILITY",
+    "DeviceState",
+    "as_migration",
+    "choose_kind",
+    "ignores_shared",
+    "migration_over",
     "set_ignore_shared",
-)  # fmt: skip
+)
 
 CAPABILITY = "x-ignore-shared"
 STREAM_HEAD = b"QEVM" + (3).to_bytes(4, "big")
@@ -32,9 +37,13 @@ CONFIGURATION, DESCRIPTION = b"\x07", b"\x06"
 MIGRATION_SECONDS = 60.0
 """Device state is a few hundred kilobytes; taking longer than this is a fault."""
 _FOREIGN = {
-    "background-snapshot", "mapped-ram", "multifd", "pause-before-switchover", "postcopy-ram",
+    "background-snapshot",
+    "mapped-ram",
+    "multifd",
+    "pause-before-switchover",
+    "postcopy-ram",
     "x-colo",
-}  # fmt: skip
+}
 """Capabilities that may be set for another kind of migration, and change the stream."""
 _RUNNING = {"setup", "active", "device", "cancelling", "wait-unplug", "pre-switchover"}
 
@@ -42,7 +51,7 @@ _RUNNING = {"setup", "active", "device", "cancelling", "wait-unplug", "pre-switc
 def choose_kind(vm: QemuVm, memdevs: Sequence[Memdev]) -> StateKind:
     """Return how this machine's state can be saved. Raise UsageError where no way is complete.
 
-    *memdevs* are the backends whose memory the snapshot copies.
+    *memdevs* are the memory backends that the snapshot copies.
     """
     if all(memdev.path for memdev in memdevs):
         if strange := sorted(_capabilities(vm) & _FOREIGN):

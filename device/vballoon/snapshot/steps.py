@@ -206,7 +206,7 @@ def plug(run: Run) -> None:
 def _check_unchanged(run: Run) -> None:
     """Raise UsageError if the machine has gained or lost memory since ``look``.
 
-    QEMU leaves the memory of every shared backend to us, also of one that the plan does not know.
+    QEMU does not save the memory of any shared memory backend, so the plan must know all of them.
     Asking after the guest was resumed is enough: what was there when it stopped still is.
     """
     if run.vm.memdevs() != run.plan.memdevs:

@@ -72,7 +72,7 @@ class Store(Protocol):
 
 
 def ram_name(ident: str) -> str:
-    """Return the file name for the memory of backend *ident*."""
+    """Return the file name for memory backend *ident*."""
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in ident)
     return f"{safe}.ram"
 
