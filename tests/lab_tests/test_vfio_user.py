@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,9 @@ import pytest
 from tests.lab import NAMES, Machine
 
 from vfio_user.client import Client
-from vfio_user.requests import read_state, set_state
-from virtio_formats.vfio_user import DeviceState
+from vfio_user.ram import Ram
+from vfio_user.requests import read_state, region_read, region_write, set_state, write_state
+from virtio_formats.vfio_user import DeviceState, PciRegion
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
@@ -214,13 +216,14 @@ def test_edu(machine: str) -> None:
 
 @pytest.mark.parametrize("machine", ["q35"])
 def test_dma_engine(machine: str) -> None:
-    """A copy of guest memory, MSI-X, and a function level reset.
+    """A copy of guest memory, MSI-X, a function level reset, and a move to another server.
 
     A client has left the device in STOP_COPY before: QEMU's reset revives it.  No driver of the
     guest uses MSI-X here; the message is a write to memory, so it is sent to memory.
     """
     with (
         example("dma_engine.py", "--socket-path") as (sock, _),
+        example("dma_engine.py", "--socket-path") as (other, _),
         left_in_stop_copy(sock),
         Machine(
             kernel="6.12",
@@ -253,6 +256,32 @@ def test_dma_engine(machine: str) -> None:
         vm.guest.sh(f"echo 1 >{folder}/reset")
         assert int(vm.guest.sh(f"devmem {registers:#x} 64"), 16) == 0
         assert vm.guest.sh("dmesg | grep -i 1234:0dae | grep -iE 'fail|error' || true") == ""
+        for offset, value in {0: 0xA000, 8: 0xB000, 16: 64}.items():  # for the other server
+            vm.guest.sh(f"devmem {registers + offset:#x} 64 {value:#x}")
+        vm.quit()
+        asyncio.run(move(sock, other, struct.pack("<QQQ", 0xA000, 0xB000, 64)))
+
+
+async def move(here: Path, there: Path, registers: bytes) -> None:
+    """Move what the guest has left in one server into another, which continues with it."""
+    async with await Client.connect(here) as client:
+        assert await client.call(region_read(PciRegion.BAR0, 0, 24)) == registers
+        await client.call(set_state(DeviceState.STOP_COPY))
+        state = await client.call(read_state(1 << 16))
+    async with await Client.connect(there) as client:
+        assert await client.call(region_read(PciRegion.BAR0, 0, 24)) == bytes(24)
+        await client.call(set_state(DeviceState.RESUMING))
+        await client.call(write_state(state))
+        await client.call(set_state(DeviceState.RUNNING))
+        assert await client.call(region_read(PciRegion.BAR0, 0, 24)) == registers
+        ram = Ram(0xA000, 0x2000)
+        ram.write(0xA000, bytes(range(64)))
+        await client.map(ram)
+        await client.call(region_write(PciRegion.BAR0, 24, b"\1"))
+        while await client.call(region_read(PciRegion.BAR0, 24, 1)) == b"\1":
+            pass  # each question is served after the work that was deferred before it
+        assert ram.read(0xB000, 64) == bytes(range(64))
+        ram.close()
 
 
 @contextmanager

@@ -454,6 +454,33 @@ def test_a_client_that_reconnects_is_never_refused(gadget: Gadget, path: Path) -
     assert gadget.log.count(("attached",)) == gadget.log.count(("detached",)) == 50
 
 
+def test_a_connection_that_outlives_its_process_for_a_moment(
+    gadget: Gadget, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU has ended, but io_uring still holds its socket; then it is let go."""
+    monkeypatch.setattr("vfio_user.server.GRACE", 15.0)
+
+    def client() -> None:
+        first = Wire.connect(path)
+        held = first.sock.dup()
+        first.close()
+        second = Wire(socket.socket(socket.AF_UNIX))
+        second.sock.connect(str(path))
+        data = Version(major=0, minor=0).build() + QEMU_VERSION_DATA
+        second.send(message(Command.VERSION, data, msg_id=5))
+        third = Wire(socket.socket(socket.AF_UNIX))  # only one is held
+        third.sock.connect(str(path))
+        third.send(message(Command.VERSION, data, msg_id=6))
+        assert third.receive()[0].error == errno.EBUSY
+        held.close()
+        head = second.receive()[0]
+        assert (head.id, head.error) == (5, 0)
+        second.close()
+        third.close()
+
+    serve(gadget, path, client)
+
+
 def test_clients_that_are_refused_are_bounded(gadget: Gadget, path: Path) -> None:
     before = open_fds()
 

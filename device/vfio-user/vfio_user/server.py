@@ -33,6 +33,12 @@ a command of its own, so that a client which waits for us gets an answer in time
 BLOCKED_TIMEOUT = 1.0
 """Seconds that a command may wait for the device's work while that waits for the client."""
 
+GRACE = 0.25
+"""Seconds for which a client is held while another one is served, before it is refused."""
+
+_SECONDS = 5.0
+"""The same once the other end of that connection is closed: its end is noticed any moment."""
+
 _READ_SIZE = 1 << 16
 _REFUSALS_MAX = 16
 """Maximum number of clients that get an error because the device is in use; others are closed."""
@@ -55,6 +61,7 @@ class Server:
         self._finished = asyncio.Event()
         self._only: socket.socket | None = None  # a connection that exists already
         self._next: socket.socket | None = None  # waits until the last client's end is noticed
+        self._next_due: asyncio.Handle
         self._refusals: list[Refusal] = []
         self._acceptor: fdsocket.Acceptor | None = None
         if fdsocket.is_listening(listener):
@@ -136,12 +143,27 @@ class Server:
         self.connection.stream.start()
 
     def _busy(self, sock: socket.socket) -> None:
-        """Refuse a client, unless the present one has gone and that is just not noticed yet."""
+        """Hold a client until the present one has gone, for a moment; then refuse it.
+
+        The end of a connection can come after the end of its process: io_uring, which QEMU's
+        main loop uses, gives files up later.
+        """
         assert self.connection is not None
-        stream = self.connection.stream
-        if self._next is None and (not stream.is_open or hung_up(stream.fileno())):
-            self._next = sock
+        assert self._loop is not None
+        if self._next is not None:
+            self._refuse(sock)
             return
+        stream = self.connection.stream
+        gone = not stream.is_open or hung_up(stream.fileno())
+        self._next = sock
+        self._next_due = self._loop.call_later(_SECONDS if gone else GRACE, self._still_busy)
+
+    def _still_busy(self) -> None:
+        if self._next is not None:
+            sock, self._next = self._next, None
+            self._refuse(sock)
+
+    def _refuse(self, sock: socket.socket) -> None:
         self._refusals = [refusal for refusal in self._refusals if refusal.is_open]
         if len(self._refusals) >= _REFUSALS_MAX:
             sock.close()
@@ -160,6 +182,7 @@ class Server:
             self._finished.set()
         elif self._next is not None:
             sock, self._next = self._next, None
+            self._next_due.cancel()
             self._connect(sock)
 
     def close(self) -> None:
@@ -176,6 +199,7 @@ class Server:
             refusal.close()
         if self._next is not None:
             self._next.close()
+            self._next_due.cancel()
             self._next = None
         if self.connection is not None:
             self.connection.close()
