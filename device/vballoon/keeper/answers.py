@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers that are sent exactly once, although the sender may be killed at any moment.
+"""Send answers exactly once, although the sender may be killed at any moment.
 
 An answer lies in a memfd that is in the store, and is sent with ``sendfile`` without an offset of
 its own: the shared file offset advances within the same system call, so the next process sees how
@@ -26,7 +26,7 @@ ANSWER_MAX = 1 << 21
 
 
 class AnswerFile:
-    """The answers in memfd *fd*, which is taken over."""
+    """The answers in memfd *fd*, which it owns."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -35,7 +35,7 @@ class AnswerFile:
 
     @classmethod
     def create(cls) -> AnswerFile:
-        """Return a file of its own, whose size is sealed."""
+        """Return a new file of answers, whose size is sealed."""
         fd = os.memfd_create("vballoon-answers", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, 2 * ANSWER_MAX)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -58,7 +58,7 @@ class AnswerFile:
         return size - done if 0 <= done < size else 0
 
     def send(self, sock: int, number: int, size: int) -> bool:
-        """Send what is left of the answer; return whether that was all.
+        """Send the rest of the answer; return whether all of it was sent.
 
         Raise OSError for a connection that has ended.
         """

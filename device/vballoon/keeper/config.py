@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file for ``vballoon serve --config``: several machines in one process, as TOML."""
+"""Read the TOML file for ``vballoon serve --config``, which describes several machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ("ENGINES", "WHERE", "read_config")
 
 WHERE = ("vhost-user", "vfio-user", "fd")
-"""Of these a machine has exactly one."""
+"""Options of which a machine has exactly one."""
 ENGINES = ("batch", "scalar")
 _KINDS: dict[str, type] = {
     "vhost-user": str,
@@ -38,7 +38,7 @@ _KINDS: dict[str, type] = {
 
 
 def read_config(path: Path) -> list[dict[str, Any]]:
-    """The ``[[vm]]`` tables of the TOML file *path*; raises :class:`UsageError`."""
+    """Return the ``[[vm]]`` tables of the TOML file *path*.  Raise :class:`UsageError`."""
     try:
         data = tomllib.loads(path.read_text())
     except OSError as error:

@@ -20,11 +20,11 @@ _RING = {
     "RING_PACKED": ring.VIRTIO_F_RING_PACKED,
     "IN_ORDER": ring.VIRTIO_F_IN_ORDER,
 }
-"""Ring features that may be offered or not; VERSION_1 always is."""
+"""Optional ring features; VERSION_1 is always offered."""
 
 
 class Offered(NamedTuple):
-    """Feature words: the balloon's, and those of rings and transport by transport."""
+    """Feature words: those of the balloon, and ring and transport features for each transport."""
 
     device: int
     ring: int
@@ -32,7 +32,7 @@ class Offered(NamedTuple):
 
 
 def device_names() -> dict[int, str]:
-    """The balloon's feature bits: number → the standard's name."""
+    """Return the balloon's feature bits: number → the standard's name."""
     return {f.bit_length() - 1: f"VIRTIO_BALLOON_F_{f.name}" for f in BalloonFeature}
 
 
@@ -70,5 +70,5 @@ def _plain_name(word: str) -> str:
 
 
 def _is_plain(word: str) -> bool:
-    """Whether *word* names a balloon feature without + or -."""
+    """Return whether *word* names a balloon feature without + or -."""
     return word[0] not in "+-" and _plain_name(word) in BalloonFeature.__members__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's vhost-user transport: connections that the keeper accepted, and that outlive us.
+"""A worker's vhost-user transport: connections that outlive this process.
 
 Every message is handled atomically (:mod:`vballoon.keeper.stream`).  Where the front-end negotiates
 no in-flight area, as QEMU's test device does not, the worker keeps a record of its own.
@@ -36,10 +36,10 @@ log = logging.getLogger(__name__)
 
 
 class Recorder(Protocol):
-    """Who makes the state known to the next process."""
+    """Records the state for the next process."""
 
     def record(self, progress: Progress) -> None:
-        """Store the descriptors, then the state, with the *progress* of the message at hand."""
+        """Store the descriptors, then the state, with the *progress* of the current message."""
 
     def settle(self) -> None:
         """Drop the descriptors that the state no longer names."""
@@ -74,13 +74,13 @@ class _Backend(VhostUserBackend):
         super().__init__(device, io, **more)
 
     def config_changed(self) -> None:
-        """See :class:`~vballoon.virtio.Transport`."""
+        """Implement :meth:`vballoon.virtio.Transport.config_changed`, and report the change."""
         self._changed()
         super().config_changed()
 
 
 class Frontends:
-    """Serves *device* to one front-end at a time; *ended* is called when it has gone."""
+    """Serves *device* to one front-end at a time; *ended* is called when it has disconnected."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Frontends:
         return self._connection.backend if self._connection else None
 
     def status(self) -> TransportStatus:
-        """Return what is connected, negotiated and running."""
+        """Return the status of the connection, the features and the queues."""
         counters = self._counters.copy()
         if self.backend is None:
             return TransportStatus(connected=False, counters=dict(counters))
@@ -178,7 +178,7 @@ class Frontends:
         return backend
 
     def _changed(self) -> None:
-        """The device's registers have changed; a message that caused it is recorded with them."""
+        """Record changed registers, except within a message, which is recorded with them."""
         stream = self._connection.stream if self._connection else None
         if isinstance(stream, MessageStream) and not stream.handling:
             self._recorder.record(stream.progress)

@@ -32,11 +32,11 @@ _MAGIC = b"VBALJRNL"
 
 
 class JournalError(VballoonError):
-    """The journal cannot be used: not one, locked by another process, or too much to write."""
+    """The journal cannot be used: it is malformed, locked by another process, or too small."""
 
 
 class Journal:
-    """The journal in memfd *fd*, which is taken over.  *version* is that of the content."""
+    """The journal in memfd *fd*, which it owns.  *version* is that of the content."""
 
     def __init__(self, fd: int, version: int) -> None:
         self.fd = fd
@@ -48,7 +48,7 @@ class Journal:
 
     @classmethod
     def create(cls, version: int) -> Journal:
-        """Return an empty journal in a memfd of its own, whose size is sealed."""
+        """Return an empty journal in a new memfd, whose size is sealed."""
         fd = os.memfd_create("vballoon-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, 2 * RECORD_SIZE)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -74,14 +74,14 @@ class Journal:
         record = _record(self._version, sequence, content)
         where = RECORD_SIZE * (sequence % 2)
         fault.step("journal-begin")
-        os.pwrite(self.fd, record[:1], where)  # the older record ends here, whatever comes
+        os.pwrite(self.fd, record[:1], where)  # from here on the older record is invalid
         fault.step("journal-first")
         os.pwrite(self.fd, record, where)
         fault.step("journal-written")
         self._sequence, self.content = sequence, content
 
     def _newest(self) -> tuple[int, bytes | None]:
-        """The sequence number and the content of the newest valid record; 0, None without one."""
+        """Return sequence number and content of the newest valid record; 0 and None without one."""
         found: list[tuple[int, bytes]] = []
         for where in (0, RECORD_SIZE):
             record = self._read(where)

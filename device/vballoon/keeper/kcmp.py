@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two descriptors are one open file (kcmp(2))."""
+"""Compare two descriptors: do they refer to the same open file (kcmp(2))?"""
 
 from __future__ import annotations
 

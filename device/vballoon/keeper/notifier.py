@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service's side of the notification protocol: what a worker sends to whoever supervises it.
+"""The service's side of the notification protocol: what a worker sends to its supervisor.
 
 The supervisor is the keeper or systemd; the code is the same.  Descriptors stay the caller's.
 """
@@ -17,13 +17,13 @@ from vballoon.keeper.notify import build_barrier, build_remove, build_store
 __all__ = ("Notifier", "inherited")
 
 BARRIER_SECONDS = 5.0
-"""How long to wait for the supervisor.  Without an answer the service runs on, unprotected."""
+"""How long to wait for the supervisor.  Without an answer the service continues without it."""
 _FIRST = 3
 """The number of the first inherited descriptor (``SD_LISTEN_FDS_START``)."""
 
 
 class Notifier:
-    """Sends on *sock*, a datagram socket that is connected to the supervisor (taken over)."""
+    """Sends on *sock*, a datagram socket that is connected to the supervisor; owns *sock*."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)
@@ -34,7 +34,7 @@ class Notifier:
 
     @classmethod
     def from_environment(cls) -> Notifier | None:
-        """Return the notifier to ``NOTIFY_SOCKET``; None where there is no supervisor."""
+        """Return the notifier to ``NOTIFY_SOCKET``; None without a supervisor."""
         path = os.environ.get("NOTIFY_SOCKET", "")
         if path[:1] not in ("/", "@"):
             return None
@@ -60,11 +60,11 @@ class Notifier:
             self.alive = False
 
     def store(self, name: str, fd: int) -> None:
-        """Put *fd* into the store under *name*."""
+        """Store *fd* under *name*."""
         self.send(build_store(name), [fd])
 
     def remove(self, name: str) -> None:
-        """Take everything of this *name* out of the store."""
+        """Remove all descriptors of this *name* from the store."""
         self.send(build_remove(name))
 
     def ready(self, status: str = "") -> None:
@@ -80,7 +80,7 @@ class Notifier:
         self.send(b"STOPPING=1")
 
     def barrier(self) -> bool:
-        """Wait until everything sent before was handled; return False if nobody answers."""
+        """Wait until everything sent before was handled; return False without an answer."""
         reader, writer = os.pipe()
         try:
             self.send(build_barrier(), [writer])

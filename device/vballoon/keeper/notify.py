@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The messages of systemd's notification protocol (sd_notify(3)): built, and read with suspicion.
+"""Build and check the messages of systemd's notification protocol (sd_notify(3)).
 
 A service hands descriptors to its supervisor and gets them back when it is started again:
 ``FDSTORE=1``, ``FDNAME=``, ``FDPOLL=0``, ``FDSTOREREMOVE=1``, ``BARRIER=1``; it reports with
@@ -104,7 +104,7 @@ def parse(data: bytes, fds: int) -> Notification:
 
 
 def _checked(said: Notification, fds: int) -> Notification:
-    """*said*, if its descriptors are those that it needs."""
+    """Return *said*.  Raise NotifyError if its descriptors are not those that it needs."""
     if said.barrier and (said.store or said.remove or fds != 1):
         raise NotifyError("notify-barrier", f"{fds} descriptors, or not alone")
     if said.store and said.remove:

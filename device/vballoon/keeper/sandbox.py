@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker gives up before it reads the first byte of a front-end.
+"""Give up privileges before the first byte of a front-end is read.
 
 In this order: limits, user and group, capabilities, the right to gain privileges (no_new_privs),
 files outside its folders (Landlock), and all system calls that serving a balloon does not need
@@ -184,9 +184,9 @@ _ALLOWED = {
         geteuid getgid getegid getrusage getrandom uname sysinfo""",
     "the end": "exit exit_group",
 }
-"""What sessions with walks, hints, exports, snapshots and events use, by name."""
+"""System calls of sessions with walks, hints, exports, snapshots and events, by purpose."""
 _REFUSED_SOFTLY = ("clone3", "set_mempolicy", "prctl")
-"""glibc and libraries try these and can do without."""
+"""System calls that glibc and libraries try, and that may fail."""
 
 
 def _filter(mode: SandboxMode) -> pyseccomp.SyscallFilter:

@@ -2,7 +2,7 @@
 """The keeper's descriptors, by owner (a virtual machine's key) and name.
 
 As in systemd, one open file is kept once: a second name for it is dropped, and the descriptor with
-it.  A worker knows that, and its journal says which name stands for what.
+it.  A worker knows that, and its journal says which role each name has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vballoon.keeper.notify import NotifyError
 __all__ = ("NAME_MAX", "OWNED_MAX", "Store")
 
 OWNED_MAX = 768
-"""Descriptors of one owner: 256 memory regions, three for each ring, and what else there is."""
+"""Descriptors of one owner: 256 memory regions, three for each ring, and some more."""
 NAME_MAX = 16
 """Characters of a name given by a worker.
 
@@ -25,13 +25,13 @@ All names of all machines must fit into LISTEN_FDNAMES, one environment string o
 
 
 class Store:
-    """See the module's docstring.  Descriptors in the store are owned by it."""
+    """See the module's docstring.  The store owns its descriptors."""
 
     def __init__(self) -> None:
         self._owned: dict[str, list[tuple[str, int]]] = {}
 
     def add(self, owner: str, name: str, fds: Iterable[int]) -> list[int]:
-        """Take *fds* over; return those that are new.
+        """Take ownership of *fds* and return those that are new.
 
         What the store has already is closed.  Raise NotifyError where a limit is passed; then
         all *fds* are closed and nothing has changed.
@@ -59,15 +59,15 @@ class Store:
         return len(gone)
 
     def of(self, owner: str) -> list[tuple[str, int]]:
-        """Return the names and descriptors of *owner*; they stay the store's."""
+        """Return the names and descriptors of *owner*; the store still owns them."""
         return list(self._owned.get(owner, []))
 
     def get(self, owner: str, name: str) -> int | None:
-        """Return the first descriptor of *owner* with this *name*, which stays the store's."""
+        """Return the first descriptor of *owner* with this *name*, which the store still owns."""
         return next((fd for given, fd in self._owned.get(owner, []) if given == name), None)
 
     def owners(self) -> list[str]:
-        """Return the owners that have anything here."""
+        """Return the owners that have descriptors here."""
         return [owner for owner, owned in self._owned.items() if owned]
 
     def discard(self, owner: str) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two transports with one face: run, close, and what they are doing."""
+"""Both transports with one interface: run, close, and their status."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ __all__ = ("Events", "ServedTransport", "VfioUser", "VhostUser")
 
 
 class ServedTransport(Protocol):
-    """What a machine needs of its transport."""
+    """The interface of a transport that a machine uses."""
 
     def status(self) -> TransportStatus:
-        """What is connected, negotiated and running."""
+        """Return the status of the connection, the features and the queues."""
 
     async def run(self) -> None:
         """Serve until closed, or until an inherited connection has ended."""
 
     def close(self) -> None:
-        """Let the front-end go and stop serving; safe to call again."""
+        """Disconnect the front-end and stop serving; safe to call again."""
 
 
 class Events(TransportEvents):
-    """Emits what happens on a transport as events of the control socket."""
+    """Emits the events of a transport on the control socket."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -126,5 +126,5 @@ class VfioUser:
         await self._server.serve()
 
     def close(self) -> None:
-        """Let the client go and stop serving."""
+        """Disconnect the client and stop serving."""
         self._server.close()

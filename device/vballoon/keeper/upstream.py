@@ -18,12 +18,12 @@ __all__ = ("Upstream", "full_name", "split_name")
 
 
 def full_name(owner: str, name: str) -> str:
-    """Return the name under which *owner*'s descriptor *name* lies in systemd's store."""
+    """Return the name under which *owner*'s descriptor *name* is in systemd's store."""
     return f"{owner}.{name}"
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return owner and name of a descriptor that came back; None for one that is not ours."""
+    """Return owner and name of a descriptor that came back; None for any other name."""
     owner, dot, rest = name.partition(".")
     return (owner, rest) if dot and owner and rest else None
 
@@ -36,17 +36,17 @@ class Upstream:
 
     @property
     def keeps(self) -> bool:
-        """Whether our descriptors outlive us; systemd 254 says so in the variable FDSTORE."""
+        """Whether our descriptors outlive this process; systemd 254 sets FDSTORE then."""
         return self.notifier is not None and os.environ.get("FDSTORE", "0") != "0"
 
     def store(self, owner: str, name: str, fds: list[int]) -> None:
-        """Store *fds*, which stay the caller's."""
+        """Store *fds*, which the caller still owns."""
         if self.notifier is not None:
             for fd in fds:
                 self.notifier.store(full_name(owner, name), fd)
 
     def remove(self, owner: str, name: str) -> None:
-        """Remove what has this name."""
+        """Remove all descriptors of this name."""
         if self.notifier is not None:
             self.notifier.remove(full_name(owner, name))
 
