@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
     """Move the VM and print a summary. Return the exit status."""
     from vballoon.control.client import ControlClient
     from vballoon.snapshot.pipe import MoveStore
+    from vballoon.snapshot.process import Process
     from vballoon.snapshot.qmp_vm import QemuVm
     from vballoon.snapshot.run import Options, Run
     from vballoon.snapshot.send import Sender
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     with (
         QemuVm(options.qmp) as vm,
         ControlClient(options.control) as control,
-        GuestSource.fetch(control) as source,
+        GuestSource.fetch(control, Process(options.qemu_pid or vm.pid)) as source,
     ):
         settle(control, options.settle)
         with _link(options) as link, observer(options.quiet) as watching:

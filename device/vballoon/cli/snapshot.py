@@ -112,6 +112,7 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Take the snapshot and print a summary. Return the exit status."""
     from vballoon.control.client import ControlClient
+    from vballoon.snapshot.process import Process
     from vballoon.snapshot.qmp_vm import QemuVm
     from vballoon.snapshot.run import Run
     from vballoon.snapshot.source import GuestSource
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
     with (
         QemuVm(options.qmp) as vm,
         ControlClient(options.control) as control,
-        GuestSource.fetch(control) as source,
+        GuestSource.fetch(control, Process(options.qemu_pid or vm.pid)) as source,
     ):
         settle(control, options.settle)
         with observer(options.quiet) as watching:

@@ -19,6 +19,8 @@ from vballoon_spec.walk.formats import WalkMemmap, WalkMemmapRun
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vballoon.snapshot.process import Process
+
 __all__ = ("GuestSource", "RamFile")
 
 
@@ -51,13 +53,18 @@ class GuestSource:
     """Bytes that the operator wants the guest to have; None: all of it."""
 
     @classmethod
-    def fetch(cls, control: ControlClient) -> Self:
-        """Return what the back-end at *control* has. Raise :class:`~vballoon.errors.UsageError`."""
+    def fetch(cls, control: ControlClient, process: Process | None = None) -> Self:
+        """Return what the back-end at *control* has. Raise :class:`~vballoon.errors.UsageError`.
+
+        *process* is QEMU's. A file that the back-end may not open again is opened there: the
+        sandbox of a worker allows that for memfds only.
+        """
         answer = control.execute("query-guest-memory")
         files: list[RamFile] = []
         try:
             for number, identity in enumerate(answer["files"]):
-                files.append(_fetch_file(control, number, identity, answer["regions"]))
+                fd = _fetch_fd(control, number, identity, process)
+                files.append(_file(fd, number, identity, answer["regions"]))
             layout, managed, why = _fetch_layout(control)
         except BaseException:
             _close(files)
@@ -114,13 +121,24 @@ def _close(files: Sequence[RamFile]) -> None:
         os.close(file.fd)
 
 
-def _fetch_file(
-    control: ControlClient, number: int, identity: dict[str, int], regions: list[dict[str, Any]]
-) -> RamFile:
-    control.execute("get-guest-memory-fd", {"file": number})
+def _fetch_fd(
+    control: ControlClient, number: int, identity: dict[str, int], process: Process | None
+) -> int:
+    try:
+        control.execute("get-guest-memory-fd", {"file": number})
+    except UsageError:
+        if process is None:
+            raise
+        fd = process.open_file((identity["device"], identity["inode"]))
+        if fd is None:
+            raise
+        return fd
     if not control.fds:
         raise UsageError("the back-end did not send a descriptor of guest memory")
-    fd = control.fds.pop()
+    return control.fds.pop()
+
+
+def _file(fd: int, number: int, identity: dict[str, int], regions: list[dict[str, Any]]) -> RamFile:
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != (identity["device"], identity["inode"]):
         os.close(fd)
