@@ -193,10 +193,7 @@ def _statistics(part: Part, options: Options) -> None:
         connect("vhost-user", one.socket) as vhost,
         connect("vfio-user", two.socket) as vfio,
     ):
-        turns = {
-            "vhost-user": _ask(one, vhost),
-            "vfio-user": _ask(two, vfio),
-        }
+        turns = {"vhost-user": _ask(one, vhost), "vfio-user": _ask(two, vfio)}
         found = interleaved(turns, TRIPS[options.form] // 10)
     for name, samples in found.items():
         values = [v * 1e6 for v in samples.values]

@@ -154,12 +154,7 @@ class Subject:
     def __init__(self, case: Case, memory: GuestMemory, arena: Arena, payloads: Payloads) -> None:
         self.case, self.role, self.memory, self.payloads = case, ROLES[case.role], memory, payloads
         self.load: FullRing = make_load(
-            memory,
-            case.size,
-            case.features,
-            arena,
-            parts=self.role.parts,
-            indirect=case.indirect,
+            memory, case.size, case.features, arena, parts=self.role.parts, indirect=case.indirect
         )
         self.buffers = self.load.buffers
         each = {Work.RANGES: 0, Work.PFNS: 4 * PFNS, Work.WALK: WALK_BUFFER}[self.role.work]

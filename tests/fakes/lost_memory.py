@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases of test_memory_lost.py, each run as ``python -m tests.fakes.lost_memory CASE FOLDER``.
 
-Each needs a process of its own: without the guard that process ends or hangs.
+Each case runs in a separate process, because without the guard the process ends or hangs.
 """
 
 from __future__ import annotations

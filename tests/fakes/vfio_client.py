@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vfio-user client for tests, which the package itself offers."""
+"""The vfio-user client for tests: :mod:`vfio_user.testing` under the names that tests use."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from fdsocket import close_fds
 
 
 class Owned:
-    """A descriptor that was handed over, until it is cancelled."""
+    """A descriptor that this object owns until ``cancel``."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

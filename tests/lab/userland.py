@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that can do what this machine does: run our Python, and the lab itself, one level down.
+"""A guest that runs this Python, the project's sources, and the lab with a nested guest.
 
-Some things depend on the kernel that QEMU runs on (soft-dirty tracking), and the machine at hand
-may lack them while a Debian guest has them. So a guest can get a disk with this Python, its
-packages, QEMU and a kernel, and the project's sources: what is tested in it is our code on that
-kernel, with a guest of its own.
+Some features of the host's kernel (soft-dirty tracking) may be missing on this machine, while a
+Debian guest has them. Such a guest gets a disk with this Python, its packages, QEMU and a kernel.
+Tests in it run the project on that kernel, with a nested guest.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tests.lab.machine import Machine
 from tests.roots import REPOSITORY, SOURCE_ROOTS
 
 INNER_KERNEL = "6.12"
-#: What only development needs stays at home.
+#: Packages that are only needed for development are not copied.
 LEFT_OUT = re.compile(
     r"(mypy|ruff|pip|hypothesis|setuptools|pkg_resources|ast_serialize|librt|_distutils|distutils|"
     r"__editable__|__pycache__|[0-9a-f]{20}__mypyc)"
@@ -49,8 +48,8 @@ exec chroot /host /usr/bin/env -i PATH=/python/bin:/usr/bin HOME=/tmp VBALLOON_L
 def machine(**hardware: Any) -> Machine:
     """Return a machine whose guest has ``enter COMMAND...`` to run it with the project's sources.
 
-    The sources are in ``/repo``, QEMU and kernel 6.12 in the inner lab's cache. Takes
-    what :class:`~tests.lab.machine.Machine` takes; give it 2 GiB or more.
+    The sources are in ``/repo``, QEMU and kernel 6.12 in the cache of the lab inside the guest.
+    *hardware* are arguments of :class:`~tests.lab.machine.Machine`; give it 2 GiB or more.
     """
     disk = f"file={image()},if=none,id=host,format=raw,readonly=on"
     drive = ["-drive", disk, "-device", "virtio-blk-pci,drive=host"]
@@ -137,7 +136,7 @@ def _python(tree: Path) -> None:
 
 
 def _compile(*folders: Path) -> None:
-    """Compile at home: an emulated processor takes half a minute for what NumPy imports."""
+    """Compile on the host: in an emulated guest the imports of NumPy alone take half a minute."""
     for folder in folders:
         compileall.compile_dir(
             folder,
@@ -158,7 +157,7 @@ def _libraries(tree: Path, binaries: list[Path]) -> None:
 
 
 def _inner_lab(inner: Path) -> None:
-    """As much of the lab as boots one kernel: complete by its stamps, without what only builds."""
+    """Copy the parts of the lab that boot one kernel, with their stamps, without build tools."""
     here = cache.cache_dir()
     image_file = kernel(INNER_KERNEL).image.relative_to(here)
     wanted = [image_file, Path("programs"), Path(f"initramfs-{INNER_KERNEL}")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inflate, deflate, reporting, hinting, statistics: what a driver sends and what comes of it."""
+"""Inflate, deflate, reporting, hinting, statistics: a driver's buffers and their effects."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TestInflate:
         assert set_pages(rig, Provenance.BALLOONED) == [FIRST + 1]
 
     @pytest.mark.parametrize("discard", [True, False])
-    def test_a_driver_that_need_not_tell_is_not_trusted_to_have_told(self, discard: bool) -> None:
+    def test_without_must_tell_host_pages_count_as_reported(self, discard: bool) -> None:
         """Without MUST_TELL_HOST a page may be in use again before its deflation is announced."""
         features = int(ALL_FEATURES & ~BalloonFeature.MUST_TELL_HOST)
         rig = Rig(features=features, discard=discard)
@@ -124,7 +124,7 @@ class TestReporting:
         rig.send(REPORT, (rig.pages(FIRST, 512),))
         assert rig.content(FIRST) == 0
 
-    def test_only_whole_pages_go(self, rig: Rig) -> None:
+    def test_only_whole_pages_are_discarded(self, rig: Rig) -> None:
         rig.fill(FIRST, 3)
         rig.send(REPORT, (Element((FIRST << 12) + 100, 2 * 4096, True),))
         assert [rig.content(FIRST + i) for i in range(3)] == [0x5A, 0, 0x5A]
@@ -227,12 +227,12 @@ class TestHinting:
         rig.send(HINT, command(rig, round_id), (rig.pages(FIRST, 8),))
         if ended:
             rig.send(HINT, command(rig, 0))
-        told = rig.config_changes
+        before = rig.config_changes
         rig.balloon.memory_changed()
         assert rig.balloon.read_config()[8:12] == (1).to_bytes(4, "little")
-        assert rig.config_changes == told + 1
+        assert rig.config_changes == before + 1
         rig.balloon.memory_changed()
-        assert rig.config_changes == told + 1
+        assert rig.config_changes == before + 1
         rig.balloon.start_hinting()
         rig.balloon.detach()
         rig.balloon.attach(rig)

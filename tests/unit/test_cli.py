@@ -59,7 +59,7 @@ def failed(capsys, *words):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches_with_examples(command, capsys):
+def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
@@ -343,7 +343,7 @@ def test_map_of_an_export(sock, tmp_path, capsys):
     capsys.readouterr()
     assert main(["map", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "resident" not in text, "an export does not know"
+    assert "resident" not in text, "an export has no resident pages"
     assert re.search(r"ballooned +1 MiB", text)
 
 

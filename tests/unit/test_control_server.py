@@ -203,12 +203,7 @@ def test_query_skip_bitmap(client, balloon):
     put(balloon.skipmap, R, (20, 30))
     balloon.memory.regions[0].view[20 * 4096] = 1
     shown = client.execute("query-skip-bitmap")
-    assert shown["pages"] == {
-        "ballooned": 10,
-        "reported": 9,
-        "hinted": 0,
-        "walked": 0,
-    }
+    assert shown["pages"] == {"ballooned": 10, "reported": 9, "hinted": 0, "walked": 0}
     assert shown["reported-ever"] == 10
     assert shown["guest-size"] == 6 * MIB
     assert shown["regions"][1] == {

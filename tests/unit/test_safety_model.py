@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spin searches all states of the safety model: the contract holds, and needs each rule."""
+"""Search all states of the safety model with Spin: the contract holds, and needs each rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MUTATIONS = SWITCHES - SETTINGS - ASSUMPTIONS - CLAIMS
 
 
 class Verdict(NamedTuple):
-    """What a search came to."""
+    """The result of a search."""
 
     errors: int
     states: int
@@ -56,7 +56,7 @@ def search(folder: Path, *switches: str, model: Path = MODEL) -> Verdict:
 def assert_page_lost(verdict: Verdict) -> None:
     assert verdict.errors == 1
     assert verdict.violated.startswith("assertion violated"), verdict
-    assert "where" in verdict.violated  # it is the invariant that fell, not a deadlock
+    assert "where" in verdict.violated  # the invariant failed, not a deadlock
 
 
 def test_contract_holds(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_every_provenance_leaves_pages_out(claim: str, tmp_path: Path) -> None:
     assert "left_out" in verdict.violated
 
 
-def test_kexec_that_nobody_announces_is_survived_by_holes_only(tmp_path: Path) -> None:
+def test_silent_kexec_needs_checks_of_holes(tmp_path: Path) -> None:
     assert_page_lost(search(tmp_path, "SILENT_KEXEC"))
     assert search(tmp_path, "SILENT_KEXEC", "DISCARDS")[::3] == (0, True)
 

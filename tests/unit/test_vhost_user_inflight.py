@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The in-flight record: right after a crash between any two stores, and distrustful of its file.
+"""The in-flight record is correct after a crash between any two stores, and checks its file.
 
-"Inflight I/O tracking" of vhost-user.rst (QEMU 11.1.3).  A crash is played by copying the shared
-bytes after every single store that the record makes; from each copy a new record must find
-exactly what was taken and not yet visible to the driver as used, oldest first.
+Label: "Inflight I/O tracking" of vhost-user.rst (QEMU 11.1.3).  A crash is simulated by copying the
+shared bytes after every store of the record.  From each copy a new record must recover exactly the
+buffers that were taken and are not yet visible to the driver as used, oldest first.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _no_spy_left():
 
 
 class SplitModel:
-    """A split ring's record beside what really happened."""
+    """The record of a split ring, and a model of the correct result."""
 
     def __init__(self, start):
         self.region = spied(queue_region_size(SIZE, packed=False))
@@ -91,7 +91,7 @@ class SplitModel:
         self.record.before_give(wanted)
         self.used = (self.used + len(ids)) & 0xFFFF
         self.order = [i for i in self.order if i not in ids]
-        self.crash()  # the index is out, the record does not know yet
+        self.crash()  # the index is published, the record is not updated yet
         self.record.after_give(wanted, RingState(avail=0, used=self.used))
         self.crash()
 
@@ -110,7 +110,7 @@ def test_split_record_after_a_crash_at_any_store(data, start):
 
 
 class PackedModel:
-    """A packed ring's record beside what really happened; buffers take 1 to 3 slots."""
+    """The record of a packed ring, and a model of the correct result; buffers take 1 to 3 slots."""
 
     def __init__(self, start, wrap):
         self.region = spied(queue_region_size(SIZE, packed=True))
@@ -189,7 +189,7 @@ def test_packed_record_after_a_crash_at_any_store(data, start, wrap):
             model.give(data.draw(st.lists(st.sampled_from(ids), min_size=1, unique=True)))
 
 
-def test_recovered_buffers_can_be_given_back_and_the_record_goes_on():
+def test_recovered_buffers_can_be_given_back_and_the_record_continues():
     model = SplitModel(0)
     model.take([3, 1, 2])
     Spy.told = None
@@ -269,7 +269,7 @@ def test_any_bytes_are_a_record_or_an_error(junk, is_packed, number):
     region = np.zeros(queue_region_size(SIZE, packed=is_packed), np.uint8)
     junk = junk[: region.size]
     region[: len(junk)] = np.frombuffer(junk, np.uint8)
-    with contextlib.suppress(ProtocolError):  # the only error there may be
+    with contextlib.suppress(ProtocolError):  # the only error that is allowed
         if is_packed:
             PackedInflight(region, SIZE).recover(lambda _: number)
         else:

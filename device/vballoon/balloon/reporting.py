@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Free page reporting: discard first, acknowledge after.
 
-*Memory Balloon Device / Device Operation / Free Page Reporting*.
+Label: *Memory Balloon Device / Device Operation / Free Page Reporting*.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of the control socket, declared in one table.
 
-``balloon``, ``query-balloon`` and the shape of the statistics are QEMU's (qapi/machine.json and
-docs/virtio-balloon-stats.txt of QEMU); the others are this device's own.
+``balloon``, ``query-balloon`` and the form of the statistics are those of QEMU (qapi/machine.json,
+docs/virtio-balloon-stats.txt).  The others exist only here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STATS_POLLS, STATS_POLL_SECONDS = 25, 0.02
 """How often, and after how many seconds each, to look for new statistics before a target."""
 
 
-# Commands that QEMU has too.
+# Commands that QEMU also has.
 
 
 @COMMANDS.command(
@@ -210,8 +210,8 @@ async def get_skip_export_fd(operator: Operator) -> Reply:
     """Return the current skip bitmap as a memory file; a descriptor comes with the reply.
 
     The bitmaps come first, in the manifest's order, each from a multiple of 4096 bytes on; the
-    manifest begins at manifest-offset. "vballoon export" writes them to files: the server writes
-    none, so that whoever reaches this socket can write only where they could anyway.
+    manifest begins at manifest-offset. "vballoon export" writes them to files with its own
+    permissions. The server writes none, so this socket gives no access to its files.
     """
     frozen = FrozenExport(operator.require_memory())
     fd, manifest_at, manifest = await asyncio.to_thread(frozen.to_descriptor)
@@ -220,7 +220,7 @@ async def get_skip_export_fd(operator: Operator) -> Reply:
 
 @COMMANDS.command("get-skip-bitmap-fd")
 def get_skip_bitmap_fd(operator: Operator) -> Reply:
-    """Hand out the live bitmaps: the reply carries a read-only memfd (SCM_RIGHTS).
+    """Return the live bitmaps in a read-only memfd, which the reply carries (SCM_RIGHTS).
 
     The reply says where each bitmap is in the memfd.
     """

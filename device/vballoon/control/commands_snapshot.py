@@ -73,7 +73,7 @@ def query_guest_memory(operator: Operator) -> dict[str, Any]:
     same_user=True,
 )
 def get_guest_memory_fd(operator: Operator, file: int) -> Reply:
-    """Hand out a file of guest memory: the reply carries a read-only descriptor (SCM_RIGHTS).
+    """Return a file of guest memory: the reply carries a read-only descriptor (SCM_RIGHTS).
 
     A memfd has mode 0777, so whoever has any descriptor of it can open it again for writing. The
     file belongs to the front-end and its mode cannot be changed here: only root and the server's
@@ -99,7 +99,7 @@ def _read_only(fd: int) -> int:
 
 @COMMANDS.command("get-memmap-layout")
 def get_memmap_layout(operator: Operator) -> Reply:
-    """Hand out the guest's memmap layout, as the guest module reported it, in a memfd.
+    """Return the guest's memmap layout, as the guest module reported it, in a memfd.
 
     The memfd holds a struct walk_memmap followed by its runs. Use it only on a stopped guest, and
     only after the checks of the walk queue's specification.

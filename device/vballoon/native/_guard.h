@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* What the parts of the extension share: SIGBUS, SIGSYS, and eventfds. */
+/* Declarations that the files of the extension _guard share. */
 #ifndef VBALLOON_GUARD_H
 #define VBALLOON_GUARD_H
 

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Page numbers in guest memory, joined to ranges while they are read. */
+/* Read page numbers from guest memory, and join them to ranges. */
 #include "_native.h"
 
 struct runs {
 	uint64_t *start, *end;
 	Py_ssize_t found, room;
-	uint64_t low, high;           /* the run that is being built; none where low == high */
+	uint64_t low, high;           /* the run being built; none if low == high */
 	uint64_t span_low, span_high; /* the span that the last page was in, in pages */
 	uint64_t bad;
 };
 
-/* A new run begins at *page*; false where there is no room for the one before. */
+/* Begin a new run at *page*.  Return false if there is no room for the previous one. */
 static inline bool begin_run(struct runs *r, uint64_t page)
 {
 	if (r->low < r->high) {
@@ -36,7 +36,7 @@ static bool in_a_span(struct runs *r, const struct guest *g, uint64_t page)
 	return false;
 }
 
-/* A page that is not the next one of the run; false where there is no room for a new one. */
+/* Add a page that does not extend the run upwards.  Return false if there is no room for a new run. */
 static bool other_page(struct runs *r, const struct guest *g, uint64_t page)
 {
 	if ((page < r->span_low || page >= r->span_high) && !in_a_span(r, g, page)) {
@@ -50,13 +50,13 @@ static bool other_page(struct runs *r, const struct guest *g, uint64_t page)
 	return (page >= r->low && page < r->high) || begin_run(r, page);
 }
 
-/* The *n* le32 page numbers *at*, each read once; neighbours going up or down make one run. */
+/* Join the *n* le32 page numbers *at*, each read once.  Consecutive ones, up or down, make one run. */
 static bool join(struct runs *r, const struct guest *g, const uint8_t *at, int64_t n)
 {
 	const uint8_t *end = at + 4 * n;
 
 	while (at < end) {
-		/* the next page of the run, where there is one that is guest memory: in a register */
+		/* the next page of the run, in a register; limit is 0 if there is no run */
 		uint64_t next = r->high, limit = r->low < r->high ? r->span_high : 0;
 		uint32_t number = 0;
 
@@ -79,9 +79,9 @@ static bool join(struct runs *r, const struct guest *g, const uint8_t *at, int64
 /*
  * page_runs(memory, addr, words, out_start, out_end) -> (ranges, bad), or None
  *
- * The le32 page numbers at each guest-physical *addr*, *words* (int64) of them, as merged ranges;
- * pages outside guest memory are counted as bad.  None where an address is not in one mapping, or
- * the runs are more than there is room for.
+ * Return the *words* (int64) le32 page numbers at each guest-physical *addr* as merged ranges.  Count
+ * pages outside guest memory as bad.  Return None if an address is not in one mapping, or if there are
+ * more runs than room.
  */
 CALLED(native_page_runs)
 {

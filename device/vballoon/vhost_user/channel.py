@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The back-end's own requests ("Back-end communication", vhost-user.rst, QEMU 11.1.3).
 
-The front-end hands over a socket (SET_BACKEND_REQ_FD); requests go out on it, and answers come
-back if they were asked for.  The answers are never waited for: a front-end that is waiting for
-*our* answer to a message on the main socket (QEMU does, with its other sockets unread) would wait
-for ever.
+The front-end sends a socket (SET_BACKEND_REQ_FD).  Requests are sent on it, and replies received if
+they were requested.  The back-end never blocks on a reply: a front-end that blocks on the reply to
+a message on the main socket, as QEMU does, reads no other socket, and both would wait forever.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ __all__ = ("MAX_OUTSTANDING", "BackendChannel")
 log = logging.getLogger(__name__)
 
 MAX_OUTSTANDING = 64
-"""Requests that wait for their answers, at most; while there are so many, configuration changes
-are sent once the front-end has answered (it reads the newest state in any case)."""
+"""Maximum number of requests without a reply.  At the maximum, a configuration change is sent after
+the next reply; the front-end then reads the newest configuration anyway."""
 
 _HEADER = VhostUserHeader.SIZE
 _REPLY = _HEADER + VhostUserU64.SIZE
 
 
 class BackendChannel:
-    """Sans-IO: requests out, answers in.
+    """The channel without I/O: requests out, replies in.
 
-    With *need_reply* each request asks for an answer (REPLY_ACK must have been negotiated).
+    With *need_reply* each request asks for a reply (REPLY_ACK must have been negotiated).
     ``sent``, ``answered`` and ``failed`` count requests.
     """
 
@@ -50,7 +49,7 @@ class BackendChannel:
         self.sent = self.answered = self.failed = 0
 
     def config_changed(self) -> None:
-        """Send CONFIG_CHANGE_MSG, or once the outstanding requests have been answered."""
+        """Send CONFIG_CHANGE_MSG now, or after the next reply if too many requests are pending."""
         if len(self._waiting) >= MAX_OUTSTANDING:
             self._change_due = True
             return
@@ -59,7 +58,7 @@ class BackendChannel:
     def request(
         self, request: BackendRequest, payload: bytes = b"", fds: list[int] | None = None
     ) -> None:
-        """Send a request; *fds* (BACKEND_SEND_FD) are taken over."""
+        """Send a request and take ownership of *fds* (BACKEND_SEND_FD)."""
         flags = VERSION | (HeaderFlag.NEED_REPLY if self._need_reply else 0)
         header = VhostUserHeader(request=request, flags=flags, size=len(payload))
         self._output.append((header.build() + payload, fds or []))
@@ -68,19 +67,19 @@ class BackendChannel:
             self._waiting.append(request)
 
     def take_output(self) -> list[tuple[bytes, list[int]]]:
-        """Messages to send, with their descriptors."""
+        """Return and remove the messages to send, with their descriptors."""
         output, self._output = self._output, []
         return output
 
     def wanted(self) -> int:
-        """How many bytes complete the answer under way."""
+        """Return how many bytes are missing from the current reply."""
         return _REPLY - len(self._buffer)
 
     def feed(self, data: bytes, fds: list[int] | None = None) -> None:
-        """Take in answers.
+        """Handle replies.
 
-        Raises :class:`~vballoon.errors.ProtocolError` for anything that is not one; the channel
-        is to be closed then.  Descriptors are never due here and are closed.
+        Raise :class:`~vballoon.errors.ProtocolError` for any other input; the caller then closes
+        the channel.  Close *fds*, because a reply has no descriptors.
         """
         close_fds(fds or [])
         self._buffer += data

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything of a saved state that can fail, before anything of it is applied.
+"""Check and open a saved state before anything of it is applied.
 
-A state is read like untrusted input: :func:`check` judges the numbers, and :class:`Staged` opens
-what the descriptors are for.  Only when both have succeeded does the back-end take the state over.
+A state is treated like untrusted input: :func:`check` checks the numbers, and :class:`Staged` opens
+the files that the descriptors refer to.  The back-end applies the state only if both succeed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check(
     if area is not None:
         _require(0 < area.num_queues <= device.num_queues, f"{area.num_queues} in-flight regions")
         _require(0 < area.queue_size <= MAX_QUEUE_SIZE, f"in-flight region of {area.queue_size}")
-    _require(not state.own_area or area is not None, "an own in-flight area, but none")
+    _require(not state.own_area or area is not None, "own_area without an in-flight area")
 
 
 def _check_vring(vring: VringState, size_max: int, packed: bool) -> None:
@@ -71,7 +71,7 @@ def _check_vring(vring: VringState, size_max: int, packed: bool) -> None:
 
 
 class Staged:
-    """What the descriptors of a state are for, opened.  :meth:`close` undoes it."""
+    """The opened parts of a state: memory, in-flight area, log, channel, event descriptors."""
 
     def __init__(self, state: BackendState, given: Descriptors, io: Io) -> None:
         """Open everything; raise :class:`~vballoon.errors.PeerError`, with nothing left open."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of the engine that serves a ring."""
+"""Choose the engine that serves a ring."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The snapshot's formats: a directory, and the same as a stream (see ``README.md``)."""
+"""Formats of a snapshot: a directory, and the same content as a stream (see ``README.md``)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * keeper make FOLDER MIB [SEED]: fills FOLDER (tmpfs, or page cache of another file system) with files of known content.
- * keeper check FOLDER: reads them all; prints "good <files>" or "bad <file> <offset>", exit status 1 when bad or none.
+ * keeper make FOLDER MIB [SEED]: fill FOLDER (on tmpfs, or in the page cache) with files of known content.
+ * keeper check FOLDER: read all files and print "good <files>" or "bad <file> <offset>".  The exit status is 1
+ * if a file is bad or there is none.
  *
- * Files are named by their seed and are of 1 byte to 4 MiB; size and content both follow from the name.
+ * The name of a file is its seed.  Its size (1 byte to 4 MiB) and its content are computed from the seed.
  */
 #include <dirent.h>
 #include <fcntl.h>

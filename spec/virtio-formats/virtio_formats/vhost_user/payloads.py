@@ -91,7 +91,7 @@ class VhostUserU64(WireStruct):
 
 
 class VhostVringState(WireStruct):
-    """A vring state description; also the vring descriptor index (or indices) of both kinds."""
+    """A vring state description; also the descriptor index of a split or packed vring."""
 
     index: int
     num: int
@@ -136,7 +136,7 @@ class VhostUserMemoryRegion(WireStruct):
 
 
 class VhostUserMemRegMsg(WireStruct):
-    """Single memory region description, the region's fields laid out flat."""
+    """Single memory region description: padding, then the fields of a region."""
 
     padding: int
     guest_address: int
@@ -161,7 +161,7 @@ class VhostUserMemory(WireStruct):
     """Multiple Memory regions description.
 
     Front-ends send either the valid regions, or eight regions of which the last are undefined.
-    :meth:`parse_table` reads both forms; the short form is built.
+    :meth:`parse_table` reads both forms; :meth:`build` writes the short form.
     """
 
     num_regions: int
