@@ -60,6 +60,7 @@ def test_rows_are_well_formed() -> None:
         assert row.strength in STRENGTHS
         assert row.text.endswith("."), row.id
         assert row.label
+        assert row.since in ("", "1.3", "1.4"), row.id
         assert row.at > 0 or row.chapter in ("robustness", *index()), row.id
 
 

@@ -118,6 +118,29 @@ def test_open_questions_have_an_exit_status() -> None:
     assert exit_status(run, verdicts(run)) == 4
 
 
+def rows_of(spec: str) -> set[str]:
+    """Return the rows that a run for a version of the virtio standard decides."""
+    return {one.row.id for one in verdicts(Run("vfio-user", "balloon", "b", spec=spec))}
+
+
+def test_rows_of_a_newer_standard_are_left_out() -> None:
+    old, middle, new = rows_of("1.2"), rows_of("1.3"), rows_of("1.4")
+    assert old < middle < new
+    assert middle - old == {
+        "basic.features.only-supported",
+        "pci.common.admin-index",
+        "pci.common.admin-num",
+    }
+    assert {name.rpartition(".")[0] for name in new - middle} == {"basic.suspend"}
+
+
+def test_a_failure_of_a_newer_standard_breaks_no_older_one() -> None:
+    failed = record("failed", "pci.common.admin-index")
+    for spec, code in ("1.2", 0), ("1.3", 1):
+        run = Run("vfio-user", "balloon", "b", records=[failed], spec=spec)
+        assert exit_status(run, verdicts(run)) == code
+
+
 # -- the catalogue -----------------------------------------------------------------------------
 
 
