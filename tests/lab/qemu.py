@@ -132,7 +132,9 @@ class Config:
 
 def arguments(config: Config, folder: Path, image: Path, initrd: Path, accel: str) -> list[str]:
     """QEMU's arguments for a guest whose sockets and logs live in ``folder``."""
-    machine = f"{config.machine},accel={accel},usb=off,vmport=off,graphics=off"
+    microvm = config.machine.startswith("microvm")  # it has none of these, and a serial port
+    without = "isa-serial=off" if microvm else "usb=off,vmport=off,graphics=off"
+    machine = f"{config.machine},accel={accel},{without}"
     if config.nodes == 1:
         machine += ",memory-backend=ram0"
     words = ["-nodefaults", "-no-user-config", "-display", "none", "-name", "lab"]

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.lab import NAMES, Machine
+from tests.lab import NAMES, Machine, kexec
 from tests.lab.backend import TRANSPORTS, Backend, negotiated, wait_until
 
 from vballoon.skipmap import SkipExport
@@ -72,19 +72,23 @@ def test_reboot(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_reboot_into_a_guest_without_a_driver(transport: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["reboot", pytest.param("kexec", marks=pytest.mark.full)])
+def test_reboot_into_a_guest_without_a_driver(how: str, transport: str, tmp_path: Path) -> None:
     """No page that an export leaves out holds data of the new boot."""
+    files = kexec.files() if how == "kexec" else {}
     with (
         Backend(transport) as backend,
-        Machine(memory=MEMORY, reboot=True, extra=backend.device("q35")) as vm,
+        Machine(memory=MEMORY, reboot=True, files=files, extra=backend.device("q35")) as vm,
     ):
         vm.guest.load("virtio_balloon")
         wait_until(lambda: "VIRTIO_BALLOON_F_STATS_VQ" in negotiated(backend))
         size = backend.ctl("query-balloon")["actual"]
         backend.ctl("balloon", value=size - 192 * MIB)
         wait_until(lambda: backend.ctl("query-balloon")["actual"] == size - 192 * MIB)
-        vm.guest.run("(sleep 0.5; echo b >/proc/sysrq-trigger) & exit 0")
-        vm.wait_until_up()
+        if how == "kexec":
+            kexec.start(vm)
+        else:
+            vm.reboot()
         vm.guest.sh(
             "mkdir -p /mnt && mount -t tmpfs -o size=90% none /mnt && cd /mnt &&"
             "dd if=/dev/urandom of=seed bs=64k count=32 2>/dev/null &&"

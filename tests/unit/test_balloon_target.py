@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from vballoon.balloon.target import Guest, Limits, check, floor, inherited, parse_limits, size
+from vballoon.balloon.target import Guest, check, floor, inherited, size
 from vballoon.errors import UsageError
+from vballoon.sizes import Limits, parse_limits
 
 MIB, GIB = 1 << 20, 1 << 30
 NONE = Limits()

@@ -19,7 +19,7 @@ from vballoon.balloon.stats import GuestStats, StatsQueue
 from vballoon.balloon.walking import WalkQueue
 from vballoon.errors import QueueError, UsageError
 from vballoon.memory import PAGE_SHIFT, Discarder, GuestMemory
-from vballoon.sizes import size_text
+from vballoon.sizes import Limits, size_text
 from vballoon.skipmap import Round, RoundKind, SkipMap, VoidReason
 from vballoon.skipmap.map import SkipMapState
 from vballoon.virtio import VirtioDevice
@@ -75,10 +75,10 @@ class Balloon(VirtioDevice):
         features: int = ALL_FEATURES,
         *,
         discard: bool = True,
-        limits: target.Limits | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._features = int(features)
-        self._limits = limits or target.Limits()
+        self._limits = limits or Limits()
         self._wanted_pages = 0  # the operator's; num_pages can be less for a small guest
         self._assumed: int | None = None  # the guest's size in bytes when the target was set
         self._inherited = True  # the driver's first statistics have not arrived

@@ -9,28 +9,14 @@ guest's statistics where they contradict the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vballoon.errors import UsageError
-from vballoon.sizes import parse_size, size_text
+from vballoon.sizes import VALUE_MIN, Limits, size_text
 
-__all__ = ("Guest", "Limits", "check", "floor", "inherited", "parse_limits", "size")
+__all__ = ("Guest", "check", "floor", "inherited", "size")
 
 _MIB = 1 << 20
-VALUE_MIN = _MIB
-"""Targets below this are a number of MiB given as bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits in bytes that the operator gives for a machine; None: not given."""
-
-    minimum: int | None = None
-    maximum: int | None = None
-    memory: int | None = None
-    """The guest's memory (QEMU's ``-m``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +40,6 @@ class Guest:
         if not self.total:
             return None
         return min(self.mapped, self.total + (0 if self.total_has_balloon else self.ballooned))
-
-
-def parse_limits(options: Mapping[str, Any]) -> Limits:
-    """Return the limits in *options* (``min``, ``max``, ``memory``).  Raise UsageError."""
-    values: dict[str, int] = {}
-    for name in ("min", "max", "memory"):
-        if options.get(name) is None:
-            continue
-        try:
-            values[name] = parse_size(str(options[name]))
-        except (ValueError, OverflowError):
-            raise UsageError(
-                f"{name}: {options[name]!r} is not a size; write it as 512M or 2G"
-            ) from None
-        if values[name] < VALUE_MIN:
-            raise UsageError(f"{name}: {options[name]} is less than 1 MiB; write it as 512M or 2G")
-    limits = Limits(values.get("min"), values.get("max"), values.get("memory"))
-    if limits.maximum is not None and (limits.minimum or 0) > limits.maximum:
-        raise UsageError("min is above max")
-    return limits
 
 
 def size(guest: Guest, limits: Limits) -> int:

@@ -214,7 +214,7 @@ def _machines(options: argparse.Namespace) -> list[dict[str, Any]]:
         from vballoon.keeper.config import read_config
 
         return read_config(Path(options.config))
-    from vballoon.balloon.target import parse_limits
+    from vballoon.sizes import parse_limits
 
     if not given:
         raise UsageError("serve: give one of --vhost-user, --vfio-user, --fd or --config")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import fdsocket
 from vballoon.balloon import Balloon
-from vballoon.balloon.target import parse_limits
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import UsageError
 from vballoon.keeper.config import WHERE
 from vballoon.keeper.features import device_names, parse_features
 from vballoon.keeper.transports import VfioUser, VhostUser
+from vballoon.sizes import parse_limits
 
 if TYPE_CHECKING:
     import socket

@@ -71,6 +71,7 @@ def render(answers: dict[str, Any]) -> RenderableType:
 
     status = answers["status"]
     parts = [_summary(answers), _queues(status)]
+    parts += [f"problem: {p['what']}; {p['remedy']}" for p in status.get("problems", ())]
     if "skip-bitmap" in answers:
         parts.append(_bitmap(answers["skip-bitmap"]))
     if status["rounds"]:

@@ -18,6 +18,13 @@ from vballoon.errors import UsageError
 
 __all__ = ("ControlClient",)
 
+GREETING_SECONDS = 5.0
+"""Time limit for the greeting, which a control socket sends at once."""
+NO_GREETING = (
+    "no greeting; is it the socket that 'vballoon serve --control' names? "
+    "The device's own socket (--vhost-user, --vfio-user) is for QEMU"
+)
+
 MESSAGE_MAX = 16 << 20
 """Maximum size in bytes of a message from the server; a memory map takes half a megabyte."""
 
@@ -25,11 +32,18 @@ MESSAGE_MAX = 16 << 20
 class ControlClient:
     """A negotiated connection to the control socket at *path*; a context manager.
 
-    *timeout* is in seconds and applies to each reply.  Every method raises
+    *timeout* is in seconds and applies to each reply; the greeting has at most 5 s, and
+    *no_greeting* is the error's text where it does not come.  Every method raises
     :class:`~vballoon.errors.UsageError` on failure.
     """
 
-    def __init__(self, path: str | os.PathLike[str], timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        timeout: float = 60.0,
+        *,
+        no_greeting: str | None = None,
+    ) -> None:
         self._path = os.fspath(path)
         self._timeout = timeout
         self._buffer = bytearray()
@@ -41,12 +55,14 @@ class ControlClient:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(self._path)
-            greeting = self._receive(time.monotonic() + timeout)
+            greeting = self._receive(time.monotonic() + min(timeout, GREETING_SECONDS))
             if "QMP" not in greeting:
                 raise UsageError(f"{self._path} is not a QMP socket")
             self.execute("qmp_capabilities")
         except BaseException as error:
             self.close()
+            if isinstance(error, TimeoutError) and no_greeting:
+                raise UsageError(no_greeting) from None
             if isinstance(error, OSError):
                 raise UsageError(f"{self._path}: {_why(error)}") from None
             raise
@@ -147,7 +163,7 @@ class ControlClient:
 def _why(error: OSError) -> str:
     """Explain why the connection failed and what to do about it."""
     if isinstance(error, TimeoutError):
-        return "no greeting; is it the socket that 'vballoon serve --control' names?"
+        return NO_GREETING
     if isinstance(error, FileNotFoundError | ConnectionRefusedError):
         return f"{error.strerror}; is 'vballoon serve --control' running?"
     return error.strerror or str(error)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
 import vballoon
+from vballoon.control.diagnosis import problems
 from vballoon.control.operator import plain
 from vballoon.control.session import CommandError
 from vballoon.control.table import Argument, Reply, Table
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from vballoon.control.operator import Operator
 
 __all__ = ("COMMANDS",)
+
+log = logging.getLogger(__name__)
 
 COMMANDS = Table()
 MAX_CELLS = 1 << 16
@@ -285,7 +289,24 @@ def query_status(operator: Operator) -> dict[str, Any]:
         **transport,
         "counters": plain(balloon.counters),
         "rounds": [r.as_dict() for r in balloon.skipmap.rounds.values()],
+        "problems": [found._asdict() for found in problems(_condition(operator))],
     }
+
+
+def _condition(operator: Operator) -> dict[str, Any]:
+    """Return the part of the status that shows problems."""
+    status: dict[str, Any] = plain(operator.transport.status())
+    return status | {"driver-running": operator.balloon.driver_running}
+
+
+def log_problems(operator: Operator, known: set[str]) -> None:
+    """Log each problem of the configuration once.  *known* has the names of those logged."""
+    found = [problem for problem in problems(_condition(operator)) if problem.wrong]
+    for problem in found:
+        if problem.name not in known:
+            log.warning("%s: %s; %s", problem.name, problem.what, problem.remedy)
+    known.clear()
+    known.update(problem.name for problem in found)
 
 
 @COMMANDS.command("query-commands")

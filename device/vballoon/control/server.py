@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import fdsocket
 import vballoon
+from vballoon.control.commands import log_problems
 from vballoon.control.commands_snapshot import COMMANDS
 from vballoon.control.events import EventThrottle
 from vballoon.control.session import REQUESTS_MAX, CommandError, QmpSession, Request
@@ -41,6 +42,7 @@ class ControlServer:
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
         self.clients: set[Client] = set()
+        self._problems: set[str] = set()
         self._throttle = EventThrottle(self._broadcast)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._acceptor: fdsocket.Acceptor | None = None
@@ -67,6 +69,10 @@ class ControlServer:
         """Send the event *name* to all clients."""
         if self._loop is not None:
             self._throttle(self._loop, name, data)
+
+    def report_problems(self) -> None:
+        """Log what is wrong with the configuration, each problem once."""
+        log_problems(self.operator, self._problems)
 
     def _broadcast(self, name: str, data: dict[str, Any], at: float) -> None:
         for client in tuple(self.clients):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import tomllib
 from typing import TYPE_CHECKING, Any
 
-from vballoon.balloon.target import parse_limits
 from vballoon.errors import UsageError
+from vballoon.sizes import parse_limits
 
 if TYPE_CHECKING:
     from pathlib import Path

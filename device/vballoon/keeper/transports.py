@@ -119,6 +119,7 @@ class VfioUser:
             features=feature_names(function.features, self._names),
             queues=function.queue_statuses(),
             regions=region_statuses(function.memory),
+            memory_unmapped=function.client_memory.unmapped,
         )
 
     async def run(self) -> None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import fdsocket
 from fdsocket import close_fds
 from vballoon.balloon import Balloon, persist
-from vballoon.balloon.target import parse_limits
 from vballoon.control.operator import Operator
 from vballoon.control.server import ControlServer
 from vballoon.errors import PeerError, VballoonError
@@ -36,6 +35,7 @@ from vballoon.keeper.notify import DATAGRAM_MAX
 from vballoon.keeper.stream import Progress
 from vballoon.keeper.transports import Events, VfioUser
 from vballoon.native import guard
+from vballoon.sizes import parse_limits
 
 if TYPE_CHECKING:
     from vballoon.keeper.features import Offered
@@ -120,6 +120,7 @@ class _Worker:
 
     def _alive(self) -> None:
         self._notifier.watchdog()
+        self._control.report_problems()
         if not self._notifier.alive and not self._transport.status().connected:
             log.warning("the keeper has gone, and no front-end is connected")
             self._finish(0)

@@ -74,7 +74,12 @@ class QemuVm:
         self._client.register_listener(self._events)
         self._seen: list[Any] = []
         try:
-            self._run(self._client.connect(self._connected_socket()), timeout)
+            self._run(
+                self._client.connect(self._connected_socket()),
+                timeout,
+                late="another client, such as libvirt, uses this monitor; give QEMU one more with "
+                "-qmp unix:PATH,server=on,wait=off",
+            )
         except BaseException:
             self._loop.close()
             raise
@@ -91,13 +96,14 @@ class QemuVm:
         self.pid = struct.unpack("iII", credentials)[0]
         return connection
 
-    def _run(self, work: Any, timeout: float) -> Any:
+    def _run(self, work: Any, timeout: float, late: str = "") -> Any:
         try:
             return self._loop.run_until_complete(asyncio.wait_for(work, timeout))
         except ExecuteError as error:
             raise QemuRefused(f"QEMU: {error.error.error.desc}") from None
         except TimeoutError:
-            raise QemuGone(f"{self.path}: no answer within {timeout:g} s") from None
+            why = f"no answer within {timeout:g} s" + (f": {late}" if late else "")
+            raise QemuGone(f"{self.path}: {why}") from None
         except (QMPError, OSError, EOFError) as error:
             raise QemuGone(f"{self.path}: {error}") from None
 

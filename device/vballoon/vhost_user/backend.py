@@ -244,6 +244,7 @@ class VhostUserBackend:
                 for v in self.vrings
             ],
             regions=region_statuses(self.memory),
+            front_end_queues=sum(v.err is not None or v.call is not None for v in self.vrings),
             counters=dict(counters),
         )
 

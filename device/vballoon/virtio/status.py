@@ -56,6 +56,10 @@ class TransportStatus:
     """vhost-user only."""
     queues: list[QueueStatus] = field(default_factory=list)
     regions: list[RegionStatus] = field(default_factory=list)
+    front_end_queues: int = 0
+    """vhost-user only: queues for which the front-end has sent event descriptors."""
+    memory_unmapped: bool = False
+    """vfio-user only: the client has unmapped all the memory that it had mapped."""
     counters: dict[str, int] = field(default_factory=dict)
     """vhost-user only: messages of all connections by name, ``refused`` and ``config_changes``."""
 

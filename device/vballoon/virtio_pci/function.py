@@ -169,6 +169,16 @@ class VirtioPciFunction(PciDevice):
         """config_generation."""
         return self.device_config.generation()
 
+    def refusal(self) -> str | None:
+        """Return why no driver can be served now, or None."""
+        if not self.client_memory.unmapped:
+            return None
+        return (
+            "the client has unmapped all guest memory: an IOMMU of the guest translates this "
+            "device's addresses, and a balloon needs guest-physical ones; boot the guest with "
+            "iommu=pt, or attach the device over vhost-user"
+        )
+
     def _reset_function(self) -> None:
         if self._busy:
             self._reset_due = True

@@ -72,6 +72,7 @@ class ClientMemory:
         self.table = GuestMemory()
         self.stale = False
         """Whether :attr:`table` is no longer what the client has mapped."""
+        self._had_memory = False
         self._dma = dma
         self._regions: dict[int, MemoryRegion] = {}
         self._shared: set[FileId] = set()
@@ -86,7 +87,16 @@ class ClientMemory:
             raise RequestError(_EINVAL, str(error)) from None
         self._changed()
 
+    @property
+    def unmapped(self) -> bool:
+        """Whether the client has unmapped all the memory that it had mapped.
+
+        QEMU does so when the guest turns on an IOMMU that translates the device's addresses.
+        """
+        return self._had_memory and not self._regions
+
     def _changed(self) -> None:
+        self._had_memory |= bool(self._regions)
         self.stale = True
         self._checked.clear()
 
@@ -172,6 +182,7 @@ class ClientMemory:
 
     def forget_files(self) -> None:
         """Forget the files of a client that has gone; the next one has its own."""
+        self._had_memory = bool(self._regions)
         self._checked.clear()
         self._shared.clear()
         self._private.clear()

@@ -9,6 +9,7 @@ Virtio 1.4, *Common configuration structure layout*, *Device Initialization*, *D
 from __future__ import annotations
 
 import errno
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from virtio_formats.virtio.pci import NO_VECTOR, CommonConfig
 from virtio_formats.virtio.status import DeviceStatus
 
 __all__ = ("CommonRegisters", "Listener", "QueueRegisters", "QueueValue", "RegistersValue")
+
+log = logging.getLogger(__name__)
 
 _FIELDS = {
     name: (int(offset), dtype.itemsize)
@@ -90,6 +93,9 @@ class Listener(Protocol):
 
     def generation(self) -> int:
         """config_generation as it is now."""
+
+    def refusal(self) -> str | None:
+        """Return why no driver can be served now, or None."""
 
 
 class CommonRegisters:
@@ -261,6 +267,10 @@ class CommonRegisters:
 
     def _acceptable(self) -> bool:
         """*Device Initialization*: whether FEATURES_OK may stay set."""
+        refusal = self._listener.refusal()
+        if refusal is not None:
+            log.error("FEATURES_OK refused: %s", refusal)
+            return False
         unknown = self.driver_features & ~self.offered
         return not unknown and f.has(self.driver_features, f.VIRTIO_F_VERSION_1)
 
