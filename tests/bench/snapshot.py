@@ -24,6 +24,7 @@ from tests.lab.qemu import accelerator
 from vballoon.control.client import ControlClient
 from vballoon.snapshot.copy import copy_extents
 from vballoon.snapshot.extents import data_extents
+from vballoon.snapshot.process import Process
 from vballoon.snapshot.qmp_vm import QemuVm
 from vballoon.snapshot.run import Run
 from vballoon.snapshot.source import GuestSource
@@ -171,7 +172,7 @@ def _ours(size: Size, place: Path, module: Path | None) -> Saved:
         with (
             QemuVm(vm.qmp_socket) as monitor,
             ControlClient(backend.control_socket) as control,
-            GuestSource.fetch(control) as source,
+            GuestSource.fetch(control, Process(monitor.pid)) as source,
         ):
             snapshot = Run(monitor, source, DirectoryStore(place))
             manifest = take(snapshot)

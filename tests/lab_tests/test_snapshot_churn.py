@@ -26,6 +26,7 @@ from tests.lab_tests.snapshot_lab import (
 from vballoon.control.client import ControlClient
 from vballoon.skipmap import Provenance, SkipExport
 from vballoon.snapshot.memmap import FreeMemory
+from vballoon.snapshot.process import Process
 from vballoon.snapshot.qmp_vm import QemuVm
 from vballoon.snapshot.run import Run
 from vballoon.snapshot.source import GuestSource
@@ -137,7 +138,7 @@ def take(
     with (
         QemuVm(vm.qmp_socket) as monitor,
         ControlClient(backend.control_socket) as control,
-        GuestSource.fetch(control) as source,
+        GuestSource.fetch(control, Process(monitor.pid)) as source,
     ):
         store = DirectoryStore(directory)
         take_snapshot(Run(monitor, source, store, free_memory=free_memory))

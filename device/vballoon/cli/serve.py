@@ -29,7 +29,7 @@ EXAMPLES = """\
   vballoon serve --vhost-user balloon.sock --features=-FREE_PAGE_WALK
       leave out the walk extension; then config_size=16 and num_vqs=5 are enough
   vballoon serve --config vms.toml
-      serve several virtual machines in one process:
+      serve several virtual machines, each in a process of its own:
       [[vm]]
       vhost-user = "/run/vm1/balloon.sock"
       control = "/run/vm1/control.sock"
