@@ -32,12 +32,18 @@ from vfio_user.testing import QEMU_VERSION_DATA, Ram, message
 from virtio_formats.vfio_user import (
     Capabilities,
     Command,
+    DeviceFeature,
+    DeviceState,
     DmaAccess,
     DmaMap,
+    DmaUnmap,
+    Feature,
+    FeatureFlags,
     Header,
     HeaderFlags,
     IrqSet,
     IrqSetFlags,
+    MigState,
     PciIrq,
     RegionAccess,
     RegionIoFds,
@@ -653,3 +659,141 @@ class TestQuiesce:
         serve(gadget, path, client)
         assert cancelled == [True]
         assert open_fds() == before
+
+
+class TestHooksThatWait:
+    """``async def`` of ``dma_unmapped``, ``reset`` and ``set_running``."""
+
+    def hold(self, gadget: Gadget, name: str) -> tuple[threading.Event, threading.Event]:
+        """Replace a hook by one that waits for the second event; it sets the first."""
+        began, may_end = threading.Event(), threading.Event()
+
+        async def hook(*args: object) -> None:
+            gadget.log.append((name, "begins"))
+            began.set()
+            await asyncio.to_thread(may_end.wait)
+            gadget.log.append((name, "ends"))
+
+        setattr(gadget, name, hook)
+        return began, may_end
+
+    def ordered(
+        self, gadget: Gadget, path: Path, name: str, command: int, payload: bytes = b""
+    ) -> list[tuple[object, ...]]:
+        """Send *command* and a read after it; return what the device was asked to do."""
+        began, may_end = self.hold(gadget, name)
+        gadget.dma.on_unmap = gadget.dma_unmapped
+
+        def client() -> None:
+            wire = Wire.connect(path)
+            ram = Ram(0x10000, 0x10000)
+            wire.map(ram, [ram.fd])
+            wire.send(message(command, payload, msg_id=1))
+            assert began.wait(10)
+            read = RegionAccess(offset=0, region=0, count=4).build()
+            wire.send(message(Command.REGION_READ, read, msg_id=2))
+            may_end.set()
+            replies = [wire.receive()[0] for _ in range(2)]
+            assert [(head.id, head.error) for head in replies] == [(1, 0), (2, 0)]
+            ram.close()
+            wire.close()
+
+        serve(gadget, path, client)
+        return gadget.log
+
+    def test_reset(self, gadget: Gadget, path: Path) -> None:
+        log = self.ordered(gadget, path, "reset", Command.DEVICE_RESET)
+        assert log[2:5] == [("reset", "begins"), ("reset", "ends"), ("read", 0, 4)]
+
+    def test_dma_unmapped(self, gadget: Gadget, path: Path) -> None:
+        request = DmaUnmap(argsz=24, flags=0, address=0x10000, size=0x10000).build()
+        log = self.ordered(gadget, path, "dma_unmapped", Command.DMA_UNMAP, request)
+        assert log[2:5] == [("dma_unmapped", "begins"), ("dma_unmapped", "ends"), ("read", 0, 4)]
+
+    def test_set_running_before_the_state_is_saved(self, gadget: Gadget, path: Path) -> None:
+        def save() -> bytes:
+            gadget.log.append(("save",))
+            return b"state"
+
+        gadget.save_state = save  # type: ignore[method-assign]
+        state = MigState(device_state=DeviceState.STOP_COPY, data_fd=0).build()
+        flags = Feature.MIG_DEVICE_STATE | FeatureFlags.SET
+        request = DeviceFeature(argsz=16, flags=flags).build() + state
+        log = self.ordered(gadget, path, "set_running", Command.DEVICE_FEATURE, request)
+        expected = [("set_running", "begins"), ("set_running", "ends"), ("save",), ("read", 0, 4)]
+        assert log[2:6] == expected
+
+    def test_a_failure_is_the_answer(self, gadget: Gadget, path: Path) -> None:
+        async def reset() -> None:
+            await asyncio.sleep(0)
+            raise RequestError(errno.ENOTTY, "not now")
+
+        gadget.reset = reset  # type: ignore[method-assign, assignment]
+
+        def client() -> None:
+            wire = Wire.connect(path)
+            wire.send(message(Command.DEVICE_RESET, msg_id=3))
+            assert wire.receive()[0].error == errno.ENOTTY
+            wire.call(Command.DEVICE_GET_INFO, bytes([16]) + bytes(15))
+            wire.close()
+
+        serve(gadget, path, client)
+
+    def test_memory_is_held_until_the_hook_of_a_lost_client_has_ended(
+        self, gadget: Gadget, path: Path
+    ) -> None:
+        """The next client is served after that."""
+        began, may_end = self.hold(gadget, "dma_unmapped")
+        gadget.dma.on_unmap = gadget.dma_unmapped
+        before = open_fds()
+
+        def client() -> None:
+            first = Wire.connect(path)
+            ram = Ram(0x10000, 0x10000)
+            first.map(ram, [ram.fd])
+            first.close()
+            assert began.wait(10)
+            second = Wire(socket.socket(socket.AF_UNIX))
+            second.sock.connect(str(path))
+            data = Version(major=0, minor=0).build() + QEMU_VERSION_DATA
+            second.send(message(Command.VERSION, data, msg_id=5))
+            assert gadget.log.count(("attached",)) == 1
+            may_end.set()
+            assert second.receive()[0].error == 0
+            second.map(ram, [ram.fd])
+            second.close()
+            ram.close()
+
+        serve(gadget, path, client)
+        calls = [entry for entry in gadget.log if entry[0] in ("attached", "dma_unmapped")]
+        assert calls[:4] == [
+            ("attached",),
+            ("dma_unmapped", "begins"),
+            ("dma_unmapped", "ends"),
+            ("attached",),
+        ]
+        assert open_fds() - before <= 1
+
+    def test_a_reset_that_the_guest_asks_for_waits_for_quiesce(
+        self, gadget: Gadget, path: Path
+    ) -> None:
+        began, may_end = self.hold(gadget, "quiesce")
+        gadget.regions[0].write = lambda offset, data: gadget.request_reset()
+
+        def client() -> None:
+            wire = Wire.connect(path)
+            access = RegionAccess(offset=0, region=0, count=1).build()
+            wire.call(Command.REGION_WRITE, access + b"1")
+            assert began.wait(10)
+            wire.send(message(Command.REGION_READ, access, msg_id=9))
+            may_end.set()
+            assert wire.receive()[0].id == 9
+            wire.close()
+
+        serve(gadget, path, client)
+        assert gadget.log[1:5] == [
+            ("quiesce", "begins"),
+            ("quiesce", "ends"),
+            ("reset",),
+            ("read", 0, 1),
+        ]

@@ -22,12 +22,13 @@ from vfio_user.config import ConfigSpace
 from vfio_user.descriptors import Descriptors
 from vfio_user.dma import DmaRegion, DmaTable
 from vfio_user.errors import RequestError, UsageError
-from vfio_user.faults import guarded
+from vfio_user.faults import guarded, report_fault
 from vfio_user.intx import IntxPin
 from vfio_user.irqs import IrqTable
 from vfio_user.migration import MigrationMachine
 from vfio_user.regions import IoEvent, Region
 from vfio_user.state import BaseState
+from vfio_user.steps import Run, Spawn, Steps, awaited, finish, run_now
 from virtio_formats.vfio_user import PCI_NUM_REGIONS, DeviceFlags, PciRegion
 
 __all__ = ("PciDevice",)
@@ -75,6 +76,10 @@ class PciDevice:
         """Why the last client disconnected, for :meth:`detached`; None for an orderly end."""
         self._deferred: deque[Callable[[], None]] = deque()
         self._working = self._reset_due = False
+        self.spawn: Spawn = run_now
+        """Lets the coroutines of ``async def`` hooks run; set by the server."""
+        self.changes = 0
+        """How many changes of the whole device wait for a hook; no command is served meanwhile."""
         self._at_reset: list[Callable[[], None]] = []
         self._watch: Callable[[IoEvent, bool], None] | None = None
         self._wake: Callable[[], None] | None = None
@@ -83,8 +88,12 @@ class PciDevice:
 
     # -- for a device to override -----------------------------------------------------------------
 
-    def reset(self) -> None:
+    # ``reset``, ``dma_unmapped``, ``set_running`` and ``quiesce`` may be ``async def``: the command
+    # is answered, and the next one is served, when they have returned.
+
+    def reset(self) -> Awaitable[None] | None:
         """Reset the registers, as after power-on; configuration space has been reset already."""
+        return None
 
     def quiesce(self) -> Awaitable[None] | None:
         """Finish what is under way, before DMA_MAP, DMA_UNMAP, a reset or a change of state.
@@ -105,8 +114,9 @@ class PciDevice:
     def dma_mapped(self, region: DmaRegion) -> None:
         """Start to use a piece of client memory."""
 
-    def dma_unmapped(self, region: DmaRegion) -> None:
-        """Stop using a piece of client memory before this returns."""
+    def dma_unmapped(self, region: DmaRegion) -> Awaitable[None] | None:
+        """Stop using a piece of client memory before this returns.  It stays mapped until then."""
+        return None
 
     def dma_logging(self, active: bool) -> None:
         """Start or stop recording which client memory the device writes.
@@ -126,8 +136,9 @@ class PciDevice:
         """Take a state over.  Raise :class:`~vfio_user.errors.RequestError` if it is malformed."""
         raise RequestError(errno.EINVAL, "the device does not migrate")
 
-    def set_running(self, running: bool) -> None:
+    def set_running(self, running: bool) -> Awaitable[None] | None:
         """Stand still (no DMA, no interrupts), or continue."""
+        return None
 
     # -- for a device to use ----------------------------------------------------------------------
 
@@ -172,11 +183,14 @@ class PciDevice:
         self._at_reset.append(hook)
 
     def request_reset(self) -> None:
-        """Reset the function (the guest asked for it), after deferred work that is under way."""
-        if self._working:
+        """Reset the function (the guest asked for it), after deferred work that is under way.
+
+        The device is quiesced first.  Commands that come later wait for its end.
+        """
+        if self._working or self.changes:
             self._reset_due = True
         else:
-            self.full_reset()
+            self.change(self._quiet_reset(), "a reset")
 
     def base_state(self) -> BaseState:
         """Return configuration space, INTx, and pending and masked vectors: the base's own state.
@@ -226,7 +240,12 @@ class PciDevice:
 
         Nothing while the device stands still for a migration: its memory must not change.
         """
-        if self._working or not self.migration.is_running:
+        if self._working or self.changes:
+            return
+        if self._reset_due:  # asked for during a change that has ended
+            self._reset_due = False
+            self.change(self._quiet_reset(), "a reset")
+        if self.changes or not self.migration.is_running:
             return
         for _ in range(len(self._deferred)):
             work = self._deferred.popleft()
@@ -235,7 +254,7 @@ class PciDevice:
             self._working = False
             if self._reset_due:
                 self._reset_due = False
-                guarded("a reset", self.full_reset)
+                self.change(self._quiet_reset(), "a reset")
                 return
 
     def finish_work(self) -> None:
@@ -248,17 +267,37 @@ class PciDevice:
                 return
             self.run_deferred()
 
+    def change(self, steps: Steps[None], what: str) -> None:
+        """Run *steps*, which change the device as a whole and which no command waits for."""
+
+        def done(result: None, error: BaseException | None) -> None:
+            self.changes -= 1
+            if isinstance(error, Exception):
+                report_fault(what, error)
+            self.wake()
+
+        self.changes += 1
+        Run(steps, self.spawn, done)
+
+    def _quiet_reset(self) -> Steps[None]:
+        yield from awaited(self.quiesce())
+        yield from self.reset_steps()
+
     def full_reset(self) -> None:
+        """Reset the function at once; no hook may wait."""
+        finish(self.reset_steps())
+
+    def reset_steps(self) -> Steps[None]:
         """Serve DEVICE_RESET: deferred work is dropped, everything is as after power-on."""
         self._deferred.clear()
         self.config.reset()
         self.irqs.clear_pending()
         self.intx.reset()
         self.stop_logging()
-        self.migration.reset()
+        yield from self.migration.resetting()
         for hook in self._at_reset:
             hook()
-        self.reset()
+        yield from awaited(self.reset())
 
     def stop_logging(self) -> None:
         """End DMA logging, if it is on."""
@@ -275,6 +314,6 @@ class PciDevice:
         self.dma.channel = None
         # A device that fails here must not keep the next client out.
         guarded("detached", self.detached)
-        guarded("unmapping", self.dma.clear)
+        self.change(self.dma.clearing(), "unmapping")
         guarded("stopping the log", self.stop_logging)
         self.irqs.close()

@@ -19,10 +19,11 @@ from vfio_user.descriptors import Descriptors
 from vfio_user.dirty import DmaLog
 from vfio_user.errors import DmaError, RequestError
 from vfio_user.state import DmaWindow, require
+from vfio_user.steps import Steps, awaited, finish
 from virtio_formats.vfio_user import DmaMap, DmaMapFlags, DmaUnmap, DmaUnmapFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -138,7 +139,7 @@ class DmaTable:
         self.channel: DmaChannel | None = None
         self.log = DmaLog()
         self.on_map: Callable[[DmaRegion], None] | None = None
-        self.on_unmap: Callable[[DmaRegion], None] | None = None
+        self.on_unmap: Callable[[DmaRegion], Awaitable[None] | None] | None = None
         self._starts: list[int] = []
 
     # -- the client's side ------------------------------------------------------------------------
@@ -193,6 +194,10 @@ class DmaTable:
         return region
 
     def unmap(self, request: DmaUnmap) -> None:
+        """Serve DMA_UNMAP as :meth:`unmapping` does, with a device that does not wait."""
+        finish(self.unmapping(request))
+
+    def unmapping(self, request: DmaUnmap) -> Steps[None]:
         """Serve DMA_UNMAP of exactly one region, or of all of them.
 
         Raise :class:`~vfio_user.errors.RequestError`: EINVAL for flags or sizes that do not go
@@ -203,32 +208,36 @@ class DmaTable:
         if request.flags == DmaUnmapFlags.ALL:
             if request.address or request.size:
                 raise RequestError(errno.EINVAL, "DMA_UNMAP of all with an address")
-            self.clear()
+            yield from self.clearing()
             return
         index = self._index(request.address)
         if index is None or self.regions[index].size != request.size:
             raise RequestError(errno.ENOENT, f"no DMA region {request.address:#x}")
         if self.regions[index].address != request.address:
             raise RequestError(errno.ENOENT, f"no DMA region starts at {request.address:#x}")
-        self._remove(index)
+        yield from self._remove(index)
 
     def clear(self) -> None:
+        """Unmap everything as :meth:`clearing` does, with a device that does not wait."""
+        finish(self.clearing())
+
+    def clearing(self) -> Steps[None]:
         """Unmap everything (the client has disconnected, or asked for it)."""
         failed: Exception | None = None
         while self.regions:
             try:
-                self._remove(len(self.regions) - 1)
+                yield from self._remove(len(self.regions) - 1)
             except Exception as error:  # of a hook; the other regions are unmapped too
                 failed = failed or error
         if failed is not None:
             raise failed
 
-    def _remove(self, index: int) -> None:
+    def _remove(self, index: int) -> Steps[None]:
         region = self.regions.pop(index)
         del self._starts[index]
         try:
             if self.on_unmap is not None:
-                self.on_unmap(region)
+                yield from awaited(self.on_unmap(region))
         finally:
             region.close()
 

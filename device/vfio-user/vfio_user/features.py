@@ -27,6 +27,7 @@ from virtio_formats.vfio_user import (
 
 if TYPE_CHECKING:
     from vfio_user.device import PciDevice
+    from vfio_user.steps import Steps
 
 __all__ = ("changes", "handle")
 
@@ -44,7 +45,7 @@ def changes(payload: bytes) -> bool:
     return flags & _SET != 0 and flags & _PROBE == 0
 
 
-def handle(device: PciDevice, payload: bytes, *, limit: int) -> bytes:
+def handle(device: PciDevice, payload: bytes, *, limit: int) -> Steps[bytes]:
     """Serve one DEVICE_FEATURE request; return the reply's payload.
 
     *limit* is how many bytes of bitmap a reply may carry.  Raise
@@ -67,6 +68,8 @@ def handle(device: PciDevice, payload: bytes, *, limit: int) -> bytes:
     if wanted not in (_GET, _SET):
         raise RequestError(errno.EINVAL, "DEVICE_FEATURE with no method, or with two")
     answer = serve(device, data, wanted == _SET, min(limit, head.argsz))
+    if not isinstance(answer, bytes):
+        answer = yield from answer
     if head.argsz < DeviceFeature.SIZE + len(answer):
         raise RequestError(errno.EINVAL, f"argsz {head.argsz} for {len(answer)} bytes")
     size = DeviceFeature.SIZE + len(answer) if wanted == _GET else head.argsz
@@ -77,14 +80,20 @@ def _migration(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes
     return Migration(flags=MigrationFlags.STOP_COPY | MigrationFlags.PRE_COPY).build()
 
 
-def _mig_device_state(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
+def _mig_device_state(
+    device: PciDevice, data: bytes, set_it: bool, room: int
+) -> bytes | Steps[bytes]:
     if set_it:
         request = MigState.parse(data)
         if room < DeviceFeature.SIZE + MigState.SIZE:
             raise RequestError(errno.EINVAL, "argsz without room for the state")
-        device.migration.go(request.device_state)
-        return data
+        return _set_state(device, request.device_state, data)
     return MigState(device_state=device.migration.state, data_fd=0).build()
+
+
+def _set_state(device: PciDevice, state: int, data: bytes) -> Steps[bytes]:
+    yield from device.migration.walk(state)
+    return data
 
 
 def _logging_start(device: PciDevice, data: bytes, set_it: bool, room: int) -> bytes:
@@ -117,7 +126,7 @@ def _control(data: bytes) -> tuple[LoggingControl, list[LoggingRange]]:
     return head, [LoggingRange.parse(body[at : at + size]) for at in range(0, len(body), size)]
 
 
-Server = Callable[["PciDevice", bytes, bool, int], bytes]
+Server = Callable[["PciDevice", bytes, bool, int], "bytes | Steps[bytes]"]
 
 _MIGRATION: tuple[Server, ...] = (_migration, _mig_device_state)
 

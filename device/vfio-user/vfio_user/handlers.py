@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vfio_user.device import PciDevice
     from vfio_user.link import Link
     from vfio_user.regions import Region
+    from vfio_user.steps import Steps
     from vfio_user.stream import Message
 
 __all__ = ("handle", "is_exclusive", "needs_quiet")
@@ -75,8 +76,11 @@ def is_exclusive(message: Message) -> bool:
     return message.command in (Command.DEVICE_RESET, Command.MIG_DATA_WRITE)
 
 
-def handle(link: Link, device: PciDevice, message: Message) -> Reply:
-    """Serve one command.  Raise RequestError, WireError, DmaError, or what a device raises."""
+def handle(link: Link, device: PciDevice, message: Message) -> Reply | Steps[Reply]:
+    """Serve one command, or return the steps that serve it where a hook may have to be waited for.
+
+    Raise RequestError, WireError, DmaError, or what a device raises.
+    """
     handler, max_fds = _HANDLERS.get(message.command, (None, 0))
     if link.client is None and message.command != Command.VERSION:
         raise FatalError(errno.EINVAL, "a command before VERSION")
@@ -163,11 +167,11 @@ def dma_map(link: Link, device: PciDevice, message: Message) -> Reply:
     return b"", []
 
 
-def dma_unmap(link: Link, device: PciDevice, message: Message) -> Reply:
+def dma_unmap(link: Link, device: PciDevice, message: Message) -> Steps[Reply]:
     """``VFIO_USER_DMA_UNMAP``: the reply is the request's own entry."""
     request = DmaUnmap.parse(message.payload)
     _check_argsz(request.argsz, DmaUnmap.SIZE, link.limits.max_data_xfer_size)
-    device.dma.unmap(request)
+    yield from device.dma.unmapping(request)
     return message.payload, []
 
 
@@ -287,17 +291,18 @@ def region_write_multi(link: Link, device: PciDevice, message: Message) -> Reply
 # -- the device as a whole ------------------------------------------------------------------------
 
 
-def device_reset(link: Link, device: PciDevice, message: Message) -> Reply:
+def device_reset(link: Link, device: PciDevice, message: Message) -> Steps[Reply]:
     """``VFIO_USER_DEVICE_RESET``."""
     if message.payload:
         raise RequestError(errno.EINVAL, "DEVICE_RESET with a payload")
-    device.full_reset()
+    yield from device.reset_steps()
     return b"", []
 
 
-def device_feature(link: Link, device: PciDevice, message: Message) -> Reply:
+def device_feature(link: Link, device: PciDevice, message: Message) -> Steps[Reply]:
     """``VFIO_USER_DEVICE_FEATURE``."""
-    return features.handle(device, message.payload, limit=link.limits.max_data_xfer_size), []
+    limit = link.limits.max_data_xfer_size
+    return (yield from features.handle(device, message.payload, limit=limit)), []
 
 
 def mig_data_read(link: Link, device: PciDevice, message: Message) -> Reply:
@@ -319,7 +324,9 @@ def mig_data_write(link: Link, device: PciDevice, message: Message) -> Reply:
     return b"", []
 
 
-_HANDLERS: dict[int, tuple[Callable[[Link, PciDevice, Message], Reply], int]] = {
+Handler = Callable[["Link", "PciDevice", "Message"], "Reply | Steps[Reply]"]
+
+_HANDLERS: dict[int, tuple[Handler, int]] = {
     Command.VERSION: (version, 0),
     Command.DMA_MAP: (dma_map, 1),
     Command.DMA_UNMAP: (dma_unmap, 0),

@@ -15,10 +15,12 @@ survives the client: the next one finds it.
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable
 from typing import Protocol
 
 from vfio_user.errors import RequestError
 from vfio_user.state import MigrationState, require
+from vfio_user.steps import Steps, awaited, finish
 from virtio_formats.vfio_user import DeviceState
 
 __all__ = ("MAX_STATE_SIZE", "NEXT_HOP", "Migratable", "MigrationMachine")
@@ -68,7 +70,7 @@ class Migratable(Protocol):
     def load_state(self, state: bytes) -> None:
         """Take a state over.  Raise RequestError for one that is malformed."""
 
-    def set_running(self, running: bool) -> None:
+    def set_running(self, running: bool) -> Awaitable[None] | None:
         """Stand still, or continue."""
 
 
@@ -102,17 +104,25 @@ class MigrationMachine:
 
     def restore(self, saved: MigrationState) -> None:
         """Take a checked state over."""
-        self._run(saved.state in _ACTIVE)
+        finish(self._run(saved.state in _ACTIVE))
         self._settle(DeviceState(saved.state))
         self._outgoing = saved.outgoing
         self._incoming[:] = saved.incoming
 
     def reset(self) -> None:
+        """Return to RUNNING as :meth:`resetting` does, with a device that does not wait."""
+        finish(self.resetting())
+
+    def resetting(self) -> Steps[None]:
         """Return to RUNNING from every state, ERROR included: a device reset."""
-        self._run(True)
+        yield from self._run(True)
         self._settle(DeviceState.RUNNING)
 
     def go(self, wanted: int) -> list[DeviceState]:
+        """Walk to the state *wanted* as :meth:`walk` does, with a device that does not wait."""
+        return finish(self.walk(wanted))
+
+    def walk(self, wanted: int) -> Steps[list[DeviceState]]:
         """Walk to the state *wanted*; return the states passed, the last one included.
 
         Raise :class:`~vfio_user.errors.RequestError` EINVAL for a state that does not exist or
@@ -128,32 +138,32 @@ class MigrationMachine:
             following = NEXT_HOP.get((self.state, target))
             if following is None:
                 raise RequestError(errno.EINVAL, f"no way from {self.state.name} to {target.name}")
-            self._take(following)
+            yield from self._take(following)
             path.append(following)
         return path
 
-    def _take(self, following: DeviceState) -> None:
+    def _take(self, following: DeviceState) -> Steps[None]:
         """Take one arc.  Where the device fails, the state stays, or becomes ERROR."""
         if self.state == _RESUMING:
             self._device.load_state(bytes(self._incoming))
         before = self.state
-        self._run(following in _ACTIVE)
+        yield from self._run(following in _ACTIVE)
         outgoing = b""
         if following == _STOP_COPY:  # the device stands still by now
             try:
                 outgoing = self._device.save_state()
             except BaseException:
-                self._run(before in _ACTIVE)
+                yield from self._run(before in _ACTIVE)
                 raise
         self._settle(following)
         self._outgoing = outgoing
 
-    def _run(self, running: bool) -> None:
+    def _run(self, running: bool) -> Steps[None]:
         """Make the device run or stand still; ERROR if it fails to."""
         if self._running == running:
             return
         try:
-            self._device.set_running(running)
+            yield from awaited(self._device.set_running(running))
         except BaseException:
             self._settle(DeviceState.ERROR)
             self._running = False  # a reset makes it run again

@@ -21,16 +21,17 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vfio_user import handlers
 from vfio_user.device import PciDevice
-from vfio_user.errors import DmaError, FatalError, RequestError, UsageError
+from vfio_user.errors import DmaError, FatalError, RequestError
 from vfio_user.faults import report_fault
 from vfio_user.link import Link, Output, SessionLimits
 from vfio_user.remote import DmaRequests
 from vfio_user.resume import capture, restore
 from vfio_user.state import SessionState
+from vfio_user.steps import Run, Spawn, Steps, run_now
 from vfio_user.stream import Message, Splitter, close_all
 from virtio_formats.vfio_user import Capabilities, Command, HeaderFlags
 from virtio_formats.wire import WireError
@@ -40,9 +41,6 @@ __all__ = ("Session",)
 log = logging.getLogger(__name__)
 
 _OF_GUEST = (Command.REGION_READ, Command.REGION_WRITE, Command.REGION_WRITE_MULTI)
-
-Done = Callable[[BaseException | None], None]
-Spawn = Callable[[Awaitable[None], Done], Callable[[], object]]
 
 _EARLY_FDS_MAX = 253
 """Descriptors that may wait for the rest of their message: the limit of Linux for one message."""
@@ -80,7 +78,7 @@ class Session:
         self._twin_input = Splitter(self.limits.max_message)
         self._waiting: deque[Message] = deque()
         self._serving = False
-        self._spawn = spawn or _run_now
+        self._spawn = device.spawn = spawn or run_now
         self._quiet = False  # for the first command that waits
         self._cancel_quiesce: Callable[[], object] | None = None  # while the device quiesces
         self._ended = False
@@ -199,7 +197,7 @@ class Session:
 
     def drain(self) -> None:
         """Serve the commands that wait, as far as they can be served now."""
-        while self._waiting and not self._serving and self.is_open:
+        while self._waiting and not self._serving and self.is_open and not self.device.changes:
             if self.blocked:
                 if self._waiting[0].command == Command.DEVICE_RESET:
                     self.cancel_work()
@@ -207,11 +205,8 @@ class Session:
             if not self._quiet and handlers.needs_quiet(self._waiting[0]):
                 self._quiesce()
                 continue
-            self._quiet, self._serving = False, True
-            try:
-                self._serve(self._waiting.popleft())
-            finally:
-                self._serving = False
+            self._quiet = False
+            self._serve(self._waiting.popleft())
 
     def _quiesce(self) -> None:
         """Quiesce the device for the first command that waits; others wait with it."""
@@ -270,14 +265,45 @@ class Session:
             self.device.wake()
 
     def _serve(self, message: Message) -> None:
+        """Serve one command; the next one waits until it is answered."""
+        self._serving = True
         try:
             if handlers.is_exclusive(message) and message.command != Command.DEVICE_RESET:
                 self.device.finish_work()
-            payload, fds = handlers.handle(self.link, self.device, message)
+            reply = handlers.handle(self.link, self.device, message)
         except Exception as error:
-            self._failed(message, error)
+            self._served(message, None, error)
+            return
+        if isinstance(reply, tuple):
+            self._served(message, reply, None)
         else:
-            if message.wants_reply:
+            self._take_steps(message, reply)
+
+    def _take_steps(self, message: Message, steps: Steps[handlers.Reply]) -> None:
+        later = False
+
+        def done(result: handlers.Reply | None, error: BaseException | None) -> None:
+            self.device.changes -= later
+            self._served(message, result, error)
+            if later:
+                self.device.wake()  # the driver drains, and sends
+
+        run = Run(steps, self._spawn, done)
+        if not run.ended:  # a hook of the device waits; the device may outlive this session
+            later = True
+            self.device.changes += 1
+
+    def _served(
+        self, message: Message, result: handlers.Reply | None, error: BaseException | None
+    ) -> None:
+        self._serving = False
+        try:
+            if not self.is_open:
+                close_all(result[1] if result else [])
+            elif error is not None:
+                self._failed(message, error)
+            elif message.wants_reply and result is not None:
+                payload, fds = result
                 self.link.send(message.command, payload, fds, msg_id=message.id, flags=_REPLY)
         finally:
             message.close()
@@ -315,20 +341,6 @@ class Session:
         log.warning("unsolicited reply, id %d", message.id)
         if not message.flags & _ERROR:  # two sides that answer errors with errors never stop
             self._refuse(message, errno.EINVAL)
-
-
-def _run_now(waiting: Awaitable[None], done: Done) -> Callable[[], object]:
-    """Run a coroutine that does not wait to its end."""
-    steps = waiting.__await__()
-    try:
-        next(steps)
-    except StopIteration:
-        done(None)
-    except Exception as error:
-        done(error)
-    else:
-        done(UsageError("quiesce() waits, but this session has no driver that lets it"))
-    return lambda: None
 
 
 def _name(message: Message) -> str:
