@@ -71,8 +71,8 @@ def _set_up(status: Mapping[str, Any]) -> Iterator[Problem]:
     if vhost_user and not (front_end_queues or protocol or set_up):
         yield Problem(
             "silent-front-end",
-            "a process is connected that has not set up the device",
-            "find it with 'ss -xp'; if it is not QEMU, end it, because it keeps QEMU from starting",
+            f"process {status.get('peer-pid') or '?'} is connected and has not set up the device",
+            "if it is not QEMU, end it; it is disconnected if it sends nothing while QEMU waits",
         )
         return
     if vhost_user and 0 < front_end_queues < QUEUES_MIN:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vballoon.keeper.holder import peer_pid
 from vballoon.keeper.stream import MessageStream, Progress
 from vballoon.vhost_user.backend import VhostUserBackend
 from vballoon.vhost_user.packing import pack, unpack
@@ -100,6 +102,7 @@ class Frontends:
         self._engine, self._quiet = engine, quiet
         self._connection: Connection | None = None
         self._counters: Counter[str] = Counter()
+        self._peer = 0
 
     @property
     def backend(self) -> VhostUserBackend | None:
@@ -112,7 +115,7 @@ class Frontends:
         if self.backend is None:
             return TransportStatus(connected=False, counters=dict(counters))
         counters.update(_counters(self.backend))
-        return self.backend.status(counters, self._names)
+        return replace(self.backend.status(counters, self._names), peer_pid=self._peer)
 
     def state(self) -> tuple[bytes, dict[int, int]]:
         """Return the packed state of the connection, and its descriptors by slot."""
@@ -152,6 +155,7 @@ class Frontends:
         def make_backend(connection: Connection) -> VhostUserBackend:
             return self._make_backend(connection, before)
 
+        self._peer = peer_pid(sock)
         self._connection = connection = Connection(sock, make_backend, make_stream)
         connection.ended.add_done_callback(self._gone)
         if before is None:
@@ -191,6 +195,12 @@ class Frontends:
         log.info("front-end disconnected%s", f": {reason}" if reason else "")
         self._events.frontend_disconnected(reason)
         self._ended(reason)
+
+    def drop_silent(self) -> None:
+        """Close the connection of a front-end that has sent nothing while another one waits."""
+        if self.backend is not None and not self.backend.session.counters:
+            log.warning("process %d has sent no message: disconnected", self._peer)
+            self.close()
 
     def close(self) -> None:
         """Close the connection."""

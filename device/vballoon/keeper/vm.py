@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import fdsocket
 from fdsocket import close_fds
+from vballoon.keeper import holder
 from vballoon.keeper.notify import DATAGRAM_MAX, Notification, NotifyError, parse
 from vballoon.keeper.spawn import Start
 
@@ -84,7 +85,7 @@ class Vm:
         self._watchdog: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._waiting: Callable[[], None] | None = None
-        self._accepting = False
+        self._accepting = self._contended = False
         self._connections = 0
 
     # -- descriptors ----------------------------------------------------------------------------
@@ -394,6 +395,26 @@ class Vm:
             self._watchdog.cancel()
         loop = asyncio.get_running_loop()
         self._watchdog = loop.call_later(WATCHDOG_SECONDS, self._starved)
+        self._look_for_waiting()
+
+    def _look_for_waiting(self) -> None:
+        """Warn if a further front-end waits; if it still waits, let the worker decide."""
+        waiting = False
+        listener = self._services.store.get(self.key, LISTEN)
+        held = [fd for name, fd in self._services.store.of(self.key) if _is_connection(name)]
+        if listener is not None and held and not self._accepts_itself:
+            waiting = holder.waits(listener)
+        if waiting and not self._contended:
+            log.warning(
+                "%s: another front-end waits; the device serves one at a time, and %s holds it",
+                self.name, holder.name_of(held[0]),
+            )  # fmt: skip
+        elif waiting and self._notify is not None:
+            try:
+                fdsocket.send_some(self._notify, holder.WAITING, [])
+            except OSError as error:
+                log.debug("%s: %s", self.name, error.strerror)
+        self._contended = waiting
 
     def _starved(self) -> None:
         log.error("%s: the worker has not reported for %d s", self.name, WATCHDOG_SECONDS)

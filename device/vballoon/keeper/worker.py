@@ -28,6 +28,7 @@ from vballoon.keeper import fault, sandbox
 from vballoon.keeper.answers import AnswerFile
 from vballoon.keeper.features import device_names, parse_features
 from vballoon.keeper.frontends import Continued, Frontends
+from vballoon.keeper.holder import WAITING
 from vballoon.keeper.journal import Journal, JournalError
 from vballoon.keeper.keeping import Keeping
 from vballoon.keeper.notifier import Notifier
@@ -230,6 +231,9 @@ class _Worker:
             data, fds = b"", []
         if not data:  # the keeper is gone; the machine is served without it
             asyncio.get_running_loop().remove_reader(self._notifier.fileno())
+            return
+        if data == WAITING:
+            self._frontends.drop_silent()
             return
         name = data.decode(errors="replace").removeprefix("FDNAME=")
         if len(fds) != 1 or self._connected is not None:

@@ -56,6 +56,8 @@ class TransportStatus:
     """vhost-user only."""
     queues: list[QueueStatus] = field(default_factory=list)
     regions: list[RegionStatus] = field(default_factory=list)
+    peer_pid: int = 0
+    """vhost-user only: the process that has connected; 0 if it is unknown."""
     front_end_queues: int = 0
     """vhost-user only: queues for which the front-end has sent event descriptors."""
     memory_unmapped: bool = False
