@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -108,7 +109,9 @@ def test_the_steps_of_the_container(tmp_path: Path) -> None:
     copies = dict(re.findall(r"^COPY (\S+) (\S+)$", CONTAINER, re.MULTILINE))
     (install,) = re.findall(r"^RUN pip (.*)$", CONTAINER, re.MULTILINE)
     (entry,) = re.findall(r"^ENTRYPOINT (.*)$", CONTAINER, re.MULTILINE)
-    home = {target: str(REPOSITORY / source) for source, target in copies.items()}
+    home = {target: str(tmp_path / Path(source).name) for source, target in copies.items()}
+    for source, target in copies.items():  # a build leaves files in its sources
+        shutil.copytree(REPOSITORY / source, home[target])
     venv.create(tmp_path / "venv", with_pip=True)
     words = [home.get(word, word) for word in shlex.split(install)]
     pip = [str(tmp_path / "venv/bin/pip"), *words, "--quiet", "--no-deps"]

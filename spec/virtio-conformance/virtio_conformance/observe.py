@@ -8,6 +8,8 @@ import select
 import time
 from pathlib import Path
 
+from virtio_conformance.findings import not_applicable
+
 __all__ = ("EventFd", "Process")
 
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -17,7 +19,8 @@ class Process:
     """A back-end, given the process that listens; every figure comes from ``/proc``.
 
     A supervisor may listen and hand the connection to a worker, so that descriptors, mappings and
-    processor time are those of the process and of all its descendants.
+    processor time are those of the process and of all its descendants.  The kernel gives the id 0
+    for a process in another pid namespace, as of a container: nothing is known of it.
     """
 
     def __init__(self, pid: int) -> None:
@@ -25,8 +28,15 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs (a zombie does not)."""
-        return self._stat() is not None
+        """Whether it runs (a zombie does not).  Always true of a process that cannot be seen."""
+        return self.pid == 0 or self._stat() is not None
+
+    def expect_observable(self) -> None:
+        """End the test as not applicable if the process cannot be observed."""
+        if self.pid == 0:
+            not_applicable("the back-end's process is in another pid namespace")
+        if self.alive and not os.access(f"/proc/{self.pid}/fd", os.R_OK):
+            not_applicable("the back-end's process belongs to another user")
 
     def _stat(self) -> list[str] | None:
         try:
@@ -38,6 +48,7 @@ class Process:
 
     def fds(self) -> list[str]:
         """Return what its descriptors refer to, sorted."""
+        self.expect_observable()
         return sorted(name for pid in self.family() for name in _descriptors(pid))
 
     def family(self) -> list[int]:
@@ -54,15 +65,17 @@ class Process:
 
     def mappings(self, of: str) -> int:
         """Return how many mappings of files with *of* in their names it has."""
+        self.expect_observable()
         texts = (_text(pid, "maps") for pid in self.family())
         return sum(of in line for text in texts for line in text.splitlines())
 
     def cpu_seconds(self) -> float:
-        """Return the processor time of all its threads so far, in seconds."""
+        """Return the processor time of all its threads so far, in seconds; 0 if it is unknown."""
         return sum(map(_ticks, self.family())) / _TICK
 
     def resident_bytes(self) -> int:
         """Return its anonymous resident memory in bytes (no files, no shared memory)."""
+        self.expect_observable()
         lines = (line for pid in self.family() for line in _text(pid, "status").splitlines())
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 

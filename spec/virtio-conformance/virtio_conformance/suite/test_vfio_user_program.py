@@ -99,6 +99,7 @@ def test_idle_server(session: Client, target: Any) -> None:
     session.info()
     if target.options.polls:
         not_applicable("the server polls by design")
+    target.process.expect_observable()
     share = min(target.process.cpu_share(0.3), target.process.cpu_share(0.3))
     require(share < 0.1, f"{share:.0%} of a processor while idle")
 
@@ -108,6 +109,7 @@ def test_sigterm(session: Client, target: Any) -> None:
     """The program stays in the foreground and ends on SIGTERM."""
     if target.popen is None:
         not_applicable("the server was not started by the suite")
+    target.process.expect_observable()
     row = "vf.program.no-daemon"
     require(not target.gone, "the program went into the background", row=row)
     group = os.getpgid(target.process.pid)
