@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vballoon serve`` as a process: sockets, signals, speed of the start, several machines."""
+"""``vballoon serve`` as a process: sockets, signals, time to start, several machines."""
 
 from __future__ import annotations
 
@@ -93,14 +93,20 @@ def test_quit_ends_it(tmp_path):
 
 
 def test_it_listens_soon(tmp_path):
-    """Under 0.4 s from the start to listening (the best of some: machines are noisy)."""
-    took = []
+    """It listens in at most twice the time in which Python starts and imports NumPy.
+
+    Both are measured in turns and the minimum of each is compared, because machines are busy.
+    """
+    took, floor = [], []
     for attempt in range(5):
         began = time.monotonic()
         with Served("--vhost-user", tmp_path / f"b{attempt}"):
             connected(tmp_path / f"b{attempt}").close()
             took.append(time.monotonic() - began)
-    assert min(took) < 0.4, took
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import numpy"], check=True)
+        floor.append(time.monotonic() - began)
+    assert min(took) < 2 * min(floor), (took, floor)
 
 
 def test_it_is_small(tmp_path):
