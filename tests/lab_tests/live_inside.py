@@ -121,7 +121,7 @@ def take(vm: Machine, backend: Backend, saved: Path, kind: str, seen: Steps) -> 
             monitor,
             source,
             DirectoryStore(saved),
-            Options(live=True, unplug_seconds=SLOW),
+            Options(live=True, hint=True, unplug_seconds=SLOW),  # no module is in this guest
             seen,
             control=control,
             make_tracker=lambda blocks: TRACKERS[kind](monitor.pid, blocks),

@@ -108,7 +108,9 @@ def reported_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "ENOUGH", 3 * PAGE)
 
 
-def make(vm: QemuVm, guest: Guest, folder: Path, control: Control, **more: Any) -> Run:
+def make(
+    vm: QemuVm, guest: Guest, folder: Path, control: Control, *, hint: bool = True, **more: Any
+) -> Run:
     ram = RamFile(guest.fd, PAGES * PAGE, [(0, PAGES * PAGE, 0)], guest.host)
     source = GuestSource([ram], None, "no module", None, None)
     store = DirectoryStore(folder / "snap")
@@ -116,7 +118,7 @@ def make(vm: QemuVm, guest: Guest, folder: Path, control: Control, **more: Any) 
         vm,
         source,
         store,
-        Options(live=True),
+        Options(live=True, hint=hint),
         control=cast(Any, control),
         make_tracker=lambda blocks: guest,
         **more,
@@ -230,6 +232,16 @@ def test_guest_is_asked_for_what_it_can_tell(
     take(make(vm, guest, tmp_path, control))
     assert control.asked == asked
     check(guest, tmp_path, left_out)
+
+
+def test_hinting_is_used_only_by_request(qemu: FakeQemu, vm: QemuVm, tmp_path: Path) -> None:
+    """A guest with init_on_alloc writes what it hints, so that more would be copied, not less."""
+    guest = Guest()
+    control = Control(guest)
+    control.lacks = {"start-walk"}
+    take(make(vm, guest, tmp_path, control, hint=False))
+    assert control.asked == ["start-walk"]
+    check(guest, tmp_path, set())
 
 
 def test_guest_that_never_rests_is_stopped_in_the_end(

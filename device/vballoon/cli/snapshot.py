@@ -67,6 +67,12 @@ def add(commands: Subparsers) -> None:
         "--commit", action="store_true", help="with --undo: the VM was sent or saved; end QEMU here"
     )
     command.add_argument("--live", action="store_true", help="copy most of it while the guest runs")
+    command.add_argument(
+        "--hint",
+        action="store_true",
+        help="with --live: have a guest without the module hint its free pages; do not use it for "
+        "guests with init_on_alloc, which write each page that they hint",
+    )
     add_run_options(command)
 
 
@@ -154,6 +160,7 @@ def _chosen(options: argparse.Namespace) -> Options:
         device_socket=options.device_socket,
         unplug_seconds=options.unplug_timeout,
         live=options.live,
+        hint=options.hint,
         quit=options.quit,
         qemu_pid=options.qemu_pid,
         journal=options.journal or "",

@@ -73,18 +73,21 @@ def ask(run: Run) -> None:
 
 
 def _reported_free(run: Run) -> PageRanges:
-    """Return the page ranges of one complete walk or hinting round; none if the guest has neither.
+    """Return the page ranges of one complete walk; none if the guest has no walk queue.
 
+    With the option *hint*, a hinting round replaces a walk that the guest cannot make.  It is not
+    the default: a guest with init_on_alloc writes each page that it hints, so that all of them are
+    resident for some seconds and all are copied, because they were written since ``track``.
     uint64[k, 2], half open, in pages of 4096 bytes.
     """
     none = PageRanges()
     assert run.control is not None
     if run.source.poison:
         return none
-    for command, provenance in (
-        ("start-walk", Provenance.WALKED),
-        ("start-hinting", Provenance.HINTED),
-    ):
+    ways = [("start-walk", Provenance.WALKED)]
+    if run.options.hint:
+        ways.append(("start-hinting", Provenance.HINTED))
+    for command, provenance in ways:
         try:
             number = run.control.execute(command)["round"]
         except UsageError:

@@ -55,8 +55,9 @@ class Options:
     """What the operator has chosen.
 
     ``device_id``: the balloon's id, where there are several; ``device_socket``: its back-end's
-    socket; ``unplug_seconds``: how long the guest may take to release it; ``live``: copy while the
-    guest runs; ``quit``: end QEMU when the snapshot is complete;
+    socket; ``unplug_seconds``: how long the guest may take to release it;
+    ``live``: copy while the guest runs; ``hint``: there, hint if the guest cannot walk;
+    ``quit``: end QEMU when the snapshot is complete;
     ``move``: end QEMU when the guest runs at the destination;
     ``qemu_pid``: QEMU's process, 0: the one that listens on the monitor;
     ``journal``: path of the journal's file, empty: beside the monitor's socket.
@@ -66,6 +67,7 @@ class Options:
     device_socket: str | None = None
     unplug_seconds: float = 20.0
     live: bool = False
+    hint: bool = False
     quit: bool = False
     move: bool = False
     qemu_pid: int = 0

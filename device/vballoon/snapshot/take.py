@@ -58,7 +58,7 @@ _LIVE = (
     _LOOK,
     _GUARD,
     Step("track", "writes, from before the guest is asked for its free pages", live.track),
-    Step("ask", "the guest for its free pages: a walk, or free page hinting", live.ask),
+    Step("ask", "the guest for its free pages: a walk, or with --hint free page hinting", live.ask),
     _UNPLUG,
     _PREPARE,
     Step("rounds", "copy while the guest runs, again what was written, then stop it", live.rounds),
