@@ -43,6 +43,7 @@ def test_every_test_class_of_vfio_user_is_in_the_table() -> None:
         own |= {"TestMsix", "TestResets", "TestPlaces"}
         own |= {
             "TestHooksThatWait",
+            "TestStreaming",
             "TestFailures",
             "TestDeferredWork",
             "TestClientsThatDisconnect",

@@ -314,6 +314,112 @@ class TestFailures:
         assert gadget.log[-2:] == [("running", True), ("reset",)]
 
 
+class Streaming(Gadget):
+    """A device that gives and takes its state in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = [b"early-1,", b"early-2,"]
+        self.made = 0
+        self.loaded = bytearray()
+
+    def save_running(self) -> bytes:
+        assert self.migration.is_running
+        return self.ready.pop(0) if self.ready else b""
+
+    def save_state(self) -> Iterator[bytes]:  # type: ignore[override]
+        for number in range(20):
+            self.refuse(f"piece {number}")
+            self.made += 1
+            yield bytes([number]) * 10
+
+    def load_piece(self, data: bytes, first: bool) -> bool:
+        if first:
+            self.loaded.clear()
+        self.loaded += data
+        return True
+
+    def load_state(self, state: bytes) -> None:
+        assert state == b""
+        if len(self.loaded) != 216:
+            raise RequestError(errno.EINVAL, "not a whole state")
+
+
+class TestStreaming:
+    STREAM = b"early-1,early-2," + b"".join(bytes([number]) * 10 for number in range(20))
+
+    @pytest.fixture
+    def device(self) -> Iterator[Streaming]:
+        device = Streaming()
+        yield device
+        device.close()
+
+    def test_pieces_are_made_as_they_are_read(self, device: Streaming) -> None:
+        machine = device.migration
+        machine.go(S.PRE_COPY)
+        assert machine.read(5) == b"early"
+        machine.go(S.STOP_COPY)
+        assert device.made == 1, "the first, so that a failure is the answer of the transition"
+        stream = b"early" + machine.read(30)
+        assert device.made < 4
+        while part := machine.read(30):
+            stream += part
+        assert stream == self.STREAM.replace(b"early-2,", b""), "what was not ready is not lost"
+        assert device.ready == [b"early-2,"]
+
+    def test_the_stream_reaches_another_device(self, device: Streaming) -> None:
+        other = Streaming()
+        device.migration.go(S.PRE_COPY)
+        stream = device.migration.read(8) + device.migration.read(64)
+        assert device.migration.read(64) == b""
+        device.migration.go(S.STOP_COPY)
+        while part := device.migration.read(7):
+            stream += part
+        assert stream == self.STREAM
+        other.migration.go(S.RESUMING)
+        for at in range(0, len(stream), 50):
+            other.migration.write(stream[at : at + 50])
+            assert other.loaded == stream[: at + 50]
+        other.migration.go(S.RUNNING)
+        other.migration.go(S.RESUMING)  # again, and only half of it
+        other.migration.write(stream[:100])
+        with pytest.raises(RequestError):
+            other.migration.go(S.RUNNING)
+        assert (other.migration.state, len(other.loaded)) == (S.RESUMING, 100)
+        other.close()
+
+    def test_a_piece_that_fails_is_not_the_end(self, device: Streaming) -> None:
+        def fail(asked: str) -> None:
+            if asked == "piece 3":
+                raise RequestError(errno.ENOSPC, asked)
+
+        device.refuse = fail
+        device.migration.go(S.STOP_COPY)
+        assert len(device.migration.read(30)) == 30
+        codes = []
+        for _ in range(3):
+            with pytest.raises(RequestError) as caught:
+                device.migration.read(30)
+            codes.append(caught.value.errno)
+        assert codes == [errno.ENOSPC, errno.EIO, errno.EIO]
+        device.migration.go(S.STOP)
+        device.refuse = lambda what: None
+        device.migration.go(S.STOP_COPY)
+        assert device.migration.read(1000) == self.STREAM[16:]
+
+    def test_as_a_value(self, device: Streaming) -> None:
+        device.migration.go(S.STOP_COPY)
+        device.migration.read(30)
+        saved = device.migration.save()
+        assert saved.outgoing == self.STREAM[16 + 30 :]
+        assert device.migration.read(1000) == saved.outgoing
+        device.migration.go(S.RESUMING)
+        device.migration.write(b"x")
+        with pytest.raises(RequestError) as caught:
+            device.migration.save()
+        assert caught.value.errno == errno.EBUSY
+
+
 class TestDeferredWork:
     """Memory must not change after the state was saved, or after a reset."""
 

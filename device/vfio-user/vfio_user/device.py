@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from vfio_user.config import ConfigSpace
 from vfio_user.descriptors import Descriptors
@@ -128,8 +128,26 @@ class PciDevice:
     def irq_state(self, index: int, start: int, count: int, masked: bool) -> None:
         """Take note that the client masked or unmasked vectors."""
 
-    def save_state(self) -> bytes:
-        """Return the device's state for migration; the device stands still."""
+    def save_running(self) -> bytes:
+        """Return more of the device's state while it runs, for PRE_COPY; empty if none is ready.
+
+        It precedes what :meth:`save_state` returns in the same stream.
+        """
+        return b""
+
+    def load_piece(self, data: bytes, first: bool) -> bool:
+        """Take a piece of a state as it arrives; *first* says that a new state begins.
+
+        Return False, as the default does, to have all of it collected for :meth:`load_state`,
+        which otherwise gets no bytes and checks that nothing is missing.
+        """
+        return False
+
+    def save_state(self) -> bytes | Iterable[bytes]:
+        """Return the device's state for migration; the device stands still.
+
+        A large state can be an iterable of pieces, which are asked for as the client reads.
+        """
         raise RequestError(errno.EINVAL, "the device does not migrate")
 
     def load_state(self, state: bytes) -> None:

@@ -15,7 +15,7 @@ survives the client: the next one finds it.
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable, Iterator
 from typing import Protocol
 
 from vfio_user.errors import RequestError
@@ -64,8 +64,14 @@ MAX_STATE_SIZE = 64 << 20
 class Migratable(Protocol):
     """The part of a device that the machine calls."""
 
-    def save_state(self) -> bytes:
-        """Return the whole state of the device, which stands still."""
+    def save_running(self) -> bytes:
+        """Return more state while the device runs; empty if there is none now."""
+
+    def save_state(self) -> bytes | Iterable[bytes]:
+        """Return the state of the device, which stands still, as a whole or in pieces."""
+
+    def load_piece(self, data: bytes, first: bool) -> bool:
+        """Take a piece of a state, or return False to have it collected."""
 
     def load_state(self, state: bytes) -> None:
         """Take a state over.  Raise RequestError for one that is malformed."""
@@ -82,7 +88,10 @@ class MigrationMachine:
         self._device = device
         self._running = True
         self._outgoing = b""
+        self._pieces: Iterator[bytes] = iter(())  # of the outgoing state, after _outgoing
+        self._save_failed = False
         self._incoming = bytearray()
+        self._taken = False  # pieces of the incoming state are in the device
 
     @property
     def is_running(self) -> bool:
@@ -90,7 +99,13 @@ class MigrationMachine:
         return self.state in _ACTIVE
 
     def save(self) -> MigrationState:
-        """Return the state, and the data that is under way."""
+        """Return the state, and the data that is under way.
+
+        Raise :class:`~vfio_user.errors.RequestError` EBUSY where a part of it is in the device.
+        """
+        if self._taken or self._save_failed:
+            raise RequestError(errno.EBUSY, "a state that is taken over in pieces")
+        self._outgoing += b"".join(self._pieces)
         return MigrationState(
             state=int(self.state), outgoing=self._outgoing, incoming=bytes(self._incoming)
         )
@@ -149,14 +164,23 @@ class MigrationMachine:
         before = self.state
         yield from self._run(following in _ACTIVE)
         outgoing = b""
+        pieces: Iterator[bytes] = iter(())
         if following == _STOP_COPY:  # the device stands still by now
             try:
-                outgoing = self._device.save_state()
+                outgoing, pieces = self._save()
             except BaseException:
                 yield from self._run(before in _ACTIVE)
                 raise
         self._settle(following)
-        self._outgoing = outgoing
+        self._outgoing, self._pieces = outgoing, pieces
+
+    def _save(self) -> tuple[bytes, Iterator[bytes]]:
+        """Return what is still unread of PRE_COPY with the first piece, and the others."""
+        saved = self._device.save_state()
+        if isinstance(saved, bytes):
+            return self._outgoing + saved, iter(())
+        pieces = iter(saved)
+        return self._outgoing + next(pieces, b""), pieces
 
     def _run(self, running: bool) -> Steps[None]:
         """Make the device run or stand still; ERROR if it fails to."""
@@ -172,17 +196,31 @@ class MigrationMachine:
 
     def _settle(self, state: DeviceState) -> None:
         self.state = state
-        self._outgoing = b""
+        self._outgoing, self._pieces, self._save_failed = b"", iter(()), False
         self._incoming.clear()
+        self._taken = False
 
     def read(self, size: int) -> bytes:
         """Return the next bytes of saved state, at most *size*; fewer if there are no more now.
 
-        Nothing is ready in PRE_COPY: the whole state comes in STOP_COPY.  Raise
-        :class:`~vfio_user.errors.RequestError` EINVAL in any other state.
+        What the device gives while it runs comes in PRE_COPY, the rest in STOP_COPY.  Raise
+        :class:`~vfio_user.errors.RequestError` EINVAL in any other state, EIO once a piece could
+        not be saved, and what the device raises for that piece.
         """
         if self.state not in _SAVING:
             raise RequestError(errno.EINVAL, f"MIG_DATA_READ in state {self.state.name}")
+        if self._save_failed:  # what follows would be taken for the end of the state
+            raise RequestError(errno.EIO, "the state could not be saved")
+        if self.state == _PRE_COPY and len(self._outgoing) < size:
+            self._outgoing += self._device.save_running()
+        while len(self._outgoing) < size:
+            try:
+                self._outgoing += next(self._pieces)
+            except StopIteration:
+                break
+            except Exception:
+                self._save_failed = True
+                raise
         data, self._outgoing = self._outgoing[:size], self._outgoing[size:]
         return data
 
@@ -190,10 +228,13 @@ class MigrationMachine:
         """Add bytes to the state to take over.
 
         Raise :class:`~vfio_user.errors.RequestError`: EINVAL outside RESUMING, EFBIG for more
-        than :data:`MAX_STATE_SIZE`.
+        than :data:`MAX_STATE_SIZE` that is collected, and what the device raises for a piece.
         """
         if self.state != _RESUMING:
             raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE in state {self.state.name}")
+        if not self._incoming and self._device.load_piece(data, not self._taken):
+            self._taken = True
+            return
         if len(self._incoming) + len(data) > MAX_STATE_SIZE:
             raise RequestError(errno.EFBIG, "more device state than the limit")
         self._incoming += data
