@@ -17,9 +17,10 @@ EVERY_KERNEL = re.compile(
     r"test_story\[|test_builds_without_a_warning\[|test_guest_answers_and_takes_a_module\[|"
     r"test_the_pci_function_is_decoded\S*-q35"
 )
-LONG = re.compile(r"test_kmod_(stock|walk|versus_hinting)\.py|test_snapshot\w*\.py")
+LONG = re.compile(r"test_kmod_(stock|walk|versus_hinting|faults)\.py|test_snapshot\w*\.py")
 HEARTS = re.compile(
-    r"test_inflates_and_deflates\[|test_pushes_what_is_free\[\S*-4096-1-1|"
+    r"test_inflates_and_deflates\[|test_a_host_that_takes_no_hints\w+\[6\.12|"
+    r"test_pushes_what_is_free\[\S*-4096-1-1|"
     r"test_saved_and_restored\[6\.12-q35-file-module|test_moved_through_a_pipe|"
     r"test_killed_at_any_step\[|test_full_disk|test_interrupted|"
     r"test_snapshot_reboot\.py::\w+\[6\.12"

@@ -21,6 +21,7 @@ from tests.lab import Machine
 
 import fdsocket
 from vballoon.balloon import Balloon
+from vballoon.balloon.device import ALL_FEATURES
 from vballoon.keeper.features import device_names, parse_features
 from vballoon.keeper.transports import VfioUser, VhostUser
 from vballoon.memory import GuestMemory, MemoryRegion, PageRanges
@@ -39,9 +40,9 @@ class LocalDevice:
     With vfio-user, on the other hand, it crashes when the device is unplugged.
     """
 
-    def __init__(self, transport: str = "vfio-user") -> None:
+    def __init__(self, transport: str = "vfio-user", features: int = ALL_FEATURES) -> None:
         self.transport = transport
-        self.balloon = Balloon()
+        self.balloon = Balloon(features)
         self.ended: queue.Queue[dict[str, Any]] = queue.Queue()
         self.balloon.events = self._event
         self._socket = Path(tempfile.mkdtemp(prefix="kmod-")) / "device.sock"

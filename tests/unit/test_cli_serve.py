@@ -252,6 +252,15 @@ def test_signs_change_the_default():
     assert packed.pci_ring == ALL.pci_ring & ~(1 << 29) | 1 << 34
 
 
+@pytest.mark.parametrize("text", ["-PAGE_POISON", "FREE_PAGE_WALK", "STATS_VQ,free-page-walk"])
+def test_the_walk_is_not_offered_without_page_poison(text):
+    with pytest.raises(UsageError, match="FREE_PAGE_WALK needs PAGE_POISON"):
+        parse_features(text)
+    assert not parse_features(f"{text},-FREE_PAGE_WALK").device & F.FREE_PAGE_WALK
+    both = f"{text},+PAGE_POISON"
+    assert parse_features(both).device & F.FREE_PAGE_WALK
+
+
 @pytest.mark.parametrize("text", ["FASTER", "+", "-", "VIRTIO_BALLOON_F_"])
 def test_an_unknown_feature_is_named(text):
     with pytest.raises(UsageError, match="unknown feature"):

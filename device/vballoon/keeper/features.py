@@ -37,7 +37,10 @@ def device_names() -> dict[int, str]:
 
 
 def parse_features(text: str) -> Offered:
-    """The words to offer for *text* (see ``vballoon serve --help``); raises UsageError."""
+    """Return the feature words to offer for *text* (see ``vballoon serve --help``).
+
+    Raise UsageError for an unknown name, and for FREE_PAGE_WALK without PAGE_POISON [WALK-D16].
+    """
     device, added, removed = int(ALL_FEATURES), 0, 0
     words = [word.strip() for word in text.split(",") if word.strip()]
     if any(_is_plain(word) for word in words):
@@ -55,6 +58,11 @@ def parse_features(text: str) -> Offered:
         else:
             known = ", ".join([*BalloonFeature.__members__, *_RING])
             raise UsageError(f"unknown feature {word!r}; known: {known}")
+    if device & BalloonFeature.FREE_PAGE_WALK and not device & BalloonFeature.PAGE_POISON:
+        raise UsageError(
+            "FREE_PAGE_WALK needs PAGE_POISON, or the contents that a guest expects in free pages "
+            "are unknown; remove both (-FREE_PAGE_WALK,-PAGE_POISON) or neither"
+        )
     return Offered(
         device,
         vhost_user.DEFAULT_RING_FEATURES & ~removed | added,
