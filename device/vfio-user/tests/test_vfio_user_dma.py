@@ -505,6 +505,27 @@ class TestWhileTheDeviceWaits:
         assert seen == [b"data"]
         assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
 
+    def test_a_question_is_answered_before_the_work_has_ended(
+        self, gadget: Gadget, waiting: LocalClient
+    ) -> None:
+        """Served like a register access: it neither waits for the work nor cancels it."""
+        waiting.silent = True
+        flags = FeatureFlags.GET | Feature.MIG_DEVICE_STATE
+        request = DeviceFeature(argsz=64, flags=flags).build()
+        self.meanwhile(waiting, message(Command.DEVICE_FEATURE, request, msg_id=9))
+        failed: list[int] = []
+
+        def work() -> None:
+            try:
+                gadget.dma.read(BASE, 4)
+            except DmaError as error:
+                failed.append(error.errno)
+
+        gadget.defer(work)
+        waiting.run()
+        assert failed == [errno.ETIMEDOUT], "ECANCELED: it was taken for a command that changes"
+        assert [(r.id, r.error) for r in waiting.inbox] == [(9, 0)]
+
     def stop(self) -> bytes:
         request = DeviceFeature(argsz=16, flags=FeatureFlags.SET | Feature.MIG_DEVICE_STATE)
         state = MigState(device_state=DeviceState.STOP, data_fd=0)

@@ -52,6 +52,14 @@ def test_every_test_class_of_vfio_user_is_in_the_table() -> None:
         assert classes - named - own == set(), file.name
 
 
+def test_the_programs_on_the_page_run_as_they_are_printed() -> None:
+    programs = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(programs) == 2
+    for text in programs:
+        if "run_program" not in text:  # the other is a server: see below
+            exec(compile(text, "docs/vfio-user.md", "exec"), {"__name__": "page"})
+
+
 def test_the_device_on_the_page_works() -> None:
     text = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "Counter" in b)
     served: list[PciDevice] = []

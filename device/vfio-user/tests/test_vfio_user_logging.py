@@ -50,6 +50,16 @@ def client(gadget: Gadget) -> Iterator[LocalClient]:
     assert open_fds() == open_before, "descriptors leaked"
 
 
+def test_a_report_of_half_a_page_keeps_it_for_the_other_half() -> None:
+    """Reported in units of half a page, the second half was forgotten with the first."""
+    log = DmaLog()
+    log.start(PAGE, ())
+    log.mark(BASE, 2 * PAGE)
+    assert log.report(BASE, PAGE // 2, PAGE // 2, 64) == (1).to_bytes(8, "little")
+    assert log.report(BASE + PAGE // 2, 3 * PAGE // 2, PAGE // 2, 64) == (7).to_bytes(8, "little")
+    assert log.report(BASE + PAGE, PAGE, PAGE, 64) == bytes(8), "a whole page is forgotten"
+
+
 class TestLogging:
     """``VFIO_DEVICE_FEATURE_DMA_LOGGING_*``"""
 

@@ -131,7 +131,9 @@ class DmaLog:
                 start = max(page * LOG_PAGE_SIZE - iova, 0)
                 end = min((page + 1) * LOG_PAGE_SIZE - iova, length)
                 found[start // page_size : -(-end // page_size)] = True
-            pages[low:high] = False
+            # A page of which only a part was asked for is still to be reported for the rest.
+            whole = max(-(-iova // LOG_PAGE_SIZE) - base, 0)
+            pages[whole : min((iova + length) // LOG_PAGE_SIZE - base, _CHUNK_PAGES)] = False
         return found
 
 
