@@ -144,7 +144,7 @@ def test_memory_that_comes_in_steps_is_described_once(module: Any) -> None:
 
 
 def test_huge_pages_that_give_structures_back_void_the_layout(module: Any) -> None:
-    """``vm.hugetlb_optimize_vmemmap`` may be set at any time; the kernel tells no module."""
+    """``vm.hugetlb_optimize_vmemmap`` may be set at any time, and no module is notified."""
     if module[0] == "backports":
         pytest.skip("this kernel does not let a module see it")
     device = LocalDevice()
