@@ -121,6 +121,8 @@ def session(frontend):
     frontend.open_channel()
     rings = [frontend.new_ring(index) for index in (0, 1)]
     frontend.status_ok()
+    for _ in range(2):  # the same file again: the store keeps it once, under its first name
+        frontend.ok(Request.SET_VRING_CALL, frontend.u64(0), [rings[0].call_fd])
     inflate(frontend, rings[0], 0x200)
     assert frontend.get_u64(Request.GET_QUEUE_NUM) == 6
     inflate(frontend, rings[0], 0x300)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker's side of the store: which of its descriptors are kept, and under which names.
 
-A *role* is what a descriptor is for (``kick3``); the journal maps roles to names.  A name is used
-for one open file and never again.  Several roles can share a name, because the supervisor keeps an
-open file once (memory below and above 4 GiB is one file).
+A *role* is one descriptor of the state, whose number is not used for another one; the journal maps
+roles to names.  A name belongs to one open file and is never used again.  Several roles can share
+one, because the supervisor keeps an open file once, and drops a second name for it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from fdsocket import close_fds
 from vballoon.keeper.kcmp import same_file
 
 if TYPE_CHECKING:
@@ -19,68 +20,44 @@ if TYPE_CHECKING:
 
 __all__ = ("Keeping",)
 
-Identity = tuple[int, int, int]
-
 
 class Keeping:
     """The descriptors of one worker.
 
-    *names* maps roles to names as the journal says; *stored* are the names that the store has.
+    *names* maps roles to names as the journal says; *stored* are the names that the store has,
+    with a descriptor for each, which is taken over: it is what a new one is compared with.
     """
 
     def __init__(
-        self, notifier: Notifier, names: Mapping[str, str], stored: Iterable[str] = ()
+        self, notifier: Notifier, names: Mapping[str, str], stored: Mapping[str, int]
     ) -> None:
         self._notifier = notifier
         self.names: dict[str, str] = dict(names)
-        self._stored = set(stored)
-        self._known: dict[str, tuple[Identity, int]] = {}
+        self._stored = dict(stored)
         self._next = 1 + max((int(n[1:]) for n in self._stored if n[1:].isdigit()), default=0)
-
-    def adopt(self, current: Mapping[str, int]) -> None:
-        """Take *current*, descriptors by role, for those that the store has under these names."""
-        self._known = {role: (_identity(fd), fd) for role, fd in current.items()}
 
     def update(self, current: Mapping[str, int]) -> None:
         """Make the store hold *current*, and wait until it does; what is unused stays for now."""
-        known: dict[str, tuple[Identity, int]] = {}
         names: dict[str, str] = {}
         fresh = False
         for role, fd in current.items():
-            identity = _identity(fd)
-            if self._known.get(role, (None,))[0] == identity:
-                names[role] = self.names[role]
-            else:
-                name = self._name_of(fd, known, names)
-                if name is None:
-                    name, self._next = f"n{self._next}", self._next + 1
-                    self._notifier.store(name, fd)
-                    self._stored.add(name)
-                    fresh = True
-                names[role] = name
-            known[role] = (identity, fd)
-        self._known, self.names = known, names
+            name = self.names.get(role) or self._name_of(fd)
+            if name is None:
+                name, self._next = f"n{self._next}", self._next + 1
+                self._notifier.store(name, fd)
+                self._stored[name] = os.dup(fd)
+                fresh = True
+            names[role] = name
+        self.names = names
         if fresh:
             self._notifier.barrier()
 
-    def _name_of(
-        self, fd: int, known: Mapping[str, tuple[Identity, int]], names: Mapping[str, str]
-    ) -> str | None:
-        """The name under which the open file of *fd* is stored for another role."""
-        for role, (_, other) in known.items():
-            if same_file(fd, other):
-                return names[role]
-        return None
+    def _name_of(self, fd: int) -> str | None:
+        """Return the name under which the open file of *fd* is stored already."""
+        return next((n for n, kept in self._stored.items() if same_file(fd, kept)), None)
 
-    def settle(self, others: set[str]) -> None:
-        """Remove every name from the store that neither a role nor *others* uses."""
-        unused = self._stored - set(self.names.values()) - others
-        for name in sorted(unused):
+    def settle(self) -> None:
+        """Remove every name from the store that no role uses."""
+        for name in sorted(self._stored.keys() - set(self.names.values())):
             self._notifier.remove(name)
-        self._stored -= unused
-
-
-def _identity(fd: int) -> Identity:
-    """What changes when a role gets another file: a number is not reused within one message."""
-    stat = os.fstat(fd)
-    return fd, stat.st_dev, stat.st_ino
+            close_fds([self._stored.pop(name)])

@@ -53,7 +53,7 @@ EXIT_REFUSED_JOURNAL = 4
 WATCHDOG_SECONDS = 10.0
 """The keeper replaces a worker that has not reported for so long."""
 CONTROL, JOURNAL, ANSWERS = "control", "journal", "answers"
-"""Names in the store that do not stand for roles of the connection."""
+"""Names in the store that are not those of a role."""
 
 
 def run(start: Start, notify: int, fds: list[int]) -> int:
@@ -73,7 +73,7 @@ def run(start: Start, notify: int, fds: list[int]) -> int:
 class _Worker:
     def __init__(self, start: Start, notifier: Notifier, given: dict[str, int]) -> None:
         self._start, self._notifier, self._given = start, notifier, given
-        self._stored = set(given)
+        self._leaving: list[str] = []  # connections that have ended
         self._transport: Frontends | VfioUser
         self._done: asyncio.Future[int] = None  # type: ignore[assignment]
         self._connected: str | None = None  # the connection's name
@@ -138,7 +138,6 @@ class _Worker:
         self._journal, self._answers = Journal.create(JOURNAL_VERSION), AnswerFile.create()
         self._notifier.store(ANSWERS, self._answers.fd)
         self._notifier.store(JOURNAL, self._journal.fd)
-        self._stored |= {ANSWERS, JOURNAL}
         self._notifier.barrier()
 
     def record(self, progress: Progress, *, pages: bool = False) -> None:
@@ -158,10 +157,10 @@ class _Worker:
 
     def settle(self) -> None:
         """See :class:`~vballoon.keeper.frontends.Recorder`."""
-        others = {CONTROL, JOURNAL, ANSWERS}
-        if self._connected is not None:
-            others.add(self._connected)
-        self._keeping.settle(others)
+        self._keeping.settle()
+        for name in self._leaving:
+            self._notifier.remove(name)
+        self._leaving.clear()
 
     def _interval_changed(self) -> None:
         self._poll_stats()
@@ -179,7 +178,8 @@ class _Worker:
         )
         self._operator = Operator(self._balloon, self, stop=self._quit)
         self._control = ControlServer(self._operator)
-        self._keeping = Keeping(self._notifier, {}, self._stored)
+        kept = {name: fd for name, fd in self._given.items() if _is_kept(name)}
+        self._keeping = Keeping(self._notifier, {}, kept)
         self._transport = self._frontends = Frontends(
             self._balloon,
             features,
@@ -215,14 +215,16 @@ class _Worker:
         self._finish(0)
 
     def _gone(self, reason: str) -> None:
-        """The front-end has disconnected: nothing of its connection is needed any more."""
+        """Handle the end of the front-end's connection: nothing of it is needed any more."""
         connection, self._connected = self._connected, None
+        if connection is not None:
+            self._leaving.append(connection)
         self.record(Progress())
         self.settle()
         log.debug("connection %s ended", connection)
 
     def _from_keeper(self) -> None:
-        """A connection that the keeper has accepted and stored."""
+        """Take a connection that the keeper has accepted and stored."""
         try:
             data, fds = fdsocket.receive_some(self._notifier.sock, DATAGRAM_MAX)
         except BlockingIOError:
@@ -239,11 +241,9 @@ class _Worker:
         if len(fds) != 1 or self._connected is not None:
             close_fds(fds)
             return
-        self._stored.add(name)
         self._begin(name, fdsocket.adopt(fds[0]))
 
     def _begin(self, name: str, sock: socket.socket) -> None:
-        self._keeping = Keeping(self._notifier, {}, self._stored | {name})
         self._connected = name
         self._frontends.serve(sock)
         self.record(Progress())
@@ -261,6 +261,7 @@ class _Worker:
             self._resume(saved)
         elif connections:  # accepted, and the worker died before it wrote a line about it
             name = connections[-1]
+            self._leaving += connections[:-1]
             self._begin(name, fdsocket.adopt(self._given[name]))
         self.settle()
 
@@ -278,14 +279,17 @@ class _Worker:
             state = bytes.fromhex(saved["transport"])
             before = Continued(state, fds, Progress(*saved["progress"]))
             sock = fdsocket.adopt(self._given[saved["connection"]])
-            self._keeping = Keeping(self._notifier, names, self._stored)
+            self._keeping.names = dict(names)
             self._frontends.serve(sock, before)
         except (VballoonError, KeyError, TypeError, ValueError, OSError) as error:
             raise JournalError(f"cannot continue from the journal: {error!r}") from None
-        _, current = self._frontends.state()
-        self._keeping.adopt({str(slot): fd for slot, fd in current.items()})
         if self._balloon.read_config() != bytes.fromhex(saved["config"]):
             self._frontends.config_changed()  # a round ended with the worker
+
+
+def _is_kept(name: str) -> bool:
+    """Return whether *name* in the store is that of a descriptor of the state."""
+    return name[:1] == "n" and name[1:].isdigit()
 
 
 def _parse(content: bytes) -> dict[str, Any]:
