@@ -21,14 +21,14 @@ from virtio_formats.vhost_user import Request
 class Keeper:
     """A ``vballoon serve`` process, its log in a file."""
 
-    def __init__(self, folder, *words, kill_at="", sandbox="on"):
+    def __init__(self, folder, kill_at="", sandbox="on", path="", transport="vhost-user"):
         self.folder = folder
         self.log = folder / "log"
-        environment = dict(os.environ) | {"VBALLOON_KILL_AT": kill_at}
+        environment = dict(os.environ) | {"VBALLOON_KILL_AT": kill_at, "PYTHONPATH": str(path)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vballoon", "serve", "--sandbox", sandbox,
-                 "--vhost-user", folder / "b", "--control", folder / "c", *words],
+                 f"--{transport}", folder / "b", "--control", folder / "c"],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 env=environment,
@@ -79,6 +79,13 @@ class Keeper:
         pid = self.pid()
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    def wait_said(self, text, count=1):
+        end = time.monotonic() + 60
+        while self.said().count(text) < count:
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.01)
 
     def deaths(self):
         return self.said().count("it is started again")
@@ -140,3 +147,46 @@ def test_killed_at_every_step_of_a_session(tmp_path, step):
     ):
         session(frontend)
         assert keeper.deaths() == 4, keeper.said()
+
+
+def test_an_upgrade_is_invisible_to_the_front_end(tmp_path):
+    """SIGUSR2 twice: another program in the same process serves the same connection."""
+    with Keeper(tmp_path) as keeper, keeper.frontend(make_memory((0, 64 << 20))) as frontend:
+        frontend.negotiate()
+        frontend.share_memory()
+        frontend.open_channel()
+        rings = [frontend.new_ring(index) for index in (0, 1)]
+        frontend.status_ok()
+        inflate(frontend, rings[0], 0x200)
+        workers = {keeper.pid()}
+        for round_number in (1, 2):
+            keeper.process.send_signal(signal.SIGUSR2)
+            keeper.wait_said("serving", 1 + round_number)
+            assert frontend.get_u64(Request.GET_QUEUE_NUM) == 6
+            inflate(frontend, rings[0], 0x200 + 0x100 * round_number)
+            workers.add(keeper.pid())
+        assert len(workers) == 3
+        assert keeper.deaths() == 0, keeper.said()
+        with keeper.control() as client:
+            bits = client.execute("query-skip-bitmap")
+            assert bits["ballooned-ever"] == 3 * 16  # each program passed them to the next
+
+
+def test_an_upgrade_to_a_program_that_does_not_start_is_refused(tmp_path):
+    package = tmp_path / "broken"
+    package.mkdir()
+    with Keeper(tmp_path, path=package) as keeper:
+        worker = keeper.pid()
+        (package / "fdsocket.py").write_text("raise SystemExit(3)")
+        keeper.process.send_signal(signal.SIGUSR2)
+        keeper.wait_said("upgrade refused: the installed program does not start")
+        assert keeper.pid() == worker
+
+
+def test_an_upgrade_is_refused_for_vfio_user(tmp_path):
+    """Its connection would end with the worker, and the virtual machine would lose the device."""
+    with Keeper(tmp_path, transport="vfio-user") as keeper:
+        worker = keeper.pid()
+        keeper.process.send_signal(signal.SIGUSR2)
+        keeper.wait_said("upgrade refused: a vfio-user connection ends with its worker")
+        assert keeper.pid() == worker

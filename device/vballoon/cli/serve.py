@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import socket
 from typing import TYPE_CHECKING, Any
 
 from vballoon.cli.common import Subparsers, add_command
@@ -156,9 +158,14 @@ def run(options: argparse.Namespace) -> int:
         print('{\n  "type": "balloon"\n}')
         return 0
     from vballoon.keeper.listening import Listening
+    from vballoon.keeper.notifier import inherited
 
     machines = _machines(options)
+    given = inherited()
     listening = Listening()
+    for name, fd in given:
+        if name.endswith((".listen", ".control")):
+            listening.adopt(socket.socket(fileno=os.dup(fd)))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)  # until the loop takes over; removes the socket files
     try:
@@ -178,7 +185,7 @@ def run(options: argparse.Namespace) -> int:
             "sandbox": options.sandbox,
             "restart_limit": options.restart_limit,
         }
-        return supervisor.serve(machines, listening, **start)
+        return supervisor.serve(machines, listening, given, **start)
     finally:
         listening.close()
 

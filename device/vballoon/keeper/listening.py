@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import fdsocket
 from vballoon.errors import UsageError
@@ -23,9 +23,13 @@ class Listening:
     def __init__(self) -> None:
         self._sockets: dict[str, socket.socket] = {}
         self._files: list[tuple[str, int]] = []
+        self._adopted: set[str] = set()
 
     def open(self, path: str, *, private: bool = False) -> None:
-        """Listen at *path*, for this user alone if *private*; raises UsageError."""
+        """Listen at *path*, for this user alone if *private*.  Raise UsageError."""
+        if path in self._adopted:
+            self._adopted.remove(path)
+            return
         if path in self._sockets:
             raise UsageError(f"{path}: named twice")
         try:
@@ -37,8 +41,23 @@ class Listening:
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror or error}") from None
 
+    def adopt(self, sock: socket.socket) -> None:
+        """Use *sock*, which listens already, when its path is opened; close one of no path."""
+        path = sock.getsockname()
+        if isinstance(path, str) and path and path not in self._sockets:
+            self._sockets[path] = sock
+            self._adopted.add(path)
+            with suppress(OSError):
+                self._files.append((path, os.stat(path).st_ino))
+        else:
+            sock.close()
+
+    def keep_files(self) -> None:
+        """Leave the socket files to the next process."""
+        self._files.clear()
+
     def take(self, path: str) -> socket.socket:
-        """The socket that listens at *path*, from now on the caller's."""
+        """Return the socket that listens at *path*; the caller owns it from now on."""
         return self._sockets.pop(path)
 
     def close(self) -> None:

@@ -103,6 +103,11 @@ class Vm:
         """Whether the worker accepts front-ends, whose connections then end with it (vfio-user)."""
         return "vfio-user" in self.options
 
+    @property
+    def survives_worker(self) -> bool:
+        """Whether a new worker continues the front-end's connection."""
+        return not self._accepts_itself
+
     def keep(self, name: str, fd: int) -> None:
         """Store *fd* (taken over) here and above."""
         new = self._services.store.add(self.key, name, [fd])
@@ -165,8 +170,8 @@ class Vm:
             return  # the next worker gets it with everything else
         try:
             fdsocket.send_some(self._notify, f"FDNAME={name}".encode(), [fd])
-        except OSError as error:
-            log.warning("%s: connection: %s", self.name, error.strerror)
+        except OSError as error:  # it has just died: the next worker gets the connection
+            log.debug("%s: connection: %s", self.name, error.strerror)
 
     # -- the worker -----------------------------------------------------------------------------
 
@@ -193,7 +198,7 @@ class Vm:
             theirs.close()
 
     def started(self, pid: int, pidfd: int) -> None:
-        """The worker runs."""
+        """Watch the worker *pid*, which has been forked; *pidfd* is taken over."""
         self.pid, self._pidfd = pid, pidfd
         loop = asyncio.get_running_loop()
         loop.add_reader(pidfd, self._died)
@@ -253,7 +258,7 @@ class Vm:
         if self.pid:
             self.hand_over(self._resume)
         else:
-            self.start()
+            self._resume()
 
     def _resume(self) -> None:
         self._handing_over = False

@@ -28,6 +28,9 @@ __all__ = ("main",)
 
 def main(arguments: list[str]) -> int:
     """Serve fork requests on the socket whose number is the first argument."""
+    if arguments == ["--check"]:  # before an upgrade: does the installed program start?
+        _import_everything()
+        return 0
     control = socket.socket(fileno=int(arguments[0]))
     os.setsid()  # a terminal's Ctrl-C is for the keeper
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
