@@ -23,6 +23,9 @@ from vballoon.keeper.features import parse_features
 from vballoon.keeper.logs import _OneLine
 from virtio_formats.virtio.balloon import BalloonFeature as F
 
+EVENT_SECONDS = 60
+"""Upper limit of each wait for an event: a worker starts slowly on a busy machine."""
+
 
 class Served:
     """A ``vballoon serve`` process."""
@@ -49,11 +52,11 @@ class Served:
         """Signal it (None: wait only); its exit code and what it logged."""
         if number is not None:
             self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=20)
+        _, said = self.process.communicate(timeout=EVENT_SECONDS)
         return self.process.returncode, said
 
 
-def connected(path, timeout=20.0):
+def connected(path, timeout=EVENT_SECONDS):
     deadline = time.monotonic() + timeout
     while True:
         sock = socket.socket(socket.AF_UNIX)
@@ -67,8 +70,14 @@ def connected(path, timeout=20.0):
 
 
 def control(path):
-    connected(path).close()
-    return ControlClient(path)
+    """Connect once the worker greets: the keeper listens before it has one."""
+    deadline = time.monotonic() + EVENT_SECONDS
+    while True:
+        connected(path).close()
+        try:
+            return ControlClient(path)
+        except UsageError:
+            assert time.monotonic() < deadline, f"no greeting at {path}"
 
 
 @pytest.mark.parametrize("kind", ["vhost-user", "vfio-user"])
@@ -139,8 +148,8 @@ def test_events_of_front_ends_reach_the_operator(tmp_path):
         control(tmp_path / "c") as client,
     ):
         connected(tmp_path / "b").close()
-        client.wait_event("FRONTEND_CONNECTED", 10)
-        client.wait_event("FRONTEND_DISCONNECTED", 10)
+        client.wait_event("FRONTEND_CONNECTED", EVENT_SECONDS)
+        client.wait_event("FRONTEND_DISCONNECTED", EVENT_SECONDS)
 
 
 def test_an_inherited_connection_ends_the_server_when_it_ends(tmp_path):
@@ -161,7 +170,7 @@ def test_an_inherited_listener_serves_one_after_the_other(tmp_path):
         with control(tmp_path / "c") as client:
             for _ in range(2):
                 connected(tmp_path / "b").close()
-                client.wait_event("FRONTEND_DISCONNECTED", 10)
+                client.wait_event("FRONTEND_DISCONNECTED", EVENT_SECONDS)
         assert served.end()[0] == 0
 
 
@@ -178,9 +187,9 @@ def test_a_client_connects_when_somebody_listens(tmp_path):
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(str(tmp_path / "b"))
             listener.listen()
-            listener.settimeout(20)
+            listener.settimeout(EVENT_SECONDS)
             connection, _ = listener.accept()
-            client.wait_event("FRONTEND_CONNECTED", 10)
+            client.wait_event("FRONTEND_CONNECTED", EVENT_SECONDS)
             connection.close()
             listener.close()
         assert served.end()[0] == 0
