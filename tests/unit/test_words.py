@@ -42,9 +42,6 @@ INSTEAD = {
 }
 """Regular expression to what is written instead."""
 
-NOT_CONVERTED: tuple[str, ...] = ()
-"""Files, by the beginning of their path, that are still to be converted.  To become empty."""
-
 _PROGRAM = re.compile(r"^ *(?:import \w+$|from [\w.]+ import|def \w+\(|with .*:$)", re.M)
 """A line of a Python program, which some tests have in a string."""
 TOPS = ("device", "docs", "driver_kmod", "examples", "spec", "tests")
@@ -99,8 +96,7 @@ def findings(text: str, suffix: str) -> list[str]:
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_sentences_use_plain_words(path: Path) -> None:
-    if not str(path.relative_to(REPOSITORY)).startswith(NOT_CONVERTED):
-        assert findings(path.read_text(), path.suffix) == []
+    assert findings(path.read_text(), path.suffix) == []
 
 
 @pytest.mark.parametrize(
