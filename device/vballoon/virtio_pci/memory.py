@@ -85,6 +85,7 @@ class ClientMemory:
             self._regions[region.address] = self._make(region)
         except ProtocolError as error:
             raise RequestError(_EINVAL, str(error)) from None
+        self._had_memory = True
         self._changed()
 
     @property
@@ -96,7 +97,6 @@ class ClientMemory:
         return self._had_memory and not self._regions
 
     def _changed(self) -> None:
-        self._had_memory |= bool(self._regions)
         self.stale = True
         self._checked.clear()
 
@@ -182,7 +182,7 @@ class ClientMemory:
 
     def forget_files(self) -> None:
         """Forget the files of a client that has gone; the next one has its own."""
-        self._had_memory = bool(self._regions)
+        self._had_memory = False
         self._checked.clear()
         self._shared.clear()
         self._private.clear()
