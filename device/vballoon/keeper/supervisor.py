@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import fdsocket
 from vballoon.errors import UsageError
-from vballoon.keeper import handover
+from vballoon.keeper import fault, handover
 from vballoon.keeper.notifier import Notifier
 from vballoon.keeper.notify import NotifyError
 from vballoon.keeper.record import Record
@@ -50,6 +50,7 @@ def serve(
 
     *given* are the descriptors of an earlier keeper, by full name; they are taken over.
     """
+    fault.arm("")  # the deaths that a test plans are those of workers
     return asyncio.run(Keeper(listening, start).run(machines, given))
 
 
