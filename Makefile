@@ -12,6 +12,8 @@ PURE   := $(addprefix tests/unit/test_,native*.py memory_*.py skipmap_*.py ballo
 
 # Four distributions, one repository: pip gets all of them in one call, since no registry has them.
 PROJECTS := spec/virtio-formats spec/virtio-conformance device/vfio-user .
+# The tests of the other distributions, which run without the balloon too.
+OTHERS   := device/vfio-user/tests spec/virtio-conformance/tests
 
 .PHONY: help venv demo test unit bench lint format clean
 help: ## this list
@@ -37,7 +39,8 @@ endif
 
 unit: venv ## all tests that need no virtual machine
 	$(BIN)/python -m tests.lab prerequisites
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not lab" --cov tests device/vfio-user/tests spec/virtio-conformance/tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not lab" --cov --cov-fail-under=0 --cov-report= tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --cov --cov-append $(OTHERS)
 	VBALLOON_NATIVE=0 $(BIN)/python -m pytest -q $(PURE)
 
 bench: venv ## measure, beside C, QEMU's balloon and copying memory (FULL=1: every size, many turns)

@@ -7,6 +7,7 @@ that each step starts from the state that the previous one left.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -95,11 +96,16 @@ def statistics_arrive(vm: Machine, backend: Backend) -> None:
 
 
 def bitmap_is_exported(backend: Backend, folder: Path) -> None:
-    """Check that the exported counts equal the live ones."""
-    backend.export(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    live = backend.ctl("query-skip-bitmap")["pages"]
-    assert manifest["pages"] == live
+    """Check that the exported counts equal the live ones, once the guest reports nothing new."""
+    exports = (folder.with_name(f"{folder.name}-{turn}") for turn in itertools.count())
+
+    def equal() -> bool:
+        place = next(exports)
+        backend.export(place)
+        manifest = json.loads((place / "manifest.json").read_text())
+        return bool(manifest["pages"] == backend.ctl("query-skip-bitmap")["pages"])
+
+    wait_until(equal, step=1)
 
 
 FEATURES = {

@@ -63,7 +63,9 @@ def test_a_careless_target_is_refused_with_a_reason(transport: str) -> None:
         assert vm.guest.meminfo()["MemAvailable"] > 16 * MIB
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["memory", "statistics"])
+@pytest.mark.parametrize(
+    "given", [pytest.param(True, marks=pytest.mark.full), False], ids=["memory", "statistics"]
+)
 def test_unplugged_memory_is_not_the_guests(given: bool) -> None:
     """A target of all the guest's RAM takes nothing, although 1 GiB more can be plugged."""
     options = [f"--memory={MEMORY}M"] if given else []

@@ -63,6 +63,7 @@ def test_memory_that_is_not_shared() -> None:
         wait_until(lambda: "share=on" in backend.words())
 
 
+@pytest.mark.full
 def test_too_few_queues() -> None:
     with Backend("vhost-user") as backend:
         device = [text.replace('"num_vqs": 6', '"num_vqs": 2') for text in backend.device("q35")]
