@@ -227,13 +227,15 @@ def test_surplus_descriptors(split_rig: VhostUserRig, request_type: Request) -> 
 def test_replaced_descriptors_are_closed(split_rig: VhostUserRig, request_type: Request) -> None:
     """Setting a descriptor again closes the one before."""
     rig = negotiated(split_rig)
-    rig.fe.barrier()
-    held = len(rig.process.fds())
+    held = 0
     try:
-        for _ in range(12):
+        for turn in range(13):
             event = EventFd()
             rig.fe.vring_fd(request_type, 0, event.fd)
             event.close()
+            if not turn:  # a back-end can keep several descriptors for each that it got
+                rig.fe.barrier()
+                held = len(rig.process.fds())
         rig.fe.barrier()
     except Closed:
         return  # a ring without addresses need not be started
