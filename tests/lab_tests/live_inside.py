@@ -22,6 +22,7 @@ from tests.lab.qmp import Qmp
 from tests.lab_tests.snapshot_lab import RestoredMachine
 
 from vballoon.control.client import ControlClient
+from vballoon.snapshot.process import Process
 from vballoon.snapshot.qmp_vm import QemuVm
 from vballoon.snapshot.run import Observer, Options, Run
 from vballoon.snapshot.source import GuestSource
@@ -115,7 +116,7 @@ def take(vm: Machine, backend: Backend, saved: Path, kind: str, seen: Steps) -> 
     with (
         QemuVm(vm.qmp_socket) as monitor,
         ControlClient(backend.control_socket) as control,
-        GuestSource.fetch(control) as source,
+        GuestSource.fetch(control, Process(monitor.pid)) as source,
     ):
         run = Run(
             monitor,

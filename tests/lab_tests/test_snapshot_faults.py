@@ -29,6 +29,7 @@ STEPS = tuple(step.name for step in COLD)
 KILLED = """
 import os, signal, sys
 from vballoon.control.client import ControlClient
+from vballoon.snapshot.process import Process
 from vballoon.snapshot.qmp_vm import QemuVm
 from vballoon.snapshot.run import Observer, Run
 from vballoon.snapshot.source import GuestSource
@@ -46,7 +47,11 @@ class Killer(Observer):
         if where == "half copied":
             os.kill(os.getpid(), signal.SIGKILL)
 
-with QemuVm(qmp) as vm, ControlClient(control) as client, GuestSource.fetch(client) as source:
+with (
+    QemuVm(qmp) as vm,
+    ControlClient(control) as client,
+    GuestSource.fetch(client, Process(vm.pid)) as source,
+):
     take(Run(vm, source, DirectoryStore(directory), observer=Killer()))
 """
 INTERRUPTED = """
