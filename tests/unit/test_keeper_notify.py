@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fdsocket import receive_some
+from vballoon.keeper.handover import replace
 from vballoon.keeper.kcmp import same_file
 from vballoon.keeper.notifier import Notifier, inherited
 from vballoon.keeper.notify import (
@@ -174,3 +178,26 @@ def test_the_store_has_limits():
     assert len(store.discard("a")) == OWNED_MAX
     assert open_fds() == before
     assert store.owners() == []
+
+
+def test_a_hand_over_that_fails_leaves_every_descriptor_as_it_was(monkeypatch):
+    """The names of very many machines can be too long for exec; then this program continues."""
+
+    def held():
+        found = {}
+        for number in range(3, 64):
+            with contextlib.suppress(OSError):
+                link = os.readlink(f"/proc/self/fd/{number}")
+                found[number] = (link, os.get_inheritable(number))
+        return found
+
+    store = Store()
+    pipes = [os.pipe() for _ in range(4)]
+    store.add("a", "n1", [fd for pipe in pipes for fd in pipe])
+    before, handler = held(), signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    with pytest.raises(FileNotFoundError):
+        replace(store)
+    assert held() == before
+    assert signal.getsignal(signal.SIGHUP) == handler
+    store.discard("a")
